@@ -1,0 +1,1 @@
+"""Commands, the local supervisor and the benchmarks."""

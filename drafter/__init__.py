@@ -1,0 +1,1 @@
+"""Proposes speculative tokens; never asked, never trusted."""

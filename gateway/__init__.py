@@ -1,0 +1,1 @@
+"""HTTP in, tokens out, text back: the only place where text exists."""

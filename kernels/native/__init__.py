@@ -1,0 +1,1 @@
+"""The CPU step in C++ and its Python face."""

@@ -1,0 +1,47 @@
+"""One step of a decoder, as data: what the engine hands to the device and what it gets back.
+
+Every decoder (torch over the operator table, native CPU, CUDA) has the same face, so the engine never asks which it has.
+
+R rows (tokens to run), S sequences, L rows whose next token is wanted, B the longest block table of the step.
+Rows of one sequence stand together in position order. Prefill, decode and verification differ in nothing but the number
+of rows a sequence has. Row r attends to positions 0..positions[r] of its sequence; its keys and values are written to
+block `block_tables[s, positions[r] // block_size]`, slot `positions[r] % block_size`, before anything is read.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class StepInputs:
+    tokens: NDArray[np.int32]  # [R] token ids
+    positions: NDArray[np.int32]  # [R] absolute positions, from 0
+    sequence_starts: NDArray[np.int32]  # [S + 1] first row of each sequence; the last entry is R
+    block_tables: NDArray[np.int32]  # [S, B] KV block ids, -1 beyond a sequence's end
+    sample_rows: NDArray[np.int32]  # [L] ascending
+    temperature: NDArray[np.float32]  # [L] 0: greedy
+    top_k: NDArray[np.int32]  # [L] 0: off
+    top_p: NDArray[np.float32]  # [L] 1: off
+    min_p: NDArray[np.float32]  # [L] 0: off
+    seeds: NDArray[np.uint64]  # [L]
+
+    # The noise of a sampled token is keyed by the position it will have: positions[sample_rows] + 1.
+
+
+class Decoder(Protocol):
+    """A model on a device with a paged KV cache of its own."""
+
+    vocabulary_size: int
+    context_length: int
+    block_size_tokens: int
+    blocks: int  # KV blocks 0..blocks-1
+    recipe: str  # names the arithmetic: equal recipes give equal tokens
+
+    def step(self, inputs: StepInputs) -> NDArray[np.int32]:
+        """Run one step; the chosen token of each of the L sample rows. Blocking; one call at a time."""
+
+    def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Run one step; the raw logits [L, V] instead of tokens (tests, certificates)."""

@@ -1,0 +1,40 @@
+"""Time, as services see it.
+
+Rule: a service never imports `time`. It is given a clock, so that a test can run the whole mesh under a loop whose time
+jumps from event to event. `now` follows the running event loop; `wall` is what travels in messages as a deadline.
+"""
+
+import asyncio
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Seconds, twice: monotonic for durations, unix for deadlines that cross a process boundary."""
+
+    def now(self) -> float:
+        """Monotonic seconds; only differences mean anything."""
+
+    def wall(self) -> float:
+        """Unix seconds."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Give way for `seconds`."""
+
+
+class LoopClock:
+    """The clock of the running event loop. Under a virtual-time loop all of it is virtual."""
+
+    def __init__(self, wall_offset_s: float | None = None) -> None:
+        self._wall_offset_s = wall_offset_s
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def wall(self) -> float:
+        if self._wall_offset_s is None:
+            return time.time()
+        return self._wall_offset_s + self.now()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

@@ -1,0 +1,349 @@
+"""Every struct on the wire, one tagged union per receiver.
+
+Rules: unknown fields are ignored and new fields have defaults, so that versions mix during a rollout; token ids and
+hashes travel packed (`shared.tokens`, `shared.blocks`); one message per step per receiver, never one per token.
+Pure. Encoded as msgpack maps; `tests/shared/golden/` holds the bytes.
+
+    gateway -> router -> worker      Generate, Cancel
+    worker (router) -> gateway       StepReplies of Accepted | Tokens | Finished | Failed
+    worker -> routers                KvEvents of Stored | Removed | Cleared, KvSnapshot;  router -> worker SnapshotRequest
+    worker -> drafter                Follow of Open | Commit | Close
+    drafter -> worker                Drafts of Proposal
+    everyone -> everyone             WorkerStatus | RouterStatus | DrafterStatus | GatewayStatus
+"""
+
+from typing import Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+T = TypeVar("T")
+
+
+class Wire(Struct, omit_defaults=True, frozen=True, gc=False):
+    """Base of all that travels: immutable, defaults left out."""
+
+
+# --- a request, on its way to a worker -------------------------------------------------------------------------------
+
+
+class Sampling(Wire):
+    """How tokens are chosen. Temperature 0 is greedy. Noise is keyed by `seed` (design section 5)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int = 0  # unsigned 64 bit
+
+
+class Residency(Wire):
+    """Where a request's tokens may be. Empty `zones`: anywhere. A zone `eu` allows `eu` and `eu-north1`."""
+
+    zones: tuple[str, ...] = ()
+
+
+class Placement(Wire):
+    """A router's decision and the reason for it."""
+
+    router: str
+    worker: str
+    cached_tokens: int = 0  # what the router believes the worker holds
+    estimate_s: float = 0.0  # expected seconds until the first token
+    policy: str = "cost"
+
+
+class Generate(Wire, tag="generate"):
+    """One stream to produce. Immutable; a resubmission is a new attempt with `generated` filled.
+
+    The worker continues behind `tokens + generated`; `max_tokens` counts `generated` too.
+    """
+
+    request_id: str
+    attempt: int
+    gateway: str
+    model: str
+    tokens: bytes  # prompt
+    max_tokens: int
+    deadline: float  # unix seconds; nobody works on it afterwards
+    sampling: Sampling = Sampling()
+    tenant: str = "default"
+    cache_salt: bytes = b""
+    block_hashes: bytes = b""  # of prompt + generated, full blocks only
+    generated: bytes = b""  # tokens already delivered by earlier attempts
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0  # higher goes first
+    residency: Residency = Residency()
+    exclude_workers: tuple[str, ...] = ()  # they failed this request before
+    cache_hint: str = ""  # prompt_cache_key: decides between equals
+    placement: Placement | None = None
+
+
+class Cancel(Wire, tag="cancel"):
+    """Stop this request; every attempt up to and including `attempt`."""
+
+    request_id: str
+    attempt: int
+
+
+# --- what comes back to the gateway ----------------------------------------------------------------------------------
+
+
+class Accepted(Wire, tag="accepted"):
+    """The worker has registered the request: nobody needs to send it again."""
+
+    request_id: str
+    attempt: int
+    worker: str
+    cached_tokens: int = 0
+
+
+class Tokens(Wire, tag="tokens"):
+    """Tokens number `index`, `index + 1`, ... of the stream (number 0 is the first after the prompt).
+
+    A stop token is delivered like any other; the gateway shows no text for it.
+    """
+
+    request_id: str
+    attempt: int
+    index: int
+    tokens: bytes
+
+
+class Finished(Wire, tag="finished"):
+    """The last word on a stream that ended as asked. Times in seconds, counts in tokens."""
+
+    request_id: str
+    attempt: int
+    reason: Literal["stop", "length", "cancelled"]
+    worker: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0  # with those of earlier attempts
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    drafter: str = ""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Failed(Wire, tag="failed"):
+    """The last word on a stream that did not. `retryable`: another attempt elsewhere may succeed."""
+
+    request_id: str
+    attempt: int
+    code: str  # a `shared.errors` code
+    message: str
+    retryable: bool = False
+    retry_after_s: float = 0.0
+
+
+Reply = Accepted | Tokens | Finished | Failed
+
+
+class StepReplies(Wire, tag="replies"):
+    """All replies of one step for one gateway. `seq` counts 1, 2, ... per (sender, epoch, gateway)."""
+
+    sender: str  # worker or router id
+    epoch: int
+    seq: int
+    replies: tuple[Reply, ...]
+
+
+# --- KV events, for routers ------------------------------------------------------------------------------------------
+
+
+class Stored(Wire, tag="stored"):
+    """These blocks can be reused from now on (packed hashes)."""
+
+    hashes: bytes
+
+
+class Removed(Wire, tag="removed"):
+    """These blocks are gone (packed hashes)."""
+
+    hashes: bytes
+
+
+class Cleared(Wire, tag="cleared"):
+    """All blocks are gone."""
+
+
+KvEvent = Stored | Removed | Cleared
+
+
+class KvEvents(Wire, tag="kv"):
+    """Changes number `seq` of one worker's cache; `epoch` is new with each start of the worker."""
+
+    worker: str
+    epoch: int
+    seq: int
+    events: tuple[KvEvent, ...]
+
+
+class KvSnapshot(Wire, tag="kv_snapshot"):
+    """All reusable blocks as they stood after event `seq`; in `parts` messages, numbered from 0."""
+
+    worker: str
+    epoch: int
+    seq: int
+    hashes: bytes
+    part: int = 0
+    parts: int = 1
+
+
+class SnapshotRequest(Wire, tag="snapshot_request"):
+    """A router lost count and wants a `KvSnapshot`."""
+
+    router: str
+
+
+# --- worker and drafter ----------------------------------------------------------------------------------------------
+
+
+class Open(Wire, tag="open"):
+    """Follow this stream from here: `tokens` is everything so far."""
+
+    request_id: str
+    attempt: int
+    tokens: bytes
+    tenant: str = "default"
+    prompt_tokens: int = 0
+    sampling: Sampling = Sampling()
+    max_draft_tokens: int = 8
+    traceparent: str = ""
+
+
+class Commit(Wire, tag="commit"):
+    """The stream had `base_length` tokens (prompt included) and now these follow."""
+
+    request_id: str
+    attempt: int
+    base_length: int
+    tokens: bytes
+
+
+class Close(Wire, tag="close"):
+    """Forget this stream."""
+
+    request_id: str
+    attempt: int
+
+
+class Follow(Wire, tag="follow"):
+    """What happened to a worker's streams in one step, for the drafter it chose."""
+
+    worker: str
+    epoch: int
+    seq: int
+    events: tuple[Open | Commit | Close, ...]
+
+
+class Proposal(Wire, tag="proposal"):
+    """If the stream goes on with `assumed` behind `base_length`, then `tokens` are likely next."""
+
+    request_id: str
+    attempt: int
+    base_length: int
+    tokens: bytes
+    assumed: bytes = b""
+
+
+class Drafts(Wire, tag="drafts"):
+    """Proposals for one worker. Stale ones fall out by themselves."""
+
+    drafter: str
+    epoch: int
+    proposals: tuple[Proposal, ...]
+
+
+# --- status: identity, load and heartbeat ----------------------------------------------------------------------------
+
+
+class WorkerStatus(Wire, tag="worker"):
+    """A worker as others see it; twice a second and on change."""
+
+    id: str
+    epoch: int
+    model: str
+    state: Literal["starting", "ready", "draining"] = "ready"
+    engine: str = "cpu"
+    recipe: str = ""  # numeric recipe; streams move only between equals
+    vocabulary: str = ""  # digest: drafter and worker must agree
+    zone: str = "local"
+    sku: str = "cpu"
+    price_usd_per_hour: float = 0.0
+    block_size_tokens: int = 16
+    blocks_total: int = 0
+    blocks_used: int = 0  # held by running requests
+    context_length: int = 0
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens still to compute, running and waiting
+    max_running: int = 0
+    prefill_tok_s: float = 0.0  # measured; 0 while unknown
+    step_base_s: float = 0.0  # a decode step costs base + rows * per_row
+    step_row_s: float = 0.0
+    decode_tok_s: float = 0.0  # over the last seconds
+    kv_seq: int = 0
+    replies_sent: dict[str, int] = {}  # gateway -> seq of the last StepReplies
+    tokens_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
+    drafter: str = ""
+    steps_total: int = 0
+
+
+class RouterStatus(Wire, tag="router"):
+    """A router as others see it."""
+
+    id: str
+    epoch: int
+    state: Literal["starting", "ready", "draining"] = "ready"
+    placed_total: int = 0
+    refused_total: int = 0
+    indexed_blocks: int = 0
+
+
+class DrafterStatus(Wire, tag="drafter"):
+    """A drafter as workers see it."""
+
+    id: str
+    epoch: int
+    kind: str = "suffix"
+    vocabulary: str = ""  # empty: any
+    state: Literal["starting", "ready", "draining"] = "ready"
+    zone: str = "local"
+    following: int = 0
+    proposed_total: int = 0
+
+
+class GatewayStatus(Wire, tag="gateway"):
+    """A gateway as workers see it: one that falls silent has its requests dropped."""
+
+    id: str
+    epoch: int
+    state: Literal["starting", "ready", "draining"] = "ready"
+    active: int = 0
+    url: str = ""
+
+
+Status = WorkerStatus | RouterStatus | DrafterStatus | GatewayStatus
+KvMessage = KvEvents | KvSnapshot
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[object, msgspec.msgpack.Decoder[object]] = {}
+
+
+def encode(message: Wire) -> bytes:
+    """The bytes of one message."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """The message behind `encode`. `kind` is a struct or a union of them. Raises `msgspec.DecodeError` on other bytes."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    return decoder.decode(data)  # type: ignore[return-value]

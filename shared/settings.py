@@ -1,0 +1,123 @@
+"""What each service can be told, and how: flag over environment over file over default.
+
+Pure but for `load`, which reads the file named by `--config`. A field `drain_s` is the flag `--drain-s`, the variable
+TOKENMILL_DRAIN_S and the key `drain_s` in the service's table of the TOML file.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What every service has."""
+
+    id: str = ""  # empty: made up at start, kind plus random letters
+    nats: str = "nats://127.0.0.1:4222"
+    zone: str = "local"
+    heartbeat_s: float = 0.5
+    silence_s: float = 2.0  # a peer unheard for this long is taken for dead
+    drain_s: float = 30.0
+    metrics_port: int = 0  # 0: none
+    log: str = "console"  # or json
+    log_level: str = "info"
+    otlp: str = ""  # OTLP/HTTP endpoint; empty: no export
+
+
+class GatewaySettings(Settings, frozen=True, kw_only=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model: str = ""  # path of a pulled model (folder), for its tokenizer and template; empty: none served
+    model_name: str = "default"
+    max_active: int = 1024  # streams at once; more is refused with Retry-After
+    max_body_bytes: int = 4 << 20
+    default_max_tokens: int = 512
+    request_timeout_s: float = 600.0
+    accept_s: float = 2.0  # a request nobody accepted in this time is sent again
+    stall_s: float = 20.0  # no token for this long though its worker lives: sent again
+    max_attempts: int = 4
+    keep_alive_s: float = 15.0
+    cache_secret: str = "tokenmill"
+
+
+class RouterSettings(Settings, frozen=True, kw_only=True):
+    policy: str = "cost"  # or prefix, least_loaded, round_robin, random
+    max_queue_s: float = 60.0  # a first token expected later than this is refused
+
+
+class WorkerSettings(Settings, frozen=True, kw_only=True):
+    model: str = ""  # path of a pulled model; unused by the mock engine
+    model_name: str = "default"
+    engine: str = "auto"  # auto, cpu, cuda, mock, reference
+    threads: int = 0  # 0: one per core
+    sku: str = "cpu"
+    price_usd_per_hour: float = 0.0
+    kv_blocks: int = 0  # 0: from kv_mib
+    kv_mib: int = 256
+    max_running: int = 64
+    max_waiting: int = 256
+    step_tokens: int = 256  # token budget of one step
+    max_draft_tokens: int = 8
+    speculation: bool = True
+    mock_step_s: float = 0.010  # mock engine: a step costs base + rows * row + prefill tokens * token
+    mock_row_s: float = 0.0001
+    mock_token_s: float = 0.00005
+    mock_vocabulary: int = 49152
+
+
+class DrafterSettings(Settings, frozen=True, kw_only=True):
+    kind: str = "suffix"
+    max_draft_tokens: int = 8
+    max_contexts: int = 1024
+
+
+def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
+    """The settings of one service. Raises ValueError naming the flag, variable or key that is wrong."""
+    flags = _flags(kind, argv)
+    values: dict[str, Any] = {}
+    if config := flags.pop("config", environ.get("TOKENMILL_CONFIG", "")):
+        values |= tomllib.loads(Path(config).read_text()).get(table, {})
+    for field in kind.__struct_fields__:
+        if (value := environ.get(f"TOKENMILL_{field.upper()}")) is not None:
+            values[field] = value
+    values |= flags
+    unknown = set(values) - set(kind.__struct_fields__)
+    if unknown:
+        raise ValueError(f"unknown settings for {table}: {', '.join(sorted(unknown))}")
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"bad setting for {table}: {error}") from None
+
+
+def to_flags(settings: Settings) -> list[str]:
+    """The command-line flags that `load` turns back into `settings`; defaults left out."""
+    defaults = type(settings)()
+    flags = []
+    for field in settings.__struct_fields__:
+        value = getattr(settings, field)
+        if value != getattr(defaults, field):
+            flags.append(f"--{field.replace('_', '-')}={value}")
+    return flags
+
+
+def _flags(kind: type[Settings], argv: Sequence[str]) -> dict[str, str]:
+    found = {}
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(f"expected a --flag, got {flag!r}")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
+        found[name.replace("-", "_")] = value
+    return found

@@ -1,0 +1,77 @@
+"""Subject -> who listens and what arrives there.
+
+Pure. Ids are lower-case words without dots; model names are encoded because they may hold anything.
+
+| subject                    | message                    | from -> to                                    |
+|----------------------------|----------------------------|-----------------------------------------------|
+| generate.<model>           | Generate                   | gateway -> one router (queue group `router`)  |
+| worker.<id>.generate       | Generate with a placement  | router -> that worker                         |
+| worker.<id>.cancel         | Cancel                     | gateway -> worker                             |
+| replies.<gateway>          | StepReplies                | worker, or a refusing router -> gateway       |
+| worker.<id>.kv             | KvEvents, KvSnapshot       | worker -> every router                        |
+| worker.<id>.kv_request     | SnapshotRequest            | router -> worker                              |
+| drafter.<id>.follow        | Follow                     | worker -> its drafter                         |
+| worker.<id>.drafts         | Drafts                     | drafter -> worker                             |
+| placed.<router>            | Generate, tokens left out  | router -> the other routers                   |
+| status.<kind>.<id>         | a Status                   | each -> all                                   |
+"""
+
+import re
+from urllib.parse import quote
+
+PREFIX = "mill.v1"
+ROUTER_QUEUE = "router"
+ALL_GENERATE = f"{PREFIX}.generate.*"
+ALL_KV = f"{PREFIX}.worker.*.kv"
+ALL_STATUS = f"{PREFIX}.status.>"
+ALL_PLACED = f"{PREFIX}.placed.*"
+
+_ID = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+def check_id(name: str) -> str:
+    """`name` unchanged if it can stand in a subject. Raises ValueError otherwise."""
+    if not _ID.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be an id: use lower-case letters, digits, '-' and '_'")
+    return name
+
+
+def generate(model: str) -> str:
+    # quote() leaves . and ~ alone; a dot would split the subject
+    return f"{PREFIX}.generate.{quote(model, safe='').replace('.', '%2E')}"
+
+
+def worker_generate(worker: str) -> str:
+    return f"{PREFIX}.worker.{worker}.generate"
+
+
+def worker_cancel(worker: str) -> str:
+    return f"{PREFIX}.worker.{worker}.cancel"
+
+
+def replies(gateway: str) -> str:
+    return f"{PREFIX}.replies.{gateway}"
+
+
+def worker_kv(worker: str) -> str:
+    return f"{PREFIX}.worker.{worker}.kv"
+
+
+def worker_kv_request(worker: str) -> str:
+    return f"{PREFIX}.worker.{worker}.kv_request"
+
+
+def drafter_follow(drafter: str) -> str:
+    return f"{PREFIX}.drafter.{drafter}.follow"
+
+
+def worker_drafts(worker: str) -> str:
+    return f"{PREFIX}.worker.{worker}.drafts"
+
+
+def placed(router: str) -> str:
+    return f"{PREFIX}.placed.{router}"
+
+
+def status(kind: str, name: str) -> str:
+    return f"{PREFIX}.status.{kind}.{name}"
