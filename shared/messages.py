@@ -6,7 +6,8 @@ Pure. Encoded as msgpack maps; `tests/shared/golden/` holds the bytes.
 
     gateway -> router -> worker      Generate, Cancel
     worker (router) -> gateway       StepReplies of Accepted | Tokens | Finished | Failed
-    worker -> routers                KvEvents of Stored | Removed | Cleared, KvSnapshot;  router -> worker SnapshotRequest
+    worker -> routers                KvEvents of Stored | Removed | Cleared, KvSnapshot;
+    router -> worker                 SnapshotRequest
     worker -> drafter                Follow of Open | Commit | Close
     drafter -> worker                Drafts of Proposal
     everyone -> everyone             WorkerStatus | RouterStatus | DrafterStatus | GatewayStatus
@@ -27,7 +28,7 @@ class Wire(Struct, omit_defaults=True, frozen=True, gc=False):
 # --- a request, on its way to a worker -------------------------------------------------------------------------------
 
 
-class Sampling(Wire):
+class Sampling(Wire, frozen=True):
     """How tokens are chosen. Temperature 0 is greedy. Noise is keyed by `seed` (design section 5)."""
 
     temperature: float = 1.0
@@ -37,13 +38,13 @@ class Sampling(Wire):
     seed: int = 0  # unsigned 64 bit
 
 
-class Residency(Wire):
+class Residency(Wire, frozen=True):
     """Where a request's tokens may be. Empty `zones`: anywhere. A zone `eu` allows `eu` and `eu-north1`."""
 
     zones: tuple[str, ...] = ()
 
 
-class Placement(Wire):
+class Placement(Wire, frozen=True):
     """A router's decision and the reason for it."""
 
     router: str
@@ -53,7 +54,7 @@ class Placement(Wire):
     policy: str = "cost"
 
 
-class Generate(Wire, tag="generate"):
+class Generate(Wire, frozen=True, tag="generate"):
     """One stream to produce. Immutable; a resubmission is a new attempt with `generated` filled.
 
     The worker continues behind `tokens + generated`; `max_tokens` counts `generated` too.
@@ -79,7 +80,7 @@ class Generate(Wire, tag="generate"):
     placement: Placement | None = None
 
 
-class Cancel(Wire, tag="cancel"):
+class Cancel(Wire, frozen=True, tag="cancel"):
     """Stop this request; every attempt up to and including `attempt`."""
 
     request_id: str
@@ -89,7 +90,7 @@ class Cancel(Wire, tag="cancel"):
 # --- what comes back to the gateway ----------------------------------------------------------------------------------
 
 
-class Accepted(Wire, tag="accepted"):
+class Accepted(Wire, frozen=True, tag="accepted"):
     """The worker has registered the request: nobody needs to send it again."""
 
     request_id: str
@@ -98,7 +99,7 @@ class Accepted(Wire, tag="accepted"):
     cached_tokens: int = 0
 
 
-class Tokens(Wire, tag="tokens"):
+class Tokens(Wire, frozen=True, tag="tokens"):
     """Tokens number `index`, `index + 1`, ... of the stream (number 0 is the first after the prompt).
 
     A stop token is delivered like any other; the gateway shows no text for it.
@@ -110,7 +111,7 @@ class Tokens(Wire, tag="tokens"):
     tokens: bytes
 
 
-class Finished(Wire, tag="finished"):
+class Finished(Wire, frozen=True, tag="finished"):
     """The last word on a stream that ended as asked. Times in seconds, counts in tokens."""
 
     request_id: str
@@ -128,7 +129,7 @@ class Finished(Wire, tag="finished"):
     decode_s: float = 0.0
 
 
-class Failed(Wire, tag="failed"):
+class Failed(Wire, frozen=True, tag="failed"):
     """The last word on a stream that did not. `retryable`: another attempt elsewhere may succeed."""
 
     request_id: str
@@ -142,7 +143,7 @@ class Failed(Wire, tag="failed"):
 Reply = Accepted | Tokens | Finished | Failed
 
 
-class StepReplies(Wire, tag="replies"):
+class StepReplies(Wire, frozen=True, tag="replies"):
     """All replies of one step for one gateway. `seq` counts 1, 2, ... per (sender, epoch, gateway)."""
 
     sender: str  # worker or router id
@@ -154,26 +155,26 @@ class StepReplies(Wire, tag="replies"):
 # --- KV events, for routers ------------------------------------------------------------------------------------------
 
 
-class Stored(Wire, tag="stored"):
+class Stored(Wire, frozen=True, tag="stored"):
     """These blocks can be reused from now on (packed hashes)."""
 
     hashes: bytes
 
 
-class Removed(Wire, tag="removed"):
+class Removed(Wire, frozen=True, tag="removed"):
     """These blocks are gone (packed hashes)."""
 
     hashes: bytes
 
 
-class Cleared(Wire, tag="cleared"):
+class Cleared(Wire, frozen=True, tag="cleared"):
     """All blocks are gone."""
 
 
 KvEvent = Stored | Removed | Cleared
 
 
-class KvEvents(Wire, tag="kv"):
+class KvEvents(Wire, frozen=True, tag="kv"):
     """Changes number `seq` of one worker's cache; `epoch` is new with each start of the worker."""
 
     worker: str
@@ -182,7 +183,7 @@ class KvEvents(Wire, tag="kv"):
     events: tuple[KvEvent, ...]
 
 
-class KvSnapshot(Wire, tag="kv_snapshot"):
+class KvSnapshot(Wire, frozen=True, tag="kv_snapshot"):
     """All reusable blocks as they stood after event `seq`; in `parts` messages, numbered from 0."""
 
     worker: str
@@ -193,7 +194,7 @@ class KvSnapshot(Wire, tag="kv_snapshot"):
     parts: int = 1
 
 
-class SnapshotRequest(Wire, tag="snapshot_request"):
+class SnapshotRequest(Wire, frozen=True, tag="snapshot_request"):
     """A router lost count and wants a `KvSnapshot`."""
 
     router: str
@@ -202,7 +203,7 @@ class SnapshotRequest(Wire, tag="snapshot_request"):
 # --- worker and drafter ----------------------------------------------------------------------------------------------
 
 
-class Open(Wire, tag="open"):
+class Open(Wire, frozen=True, tag="open"):
     """Follow this stream from here: `tokens` is everything so far."""
 
     request_id: str
@@ -215,7 +216,7 @@ class Open(Wire, tag="open"):
     traceparent: str = ""
 
 
-class Commit(Wire, tag="commit"):
+class Commit(Wire, frozen=True, tag="commit"):
     """The stream had `base_length` tokens (prompt included) and now these follow."""
 
     request_id: str
@@ -224,14 +225,14 @@ class Commit(Wire, tag="commit"):
     tokens: bytes
 
 
-class Close(Wire, tag="close"):
+class Close(Wire, frozen=True, tag="close"):
     """Forget this stream."""
 
     request_id: str
     attempt: int
 
 
-class Follow(Wire, tag="follow"):
+class Follow(Wire, frozen=True, tag="follow"):
     """What happened to a worker's streams in one step, for the drafter it chose."""
 
     worker: str
@@ -240,7 +241,7 @@ class Follow(Wire, tag="follow"):
     events: tuple[Open | Commit | Close, ...]
 
 
-class Proposal(Wire, tag="proposal"):
+class Proposal(Wire, frozen=True, tag="proposal"):
     """If the stream goes on with `assumed` behind `base_length`, then `tokens` are likely next."""
 
     request_id: str
@@ -250,7 +251,7 @@ class Proposal(Wire, tag="proposal"):
     assumed: bytes = b""
 
 
-class Drafts(Wire, tag="drafts"):
+class Drafts(Wire, frozen=True, tag="drafts"):
     """Proposals for one worker. Stale ones fall out by themselves."""
 
     drafter: str
@@ -261,7 +262,7 @@ class Drafts(Wire, tag="drafts"):
 # --- status: identity, load and heartbeat ----------------------------------------------------------------------------
 
 
-class WorkerStatus(Wire, tag="worker"):
+class WorkerStatus(Wire, frozen=True, tag="worker"):
     """A worker as others see it; twice a second and on change."""
 
     id: str
@@ -295,7 +296,7 @@ class WorkerStatus(Wire, tag="worker"):
     steps_total: int = 0
 
 
-class RouterStatus(Wire, tag="router"):
+class RouterStatus(Wire, frozen=True, tag="router"):
     """A router as others see it."""
 
     id: str
@@ -306,7 +307,7 @@ class RouterStatus(Wire, tag="router"):
     indexed_blocks: int = 0
 
 
-class DrafterStatus(Wire, tag="drafter"):
+class DrafterStatus(Wire, frozen=True, tag="drafter"):
     """A drafter as workers see it."""
 
     id: str
@@ -319,7 +320,7 @@ class DrafterStatus(Wire, tag="drafter"):
     proposed_total: int = 0
 
 
-class GatewayStatus(Wire, tag="gateway"):
+class GatewayStatus(Wire, frozen=True, tag="gateway"):
     """A gateway as workers see it: one that falls silent has its requests dropped."""
 
     id: str
@@ -342,7 +343,10 @@ def encode(message: Wire) -> bytes:
 
 
 def decode(data: bytes, kind: type[T]) -> T:
-    """The message behind `encode`. `kind` is a struct or a union of them. Raises `msgspec.DecodeError` on other bytes."""
+    """The message behind `encode`; `kind` is a struct or a union of them.
+
+    Raises `msgspec.DecodeError` on other bytes.
+    """
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
