@@ -1,0 +1,125 @@
+"""The `tokenmill` command.
+
+    tokenmill up      the whole mesh on this machine
+    tokenmill pull    fetch a model into the cache
+"""
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="An inference mesh for open-weight language models.")
+
+
+def main() -> None:
+    """Entry point: refuse to run when another project's package shadows one of ours."""
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != home:
+            where = spec.origin if spec else "nowhere"
+            sys.exit(f"the package {name!r} resolves to {where}, not to tokenmill in {home}: "
+                     "install tokenmill into an environment of its own (python -m venv)")
+    app()
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="default, a GGUF file, a model folder or a Hugging Face id")] = "default",
+         ) -> None:
+    """Fetch a model into the cache and compile the CPU step; both are kept."""
+    folder = _pull(model)
+    _compile()
+    typer.echo(str(folder))
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="port of the first gateway; others follow")] = 8000,
+    host: Annotated[str, typer.Option(help="address the gateways listen on")] = "127.0.0.1",
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    drafters: Annotated[int, typer.Option(min=0)] = 1,
+    routers: Annotated[int, typer.Option(min=1)] = 1,
+    gateways: Annotated[int, typer.Option(min=1)] = 1,
+    model: Annotated[str, typer.Option(help="default, a GGUF file, a model folder or a Hugging Face id")] = "default",
+    engine: Annotated[str, typer.Option(help="auto, cpu, cuda, mock or reference (float32, slow)")] = "auto",
+    nats: Annotated[str, typer.Option(help="URL of an existing NATS; default: an embedded one")] = "",
+    data: Annotated[Path | None, typer.Option(help="folder for logs and the broker's store")] = None,
+    all_in_one: Annotated[bool, typer.Option("--all-in-one", help="one process, no NATS")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="leave out the first answer")] = False,
+    otlp: Annotated[str, typer.Option(help="OTLP/HTTP endpoint for traces, e.g. http://127.0.0.1:4318")] = "",
+    log_level: Annotated[str, typer.Option()] = "info",
+    drain_s: Annotated[float, typer.Option(help="seconds running streams get at the end")] = 30.0,
+) -> None:
+    """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
+    from deploy import all_in_one as one_process
+    from deploy import up as processes
+    from deploy.paths import data_folder
+
+    if engine not in ("auto", "cpu", "cuda", "mock", "reference"):
+        processes.exit_with(f"--engine {engine!r} is unknown: choose auto, cpu, cuda, mock or reference")
+    folder = _pull(model)
+    if engine in ("auto", "cpu"):
+        _compile()
+    options = processes.Options(model=folder, data=data or data_folder(), host=host, port=port, gateways=gateways,
+                                routers=routers, workers=workers, drafters=drafters, engine=engine, nats=nats, quiet=quiet,
+                                otlp=otlp, log_level=log_level, drain_s=drain_s)
+    console = Console()
+    import uvloop
+
+    try:
+        if all_in_one:
+            uvloop.run(one_process.up(options, console))
+        else:
+            uvloop.run(processes.run(options, console))
+    except processes.UpFailed as error:
+        processes.exit_with(str(error))
+
+
+def _pull(ref: str) -> Path:
+    """Pull with a progress bar; a failure is one sentence and exit code 1."""
+    from deploy import pull as pulling
+
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                  console=console, transient=True) as progress:
+        tasks: dict[str, int] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(f"{ref}: {what}", total=total or None)
+            progress.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+        try:
+            return pulling.pull(ref, report)
+        except pulling.PullFailed as error:
+            message = str(error)
+    console.print(f"[red]{message}[/]", highlight=False)
+    raise SystemExit(1)
+
+
+def _compile() -> None:
+    """Compile the CPU step once; without a compiler say what that costs and go on."""
+    from kernels.native import build
+
+    console = Console(stderr=True)
+    if build.compiled() is not None:
+        return
+    with console.status("compiling the CPU step (once) ..."):
+        reason = build.available()
+        if reason is None:
+            build.build()
+    if reason:
+        console.print(f"[yellow]no fast CPU step: {reason}; the torch path serves, many times slower[/]", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
