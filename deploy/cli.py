@@ -1,23 +1,28 @@
 """The `tokenmill` command.
 
-    tokenmill up      the whole mesh on this machine
-    tokenmill pull    fetch a model into the cache
+tokenmill up      the whole mesh on this machine
+tokenmill pull    fetch a model into the cache
 """
 
-import asyncio
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
+MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id"
+ENGINES = ("auto", "cpu", "cuda", "mock", "reference")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="An inference mesh for open-weight language models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="An inference mesh for open-weight language models.",
+)
 
 
 def main() -> None:
@@ -27,14 +32,15 @@ def main() -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != home:
             where = spec.origin if spec else "nowhere"
-            sys.exit(f"the package {name!r} resolves to {where}, not to tokenmill in {home}: "
-                     "install tokenmill into an environment of its own (python -m venv)")
+            sys.exit(
+                f"the package {name!r} resolves to {where}, not to tokenmill in {home}: "
+                "install tokenmill into an environment of its own (python -m venv)"
+            )
     app()
 
 
 @app.command()
-def pull(model: Annotated[str, typer.Argument(help="default, a GGUF file, a model folder or a Hugging Face id")] = "default",
-         ) -> None:
+def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "default") -> None:
     """Fetch a model into the cache and compile the CPU step; both are kept."""
     folder = _pull(model)
     _compile()
@@ -49,7 +55,7 @@ def up(
     drafters: Annotated[int, typer.Option(min=0)] = 1,
     routers: Annotated[int, typer.Option(min=1)] = 1,
     gateways: Annotated[int, typer.Option(min=1)] = 1,
-    model: Annotated[str, typer.Option(help="default, a GGUF file, a model folder or a Hugging Face id")] = "default",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
     engine: Annotated[str, typer.Option(help="auto, cpu, cuda, mock or reference (float32, slow)")] = "auto",
     nats: Annotated[str, typer.Option(help="URL of an existing NATS; default: an embedded one")] = "",
     data: Annotated[Path | None, typer.Option(help="folder for logs and the broker's store")] = None,
@@ -60,28 +66,36 @@ def up(
     drain_s: Annotated[float, typer.Option(help="seconds running streams get at the end")] = 30.0,
 ) -> None:
     """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
-    from deploy import all_in_one as one_process
-    from deploy import up as processes
+    import uvloop
+
+    from deploy import up as bring_up
+    from deploy.local_mesh import Options, UpFailed
     from deploy.paths import data_folder
 
-    if engine not in ("auto", "cpu", "cuda", "mock", "reference"):
-        processes.exit_with(f"--engine {engine!r} is unknown: choose auto, cpu, cuda, mock or reference")
+    if engine not in ENGINES:
+        _leave(f"--engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
     folder = _pull(model)
     if engine in ("auto", "cpu"):
         _compile()
-    options = processes.Options(model=folder, data=data or data_folder(), host=host, port=port, gateways=gateways,
-                                routers=routers, workers=workers, drafters=drafters, engine=engine, nats=nats, quiet=quiet,
-                                otlp=otlp, log_level=log_level, drain_s=drain_s)
-    console = Console()
-    import uvloop
-
+    options = Options(
+        model=folder,
+        data=data or data_folder(),
+        host=host,
+        port=port,
+        gateways=gateways,
+        routers=routers,
+        workers=workers,
+        drafters=drafters,
+        engine=engine,
+        nats=nats,
+        otlp=otlp,
+        log_level=log_level,
+        drain_s=drain_s,
+    )
     try:
-        if all_in_one:
-            uvloop.run(one_process.up(options, console))
-        else:
-            uvloop.run(processes.run(options, console))
-    except processes.UpFailed as error:
-        processes.exit_with(str(error))
+        uvloop.run(bring_up.run(options, Console(), one_process=all_in_one, quiet=quiet))
+    except UpFailed as error:
+        _leave(str(error))
 
 
 def _pull(ref: str) -> Path:
@@ -89,8 +103,14 @@ def _pull(ref: str) -> Path:
     from deploy import pull as pulling
 
     console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                  console=console, transient=True) as progress:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
         tasks: dict[str, int] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -101,9 +121,8 @@ def _pull(ref: str) -> Path:
         try:
             return pulling.pull(ref, report)
         except pulling.PullFailed as error:
-            message = str(error)
-    console.print(f"[red]{message}[/]", highlight=False)
-    raise SystemExit(1)
+            reason = str(error)
+    _leave(reason)
 
 
 def _compile() -> None:
@@ -118,7 +137,13 @@ def _compile() -> None:
         if reason is None:
             build.build()
     if reason:
-        console.print(f"[yellow]no fast CPU step: {reason}; the torch path serves, many times slower[/]", highlight=False)
+        console.print(f"[yellow]no fast CPU step: {reason}; the torch path serves, slowly[/]", highlight=False)
+
+
+def _leave(reason: str) -> NoReturn:
+    """One clear sentence, exit code 1."""
+    Console(stderr=True).print(f"[red]{reason}[/]", highlight=False)
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

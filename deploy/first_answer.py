@@ -27,14 +27,24 @@ class Answer:
         return (self.completion_tokens - 1) / decode_s if decode_s > 0 and self.completion_tokens > 1 else 0.0
 
 
-async def ask(url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64) -> Answer:
+async def ask(
+    url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64
+) -> Answer:
     """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises httpx.HTTPError."""
     answer = Answer()
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
-            "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     start = time.perf_counter()
-    async with (httpx.AsyncClient(timeout=120.0, trust_env=False) as client,
-                client.stream("POST", f"{url}/v1/chat/completions", json=body) as response):
+    async with (
+        httpx.AsyncClient(timeout=120.0, trust_env=False) as client,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+    ):
         if response.status_code != 200:
             await response.aread()
         response.raise_for_status()

@@ -48,11 +48,16 @@ def _state(child: Child, status: Status | None) -> str:
 def _figures(status: Status | None) -> tuple[str, str, str, str]:
     match status:
         case WorkerStatus():
-            accepted = status.accepted_draft_tokens_total / status.draft_tokens_total if status.draft_tokens_total else None
-            return (f"{status.running} running, {status.waiting} waiting", f"{status.decode_tok_s:.0f}",
-                    f"{status.blocks_used}/{status.blocks_total}", "-" if accepted is None else f"{accepted:.0%}")
+            drafted, accepted = status.draft_tokens_total, status.accepted_draft_tokens_total
+            return (
+                f"{status.running} running, {status.waiting} waiting",
+                f"{status.decode_tok_s:.0f}",
+                f"{status.blocks_used}/{status.blocks_total}",
+                f"{accepted / drafted:.0%}" if drafted else "-",
+            )
         case RouterStatus():
-            return (f"{status.placed_total} placed, {status.refused_total} refused", "", f"{status.indexed_blocks} known", "")
+            load = f"{status.placed_total} placed, {status.refused_total} refused"
+            return (load, "", f"{status.indexed_blocks} known", "")
         case DrafterStatus():
             return (f"{status.following} followed", "", "", "")
         case GatewayStatus():

