@@ -1,0 +1,103 @@
+"""What a benchmark ran on, and how disturbed it was.
+
+A shared machine loses time to its neighbours (`steal` in /proc/stat) and to other processes; a figure without both
+beside it means little.
+"""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def describe() -> dict[str, object]:
+    """Processor, memory, versions, commit and date."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in ("torch", "numpy", "nats-py", "msgspec", "uvicorn", "uvloop")},
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+class Disturbance:
+    """Cores lost while a block ran: `with Disturbance() as lost: ...; lost.steal_cores`."""
+
+    steal_cores = 0.0
+    busy_cores = 0.0
+
+    def __enter__(self) -> "Disturbance":
+        self._start = (time.perf_counter(), *_stat())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        wall_s, busy_s, steal_s = (
+            now - then for now, then in zip((time.perf_counter(), *_stat()), self._start, strict=True)
+        )
+        self.steal_cores = round(steal_s / wall_s, 3)
+        self.busy_cores = round(busy_s / wall_s, 3)
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """User and system time so far of these processes and all their descendants."""
+    parents: dict[int, tuple[int, float]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:  # it ended meanwhile
+                continue
+            parents[int(entry.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS_PER_S)
+    wanted = set(pids)
+    while more := {pid for pid, (parent, _) in parents.items() if parent in wanted} - wanted:
+        wanted |= more
+    return sum(parents[pid][1] for pid in wanted if pid in parents)
+
+
+def peak_rss_mib(pid: int | None = None) -> float:
+    """The most memory a process has held (VmHWM); of this process without `pid`."""
+    if pid is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _stat() -> tuple[float, float]:
+    user, nice, system, _, _, irq, soft, steal, *_ = (
+        int(field) for field in Path("/proc/stat").read_text().split()[1:11]
+    )
+    return (user + nice + system + irq + soft) / TICKS_PER_S, steal / TICKS_PER_S
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    wide = [flag for flag in ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
+    return f"{name} ({' '.join(wide)})"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return found.stdout.strip() or "-"
