@@ -2,9 +2,9 @@
 
     python -m deploy.bench.mesh [--streams 1,32,256] [--requests N] [--max-tokens 64] [--json FILE]
 
-Real processes over a real nats-server on loopback. The mock engine's steps are made short, so that what is measured is
-the path of a token and not the pretended network. `chunks_per_cpu_s` counts the CPU seconds of all our processes and the
-broker's, and is the figure to compare on a noisy machine.
+Real processes over a real nats-server on loopback. The steps of the mock engine are short, so that what is measured is
+the path of a token and not the pretended network. `chunks_per_cpu_s` counts the CPU seconds of all our processes and
+the broker; it is the figure to compare on a noisy machine.
 """
 
 import argparse
