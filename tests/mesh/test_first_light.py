@@ -1,0 +1,78 @@
+"""The whole mesh as a user meets it: the official client, the shared prefix, one trace through all services."""
+
+import asyncio
+
+import openai
+import pytest
+
+from deploy.local_mesh import LocalMesh
+from gateway.model_files import load_card
+from tests.mesh.streams import chat, read
+from tests.otlp_receiver import OtlpReceiver, Span
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+async def test_the_official_client_streams_a_sensible_answer_with_usage(mesh: LocalMesh) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{mesh.url}/v1", api_key="none")
+    text, usage = "", None
+    stream = await client.chat.completions.create(
+        model=load_card(mesh.options.model).name,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=32,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert "Paris" in text
+    assert usage is not None and usage.prompt_tokens + usage.completion_tokens == usage.total_tokens
+    whole = await client.chat.completions.create(
+        model=load_card(mesh.options.model).name,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=32,
+    )
+    assert whole.choices[0].message.content == text
+    assert whole.usage is not None and whole.usage.completion_tokens == usage.completion_tokens
+    await client.close()
+
+
+async def test_a_shared_prefix_is_found_on_the_worker_that_has_it(mesh: LocalMesh) -> None:
+    name = load_card(mesh.options.model).name
+    prefix = " ".join(f"Rule {i}: the {i}th miller pays {i * 7} coins." for i in range(150))
+    first = await read(mesh.url, chat(name, prefix + " Who pays most?", max_tokens=4))
+    assert first.usage["prompt_tokens"] > 2000
+    busy = [
+        asyncio.create_task(read(mesh.url, chat(name, f"{i}: count to a hundred", max_tokens=64))) for i in range(4)
+    ]
+    second = await read(mesh.url, chat(name, prefix + " Who pays least?", max_tokens=4))
+    assert second.usage["mill"]["worker"] == first.usage["mill"]["worker"]
+    assert second.usage["prompt_tokens_details"]["cached_tokens"] >= 2000
+    await asyncio.gather(*busy)
+
+
+async def test_one_request_is_one_trace_through_all_four_services(mesh: LocalMesh, otlp: OtlpReceiver) -> None:
+    name = load_card(mesh.options.model).name
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    parent = "00f067aa0ba902b7"
+    await read(
+        mesh.url,
+        chat(name, "Say yes ten times: yes yes yes yes yes yes yes yes yes yes. Again:", max_tokens=32),
+        headers={"traceparent": f"00-{trace}-{parent}-01"},
+    )
+
+    def mine() -> list[Span]:
+        return [span for span in otlp.spans if span.trace_id == trace]
+
+    async with asyncio.timeout(30):
+        while {span.service for span in mine()} < {"gateway", "router", "worker", "drafter"}:
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(0)
+    spans = {span.span_id: span for span in mine()}
+    roots = [span for span in spans.values() if span.parent_id not in spans]
+    assert [(root.service, root.parent_id) for root in roots] == [("gateway", parent)]
+    names = {span.name for span in spans.values() if span.service == "worker"}
+    assert {"queue", "prefill", "decode"} <= names
