@@ -113,11 +113,12 @@ def show(report: dict[str, object]) -> None:
     rows = report["rows"]
     assert isinstance(rows, list)
     table = Table(box=None)
-    for title in rows[0]:
+    titles = list(dict.fromkeys(title for figures in rows for title in figures))
+    for title in titles:
         table.add_column(title, justify="right")
     for figures in rows:
-        table.add_row(*(str(value) for value in figures.values()))
-    Console(width=200).print(table)
+        table.add_row(*("-" if figures.get(title) is None else str(figures[title]) for title in titles))
+    Console().print(table)
 
 
 if __name__ == "__main__":
