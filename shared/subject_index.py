@@ -4,6 +4,7 @@ A trie over the tokens of the patterns; what a subject matched is remembered unt
 publish costs one dictionary look-up. Pure.
 """
 
+from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ def matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(tokens) and all(w in ("*", t) for w, t in zip(wanted, tokens, strict=True))
 
 
+@lru_cache(REMEMBERED_SUBJECTS)
 def check_subject(subject: str) -> None:
     """Raises ValueError when nothing can be published to `subject`."""
     check_pattern(subject)
