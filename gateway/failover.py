@@ -1,0 +1,370 @@
+"""One stream's life across its attempts: what was delivered, who works on it, and what to do when that goes wrong.
+
+Rule: the tokens a client has are the truth; every attempt continues behind them, and by law 1 they fit. Whoever calls
+performs the returned actions in order. A stream that has ended answers every input with nothing.
+Pure: no clock and no bus; `now_s` is monotonic seconds.
+
+    submitted --Accepted, Tokens--> running --Finished--> ended
+        ^   \\                        |
+        |    `- nobody accepted ------+-- gap, death, lost reply, stall, retryable failure
+        |                             v
+        +----- after a pause ----- waiting          (refusals and deaf meshes wait longer each time)
+
+What counts against `max_attempts`: attempts that were lost or failed. What does not: publishes that nobody heard and
+refusals once tokens were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
+"""
+
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes, split_hashes
+from shared.errors import (
+    DeadlineExceeded,
+    MeshUnavailable,
+    MillError,
+    NoEligibleWorker,
+    Overloaded,
+    WorkerFailed,
+    from_code,
+)
+from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Reply, Tokens
+from shared.tokens import pack, unpack
+
+_PAUSE_S = 0.1  # first pause before a publish is repeated; doubles each time
+_MAX_PAUSE_S = 2.0
+_RETRY_AFTER_S = 1.0
+
+
+class Limits(Struct, frozen=True):
+    """How patient the gateway is. Seconds and counts."""
+
+    accept_s: float = 2.0  # for a worker to take an attempt
+    stall_s: float = 20.0  # between tokens
+    # An accepted stream may queue this long for its first token: longer than routers let anybody queue, because sending
+    # waiting streams again is what turns an overload into a collapse.
+    queue_s: float = 90.0
+    suspect_s: float = 1.0  # after a lost reply, for the stream to show that it lives
+    max_attempts: int = 4
+    max_deaths: int = 2  # workers that may die under one stream and it is still sent on
+    max_barren_deaths: int = 2  # deaths without a token of that attempt: the mark of a request that kills workers
+
+
+class Deliver(Struct, frozen=True):
+    """The next tokens of the stream, each once, in order."""
+
+    tokens: list[int]
+
+
+class Submit(Struct, frozen=True):
+    """Publish this attempt. `cause` is empty for the first, otherwise why it is not the first."""
+
+    message: Generate
+    cause: str = ""
+
+
+class SendCancel(Struct, frozen=True):
+    """Tell `worker` to stop an attempt that nobody listens to."""
+
+    worker: str
+    message: Cancel
+
+
+class Finish(Struct, frozen=True):
+    """The stream is whole. `message.completion_tokens` is what was delivered."""
+
+    message: Finished
+
+
+class Fail(Struct, frozen=True):
+    """The stream ends with an error."""
+
+    error: MillError
+
+
+Action = Deliver | Submit | SendCancel | Finish | Fail
+
+
+class StreamState:
+    """One stream. `request` is its first attempt; `deadline_s` is on the caller's monotonic clock."""
+
+    __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_excluded", "_first_of_attempt", "_pause_s",
+                 "_progress_s", "_prompt_hashes", "_resume_s", "_since_s", "_suspect_s", "_tries", "_unheard_since_s",
+                 "attempt", "cached_tokens", "deadline_s", "delivered", "epoch", "limits", "request", "state", "worker")
+
+    def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
+        self.request = request
+        self.limits = limits
+        self.deadline_s = deadline_s
+        self.delivered: list[int] = []
+        self.attempt = request.attempt
+        self.state = "new"  # submitted, running, waiting, ended
+        self.worker = ""  # of the current attempt
+        self.epoch = 0
+        self.cached_tokens = 0
+        self._prompt_hashes = split_hashes(request.block_hashes)
+        self._excluded: tuple[str, ...] = request.exclude_workers
+        self._tries = 1
+        self._deaths = 0
+        self._barren_deaths = 0
+        self._accepted_once = False
+        self._first_of_attempt = 0
+        self._pause_s = _PAUSE_S
+        self._since_s = 0.0  # when the present state began
+        self._progress_s = 0.0  # when a token last came, or the stream began
+        self._resume_s = 0.0  # waiting: when to publish
+        self._suspect_s: float | None = None
+        self._unheard_since_s: float | None = None
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def start(self, now_s: float) -> list[Action]:
+        """Publish the first attempt."""
+        self._progress_s = now_s
+        self._enter("submitted", now_s)
+        return [Submit(self.request)]
+
+    def hear(self, reply: Reply, sender: str, epoch: int, now_s: float) -> list[Action]:
+        """One reply about this request, from whatever attempt and sender."""
+        if self.state == "ended":
+            return []
+        if reply.attempt != self.attempt:
+            return _cancel_stale(reply, sender)
+        match reply:
+            case Accepted():
+                return self._on_accepted(reply, sender, epoch, now_s)
+            case Tokens():
+                return self._on_tokens(reply, sender, epoch, now_s)
+            case Finished():
+                return self._on_finished(reply, sender, now_s)
+            case Failed():
+                return self._on_failed(reply, sender, now_s)
+
+    def unheard(self, attempt: int, now_s: float) -> list[Action]:
+        """Nobody listens where `attempt` was published, or there is no bus: try again, for a while."""
+        if self.state != "submitted" or attempt != self.attempt:
+            return []
+        if self._unheard_since_s is None:
+            self._unheard_since_s = now_s
+        patience_s = self.limits.stall_s if self.delivered else self.limits.accept_s
+        if now_s - self._unheard_since_s >= patience_s:
+            return self._fail(MeshUnavailable("no router is listening: start one (tokenmill up), or retry shortly",
+                                              retry_after_s=_RETRY_AFTER_S))
+        self._wait(now_s)
+        return []
+
+    def worker_died(self, worker: str, now_s: float, back_in_epoch: int | None = None) -> list[Action]:
+        """`worker` fell silent, or is back in a later epoch and has forgotten everything."""
+        if self.state != "running" or worker != self.worker:
+            return []
+        if back_in_epoch is not None and back_in_epoch <= self.epoch:
+            return []
+        self._deaths += 1
+        self._barren_deaths += len(self.delivered) == self._first_of_attempt
+        return self._resubmit("worker_died", now_s, exclude=worker if back_in_epoch is None else "", cancel=False)
+
+    def lost_reply(self, worker: str, now_s: float) -> list[Action]:
+        """A message of `worker` went missing and may have been about this stream: watch it."""
+        if self.state == "running" and worker == self.worker and self._suspect_s is None:
+            self._suspect_s = now_s + self.limits.suspect_s
+        return []
+
+    def cancel(self) -> list[Action]:
+        """Nobody wants the rest: the client left, or a stop string matched."""
+        if self.state == "ended":
+            return []
+        self.state = "ended"
+        return self._cancel_current()
+
+    def give_up(self, error: MillError) -> list[Action]:
+        """End with an error of the caller's, for instance because the gateway itself must stop."""
+        return [] if self.state == "ended" else self._cancel_current() + self._fail(error)
+
+    def tick(self, now_s: float, queueing: bool = False) -> list[Action]:
+        """Time has passed. `queueing`: the worker says that requests wait there for their first token."""
+        if self.state == "ended":
+            return []
+        if now_s >= self.deadline_s:
+            return self.give_up(DeadlineExceeded("the request's deadline passed before the last token: ask for fewer "
+                                                 "tokens or raise the timeout"))
+        if self.state == "waiting":
+            return self._publish("unheard" if self._unheard_since_s is not None else "refused", now_s) \
+                if now_s >= self._resume_s else []
+        waited_s = now_s - self._since_s
+        if self.state == "submitted":
+            return self._resubmit("not_accepted", now_s) if waited_s >= self.limits.accept_s else []
+        barren = len(self.delivered) == self._first_of_attempt
+        if self._suspect_s is not None and now_s >= self._suspect_s and not (barren and queueing):
+            return self._resubmit("lost_reply", now_s)
+        if waited_s >= (max(self.limits.queue_s, self.limits.stall_s) if barren else self.limits.stall_s):
+            return self._resubmit("stalled", now_s, exclude=self.worker)
+        return []
+
+    # --- replies of the current attempt -------------------------------------------------------------------------------
+
+    def _on_accepted(self, reply: Accepted, sender: str, epoch: int, now_s: float) -> list[Action]:
+        extra = self._own(sender, epoch, now_s)
+        if not extra:
+            self.cached_tokens = max(self.cached_tokens, reply.cached_tokens)
+        return extra
+
+    def _on_tokens(self, reply: Tokens, sender: str, epoch: int, now_s: float) -> list[Action]:
+        actions = self._own(sender, epoch, now_s)
+        if reply.index > len(self.delivered):
+            return actions or self._resubmit("gap", now_s)
+        fresh = unpack(reply.tokens)[len(self.delivered) - reply.index:]
+        fresh = fresh[:self.request.max_tokens - len(self.delivered)]
+        if not fresh:
+            return actions
+        self.delivered += fresh
+        self._progress_s = self._since_s = now_s
+        self._pause_s = _PAUSE_S
+        # its last word should be in the same message: if it got lost, do not wait for a stall
+        self._suspect_s = now_s + self.limits.suspect_s if self._end_reason() else None
+        return [Deliver(fresh), *actions]
+
+    def _on_finished(self, reply: Finished, sender: str, now_s: float) -> list[Action]:
+        whole = reply.completion_tokens == len(self.delivered) and reply.reason != "cancelled"
+        if whole:
+            return self._finish(reply)
+        if self.worker and sender != self.worker:
+            return []
+        return self._resubmit("cancelled" if reply.reason == "cancelled" else "gap", now_s)
+
+    def _on_failed(self, reply: Failed, sender: str, now_s: float) -> list[Action]:
+        if self.worker and sender != self.worker:
+            return []  # a second copy of the request was refused elsewhere
+        error = from_code(reply.code, reply.message, reply.retry_after_s or None)
+        if reply.retryable and (self.worker or not isinstance(error, Overloaded)):
+            return self._resubmit("worker_failed", now_s, exclude=sender, cancel=False)
+        if isinstance(error, NoEligibleWorker) and self._excluded:
+            self._excluded = ()  # better the worker that failed once than none
+        elif not self.delivered or not (reply.retryable or isinstance(error, NoEligibleWorker)):
+            return self._fail(error)
+        if now_s - self._progress_s >= self.limits.stall_s:
+            return self._fail(error)
+        self._next_attempt()
+        self._wait(now_s)
+        return []
+
+    # --- what inputs have in common -----------------------------------------------------------------------------------
+
+    def _own(self, sender: str, epoch: int, now_s: float) -> list[Action]:
+        """Take `sender` for the attempt's worker; a second one (the request was duplicated) is told to stop."""
+        if self.worker and sender != self.worker:
+            return [SendCancel(sender, Cancel(self.request.request_id, self.attempt))]
+        if self.state != "running":
+            self.worker, self.epoch = sender, epoch
+            self._accepted_once = True
+            self._unheard_since_s = None
+            self._enter("running", now_s)
+        return []
+
+    def _resubmit(self, cause: str, now_s: float, exclude: str = "", cancel: bool = True) -> list[Action]:
+        """Send what is left to do on its way again, unless there is nothing left or this happened too often."""
+        actions = self._cancel_current() if cancel else []
+        if reason := self._end_reason():
+            return [*actions, *self._finish(Finished(
+                request_id=self.request.request_id, attempt=self.attempt, reason=reason, worker=self.worker,
+                prompt_tokens=len(self.request.tokens) // 4, cached_tokens=self.cached_tokens))]
+        if self._deaths > self.limits.max_deaths or self._barren_deaths >= self.limits.max_barren_deaths:
+            return [*actions, *self._fail(WorkerFailed(f"{self._deaths} workers died while serving this request: it is "
+                                                       "not sent to another"))]
+        if self._tries >= self.limits.max_attempts:
+            return [*actions, *self._fail(self._used_up(cause))]
+        self._tries += 1
+        if exclude and exclude not in self._excluded:
+            self._excluded = (*self._excluded, exclude)
+        self._next_attempt()
+        return [*actions, *self._publish(cause, now_s)]
+
+    def _used_up(self, cause: str) -> MillError:
+        if self._accepted_once:
+            return WorkerFailed(f"gave up after {self._tries} attempts, the last one ended by: {cause}")
+        return MeshUnavailable(f"no worker took the request in {self._tries} attempts of {self.limits.accept_s:g} s",
+                               retry_after_s=_RETRY_AFTER_S)
+
+    def _next_attempt(self) -> None:
+        self.attempt += 1
+        self.worker = ""
+        self._first_of_attempt = len(self.delivered)
+        self._unheard_since_s = None
+
+    def _publish(self, cause: str, now_s: float) -> list[Action]:
+        self._enter("submitted", now_s)
+        return [Submit(msgspec.structs.replace(
+            self.request, attempt=self.attempt, generated=pack(self.delivered), exclude_workers=self._excluded,
+            block_hashes=self._hashes()), cause)]
+
+    def _hashes(self) -> bytes:
+        """The chain over prompt and delivered tokens; the prompt's part is not computed again."""
+        if not self.request.block_hashes and len(self.request.tokens) >= 4 * BLOCK_SIZE_TOKENS:
+            return b""  # the caller works without hashes
+        done = self._prompt_hashes
+        tail = unpack(self.request.tokens[4 * BLOCK_SIZE_TOKENS * len(done):]) + self.delivered
+        rest = hash_chain(tail, self.request.cache_salt, parent=done[-1] if done else b"")
+        return self.request.block_hashes + join_hashes(rest)
+
+    def _wait(self, now_s: float) -> None:
+        self._enter("waiting", now_s)
+        self._resume_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
+
+    def _enter(self, state: str, now_s: float) -> None:
+        self.state, self._since_s, self._suspect_s = state, now_s, None
+
+    def _end_reason(self) -> Literal["stop", "length"] | None:
+        """How the stream ended, if what was delivered already is all of it."""
+        if self.delivered and self.delivered[-1] in self.request.stop_token_ids:
+            return "stop"
+        return "length" if len(self.delivered) >= self.request.max_tokens else None
+
+    def _finish(self, message: Finished) -> list[Action]:
+        self.state = "ended"
+        return [Finish(msgspec.structs.replace(message, completion_tokens=len(self.delivered)))]
+
+    def _fail(self, error: MillError) -> list[Action]:
+        self.state = "ended"
+        return [Fail(error)]
+
+    def _cancel_current(self) -> list[Action]:
+        return [SendCancel(self.worker, Cancel(self.request.request_id, self.attempt))] if self.worker else []
+
+
+class Senders:
+    """Counts `StepReplies` per sender and start of it, to notice the ones that never came."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._last: dict[str, tuple[int, int]] = {}  # sender -> (epoch, seq)
+
+    def heard(self, sender: str, epoch: int, seq: int) -> str:
+        """Note one message: "fine", "gap" (one before it is missing) or "restarted" (a new life of the sender)."""
+        known = self._last.get(sender)
+        if known is None or epoch > known[0]:
+            self._note(sender, epoch, seq)
+            return "fine" if known is None else "restarted"
+        if epoch < known[0] or seq <= known[1]:
+            return "fine"  # late or twice: indices sort it out
+        self._note(sender, epoch, seq)
+        return "fine" if seq == known[1] + 1 else "gap"
+
+    def told(self, sender: str, epoch: int, sent: int) -> bool:
+        """Note that `sender` says it has sent up to `sent`. Returns whether something is missing, once per loss."""
+        known = self._last.get(sender)
+        if known is None or epoch != known[0] or sent <= known[1]:
+            return False
+        self._note(sender, epoch, sent)
+        return True
+
+    def _note(self, sender: str, epoch: int, seq: int) -> None:
+        if sender not in self._last and len(self._last) >= self._most:
+            del self._last[next(iter(self._last))]
+        self._last[sender] = (epoch, seq)
+
+
+def _cancel_stale(reply: Reply, sender: str) -> list[Action]:
+    if isinstance(reply, Accepted | Tokens):
+        return [SendCancel(sender, Cancel(reply.request_id, reply.attempt))]
+    return []

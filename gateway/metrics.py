@@ -1,0 +1,103 @@
+"""What Prometheus sees of a gateway.
+
+Rules: the `gen_ai_server_*` histograms have the buckets of OpenTelemetry's conventions, the `mill_*` ones finer
+buckets, because 10 ms per token is slow here; worker gauges are read from the fleet when scraped, not kept in step.
+One registry per gateway, so that several can live in one process.
+"""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shared.messages import WorkerStatus
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_FINE_FIRST_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 1.0, 1.5,
+                       2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
+_FINE_PER_TOKEN_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0065, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.03,
+                     0.04, 0.06, 0.1, 0.2, 0.5, 1.0)
+
+_WORKER_GAUGES = (
+    ("running", "Streams in the batch."),
+    ("waiting", "Streams that wait for their turn."),
+    ("queued_tokens", "Prompt tokens still to compute."),
+    ("blocks_total", "KV blocks."),
+    ("blocks_used", "KV blocks held by running streams."),
+    ("decode_tok_s", "Tokens per second, decoding."),
+    ("prefill_tok_s", "Tokens per second, prefill, as measured."),
+    ("tokens_total", "Tokens sampled since the worker started."),
+    ("draft_tokens_total", "Draft tokens verified since the worker started."),
+    ("accepted_draft_tokens_total", "Draft tokens accepted since the worker started."),
+    ("steps_total", "Steps since the worker started."),
+    ("price_usd_per_hour", "What the worker costs."),
+)
+
+
+class Metrics:
+    """All figures of one gateway. `workers` lists the workers heard lately."""
+
+    def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self.requests = Counter("mill_gateway_requests", "HTTP requests by route and status.", ["route", "status"],
+                                registry=own)
+        self.active = Gauge("mill_gateway_active_streams", "Streams under way.", registry=own)
+        self.prompt_tokens = Counter("mill_gateway_prompt_tokens", "Prompt tokens of finished requests.", registry=own)
+        self.cached_tokens = Counter("mill_gateway_cached_tokens", "Prompt tokens that were cached.", registry=own)
+        self.completion_tokens = Counter("mill_gateway_completion_tokens", "Tokens delivered to clients.", registry=own)
+        self.draft_tokens = Counter("mill_gateway_draft_tokens", "Draft tokens verified.", registry=own)
+        self.accepted_draft_tokens = Counter("mill_gateway_accepted_draft_tokens", "Draft tokens accepted.",
+                                             registry=own)
+        self.resubmissions = Counter("mill_gateway_resubmissions", "Attempts after the first, by cause.", ["cause"],
+                                     registry=own)
+        self.lost_messages = Counter("mill_gateway_lost_messages", "Gaps in the numbering of replies.", registry=own)
+        self.cancels = Counter("mill_gateway_cancels", "Cancels sent to workers.", registry=own)
+        self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
+        served = ["gen_ai_operation_name", "gen_ai_request_model"]
+        self._duration = Histogram("gen_ai_server_request_duration_seconds", "Whole requests.",
+                                   [*served, "error_type"], buckets=_DURATION_S, registry=own)
+        self._first_token = Histogram("gen_ai_server_time_to_first_token_seconds", "Request to first token.", served,
+                                      buckets=_FIRST_TOKEN_S, registry=own)
+        self._per_token = Histogram("gen_ai_server_time_per_output_token_seconds", "Per token after the first.",
+                                    served, buckets=_PER_TOKEN_S, registry=own)
+        self._fine_first_token = Histogram("mill_time_to_first_token_seconds", "Request to first token.",
+                                           buckets=_FINE_FIRST_TOKEN_S, registry=own)
+        self._fine_per_token = Histogram("mill_time_per_output_token_seconds", "Per token after the first.",
+                                         buckets=_FINE_PER_TOKEN_S, registry=own)
+        self.registry.register(_Workers(workers))
+
+    def ended(self, operation: str, model: str, duration_s: float, error: str = "") -> None:
+        """Note one whole request; `error` is its code, empty for success."""
+        self._duration.labels(operation, model, error).observe(duration_s)
+
+    def stream_ended(self, operation: str, model: str, first_token_s: float, last_token_s: float, tokens: int) -> None:
+        """Note one whole stream: seconds from the request to its first and last token, and how many it had."""
+        self._first_token.labels(operation, model).observe(first_token_s)
+        self._fine_first_token.observe(first_token_s)
+        if tokens > 1:
+            per_token_s = (last_token_s - first_token_s) / (tokens - 1)
+            self._per_token.labels(operation, model).observe(per_token_s)
+            self._fine_per_token.observe(per_token_s)
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class _Workers(Collector):
+    def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        seen = list(self._workers())
+        for field, help_text in _WORKER_GAUGES:
+            gauge = GaugeMetricFamily(f"mill_worker_{field}", help_text, labels=["worker", "model", "zone", "sku"])
+            for worker in seen:
+                gauge.add_metric([worker.id, worker.model, worker.zone, worker.sku], getattr(worker, field))
+            yield gauge

@@ -1,0 +1,182 @@
+"""`POST /v1/chat/completions`: what comes in, and the exact shape of what goes out.
+
+A stream is: a chunk with the role and empty content, chunks of content whose finish_reason is null, one chunk with an
+empty delta and the reason; then, only if asked for, a chunk without choices that carries the usage.
+Pure. Field order is the order on the wire.
+"""
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+from gateway.openai.common import Usage, encode
+from gateway.openai.parameters import Options, Parameters, options, refuse
+from shared.errors import BadRequest
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+class Part(Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(Struct, kw_only=True):
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(Parameters, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    # not supported yet
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+
+
+def chat_options(body: ChatRequest) -> Options:
+    """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`."""
+    for name in ("top_logprobs", "tools", "functions", "audio", "web_search_options", "chat_template",
+                 "chat_template_kwargs", "continue_final_message", "echo"):
+        if getattr(body, name):
+            raise refuse(name)
+    for name in ("tool_choice", "function_call"):
+        if getattr(body, name) not in (None, "none", "auto"):
+            raise refuse(name)
+    if body.modalities not in (None, [], ["text"]):
+        raise refuse("modalities", 'send ["text"] or leave it out')
+    if body.max_completion_tokens is not None:
+        return options(body, body.max_completion_tokens, "max_completion_tokens")
+    return options(body, body.max_tokens)
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages as a chat template reads them: text only, `developer` spoken as `system`.
+
+    Raises BadRequest for a role that does not exist and for parts that are not text.
+    """
+    if not messages:
+        raise BadRequest("messages must hold at least one message", param="messages")
+    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _template_message(message: Message, where: str) -> dict[str, Any]:
+    if message.role not in ROLES:
+        raise BadRequest(f"{where}.role must be one of {', '.join(ROLES)}; got {message.role!r}", param=where)
+    found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role,
+                             "content": _text(message.content, where)}
+    for name in ("name", "tool_calls", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            found[name] = value
+    return found
+
+
+def _text(content: str | list[Part] | None, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    for part in content:
+        if part.type != "text" or part.text is None:
+            raise BadRequest(f"{where}.content holds a part of type {part.type!r}: this model reads text parts only",
+                             param=f"{where}.content")
+    return "\n".join(part.text or "" for part in content)
+
+
+# --- replies ---------------------------------------------------------------------------------------------------------
+
+
+class Delta(Struct, omit_defaults=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChunkChoice(Struct):
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class Chunk(Struct):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class AssistantMessage(Struct):
+    role: str
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    index: int
+    message: AssistantMessage
+    finish_reason: str
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatReply:
+    """Builds the bytes of one answer. All chunks share id, time, model and fingerprint."""
+
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
+        self._head = (id, "chat.completion.chunk", created, model, fingerprint)
+        self._no_usage: UnsetType | None = None if include_usage else UNSET
+
+    def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
+        """The role chunk of choice `index`; `prompt` ids where the client asked for them."""
+        return encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
+                            UNSET if prompt is None else prompt))
+
+    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
+        choice = ChunkChoice(index, Delta(content=text), token_ids=UNSET if tokens is None else tokens)
+        return encode(Chunk(*self._head, [choice], usage or self._no_usage))
+
+    def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
+        return encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage))
+
+    def totals(self, usage: Usage) -> bytes:
+        return encode(Chunk(*self._head, [], usage))
+
+    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage) -> bytes:
+        """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
+        id, _, created, model, fingerprint = self._head
+        prompt = choices[0][3]
+        return encode(ChatCompletion(
+            id, "chat.completion", created, model, fingerprint,
+            [ChatChoice(i, AssistantMessage("assistant", text), reason, None, UNSET if tokens is None else tokens)
+             for i, (text, reason, tokens, _) in enumerate(choices)],
+            usage, UNSET if prompt is None else prompt))

@@ -1,0 +1,92 @@
+"""What all OpenAI-shaped bodies share: decoding, errors, usage.
+
+Rules: `null` means absent; fields we do not know are ignored; a body that cannot be read names the field.
+Pure.
+"""
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from shared.errors import BadRequest, MillError
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int = 0
+
+
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0  # of the caller's predicted outputs, never of our drafters
+    rejected_prediction_tokens: int = 0
+
+
+class MillUsage(Struct):
+    """What the mesh did for this request; `worker` is the one that ended the (first) stream."""
+
+    worker: str = ""
+    drafter: str = ""
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    attempts: int = 1
+
+
+class Usage(Struct):
+    """Tokens of one request, counted as sampled, never as chunks."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+    mill: MillUsage | UnsetType = UNSET
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mill: MillUsage | None = None) -> Usage:
+    """The usage block for these counts."""
+    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
+                 PromptTokensDetails(min(cached_tokens, prompt_tokens)), CompletionTokensDetails(), mill or UNSET)
+
+
+class ErrorBody(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+def error_json(error: MillError) -> bytes:
+    """`{"error": {"message", "type", "param", "code"}}`, as openai clients read it."""
+    return encode({"error": ErrorBody(error.message, error.type, error.param, error.code)})
+
+
+def encode(body: Any) -> bytes:
+    """One JSON document."""
+    return _encoder.encode(body)
+
+
+class BodyDecoder:
+    """Turns request bodies into structs of one kind, or into a BadRequest that says what to mend."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+
+    def __call__(self, body: bytes) -> Any:
+        try:
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            found = _PATH.search(str(error))
+            param = found["path"] if found else None
+            reason = str(error)[:found.start()] if found else str(error)
+            if missing := re.search(r"missing required field `(\w+)`", reason):
+                param = f"{param}.{missing[1]}" if param else missing[1]
+            raise BadRequest(f"{param or 'body'}: {reason}", param=param) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest(f"the body is not readable JSON: {error}") from None

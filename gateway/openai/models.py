@@ -1,0 +1,47 @@
+"""`/v1/models`, `/tokenize` and `/detokenize`.
+
+Pure.
+"""
+
+from msgspec import Struct
+
+from gateway.openai.chat import Message
+
+
+class Model(Struct):
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    object: str = "model"
+    owned_by: str = "tokenmill"
+
+
+class ModelList(Struct):
+    data: list[Model]
+    object: str = "list"
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """Text, or messages to be put through the chat template first."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class TokenizeReply(Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    model: str | None = None
+    tokens: list[int]
+
+
+class DetokenizeReply(Struct):
+    prompt: str

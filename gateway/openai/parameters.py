@@ -1,0 +1,179 @@
+"""The parameters that chat and text completions share, and what they ask of the mesh.
+
+Rules: checked once, here; a parameter that would change the answer and is not supported is refused by name, one that
+only describes the request (user, metadata, store, ...) is accepted and ignored. Extensions carry vLLM's names.
+Pure.
+"""
+
+from typing import Any
+
+from msgspec import Struct
+
+from shared.errors import BadRequest
+from shared.messages import Sampling
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_PRIORITY = 100
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Struct):
+    type: str = "text"
+
+
+class Parameters(Struct, kw_only=True):
+    """Fields of both request bodies, as the client may send them."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    seed: int | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    # extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: int | None = None  # as in vLLM, a smaller number goes first
+    # known, not supported: refused unless they leave the answer as it is
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+
+class Options(Struct, frozen=True):
+    """The same, checked, with defaults in place. `max_tokens` None: as many as the gateway's default allows."""
+
+    sampling: Sampling
+    seed: int | None
+    choices: int
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    include_stop: bool
+    skip_special: bool
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    return_token_ids: bool
+    priority: int  # as in the mesh, a larger number goes first
+    cache_hint: str
+
+
+def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
+    """Check `body`. Raises BadRequest naming the first parameter that is wrong or not supported."""
+    _refuse_unsupported(body)
+    _within("temperature", body.temperature, 0, 2)
+    _within("top_p", body.top_p, 0, 1)
+    if body.top_p == 0:
+        raise BadRequest("top_p must be above 0: for greedy decoding set temperature to 0", param="top_p")
+    _within("min_p", body.min_p, 0, 1)
+    _within("top_k", body.top_k, -1, 1 << 31)
+    _within("n", body.n, 1, MAX_CHOICES)
+    _within("seed", body.seed, -(1 << 63), (1 << 64) - 1)
+    _within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    if max_tokens is not None and max_tokens < 1:
+        raise BadRequest(f"{max_tokens_name} must be 1 or more, got {max_tokens}", param=max_tokens_name)
+    _check_min_tokens(body.min_tokens, max_tokens)
+    stream_options = body.stream_options or StreamOptions()
+    return Options(
+        sampling=Sampling(temperature=_or(body.temperature, 1.0), top_p=_or(body.top_p, 1.0),
+                          top_k=max(0, body.top_k or 0), min_p=body.min_p or 0.0),
+        seed=None if body.seed is None else body.seed % (1 << 64),
+        choices=body.n or 1,
+        max_tokens=max_tokens,
+        stop=_stops(body.stop),
+        stop_token_ids=_token_ids(body.stop_token_ids),
+        ignore_eos=bool(body.ignore_eos) or bool(body.min_tokens),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special=body.skip_special_tokens is not False,
+        stream=bool(body.stream),
+        include_usage=bool(stream_options.include_usage),
+        continuous_usage=bool(stream_options.include_usage and stream_options.continuous_usage_stats),
+        return_token_ids=bool(body.return_token_ids),
+        priority=-(body.priority or 0),
+        cache_hint=(body.prompt_cache_key or "")[:256],
+    )
+
+
+def refuse(param: str, instead: str = "leave it out") -> BadRequest:
+    """The error for a parameter that would change the answer and is not supported."""
+    return BadRequest(f"{param} is not supported: {instead}", param=param)
+
+
+def _refuse_unsupported(body: Parameters) -> None:
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "allowed_token_ids", "bad_words",
+                 "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        value = getattr(body, name)
+        # logprobs=0 asks for the chosen token's own
+        if value or (name == "logprobs" and value is not None and value is not False):
+            raise refuse(name)
+    for name in ("prompt_logprobs", "truncate_prompt_tokens"):
+        if getattr(body, name) is not None:
+            raise refuse(name)
+    if body.repetition_penalty not in (None, 1.0):
+        raise refuse("repetition_penalty", "leave it out or send 1")
+    if body.response_format is not None and body.response_format.type != "text":
+        raise refuse("response_format", 'send {"type": "text"} or leave it out')
+
+
+def _check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
+    """With max_tokens as large it says "exactly so many", which `ignore_eos` gives; in between is not supported."""
+    if not min_tokens:
+        return
+    if max_tokens is None or min_tokens < max_tokens:
+        raise refuse("min_tokens", "send 0, or the value of max_tokens for an answer of exactly that length")
+    if min_tokens > max_tokens:
+        raise BadRequest(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(found) > MAX_STOPS:
+        raise BadRequest(f"stop takes at most {MAX_STOPS} strings, got {len(found)}", param="stop")
+    if not all(found):
+        raise BadRequest("stop must not hold an empty string", param="stop")
+    return found
+
+
+def _token_ids(ids: list[int] | None) -> tuple[int, ...]:
+    if any(not 0 <= token < 1 << 32 for token in ids or ()):
+        raise BadRequest("stop_token_ids must hold token ids of 0 or more", param="stop_token_ids")
+    return tuple(ids or ())
+
+
+def _within(param: str, value: float | None, least: float, most: float) -> None:
+    if value is not None and not least <= value <= most:
+        raise BadRequest(f"{param} must lie between {least} and {most}, got {value}", param=param)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,231 @@
+"""All streams of one gateway: replies in, actions out.
+
+Rule: one pass over each message, no waiting. `gateway.failover` decides; here its actions become messages, tokens for a
+handler to pick up, and figures. A handler waits on its call's `changed` and takes what has come.
+
+    open() --Generate--> outbox        hear() --tokens--> Stream.take()        tick(): deadlines, deaths, silence
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import structlog
+
+from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit
+from gateway.metrics import Metrics
+from gateway.peers import Peers
+from shared import subjects
+from shared.clock import Clock
+from shared.errors import MillError, TooLarge
+from shared.messages import Accepted, Cancel, Finished, Generate, Reply, StepReplies, Tokens, WorkerStatus, encode
+
+_REMEMBERED_CANCELS = 4096
+_CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
+
+log = structlog.get_logger("gateway.streams")
+
+
+class Outgoing(NamedTuple):
+    """One message to publish."""
+
+    subject: str
+    data: bytes
+    headers: Mapping[str, str]
+    unheard: Callable[[], None] | None  # nobody listens there, or the bus is gone
+    too_large: Callable[[ValueError], None] | None
+
+
+class Stream:
+    """One choice of one request. Written by `Streams`, read by the handler."""
+
+    __slots__ = ("changed", "ended", "first_token_s", "headers", "last_token_s", "opened_s", "pending", "state",
+                 "submitted")
+
+    def __init__(self, state: StreamState, headers: Mapping[str, str], changed: asyncio.Event, now_s: float) -> None:
+        self.state = state
+        self.headers = headers
+        self.changed = changed
+        self.pending: list[int] = []  # at most max_tokens of the request
+        self.ended: Finished | MillError | None = None
+        self.opened_s = now_s
+        self.first_token_s: float | None = None
+        self.last_token_s = now_s
+        self.submitted = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker has shown that it works on this."""
+        return self.state.state == "running" or bool(self.state.delivered)
+
+    def take(self) -> list[int]:
+        """The tokens that came since the last call."""
+        taken, self.pending = self.pending, []
+        return taken
+
+
+class Streams:
+    """The streams under way, by request id."""
+
+    def __init__(self, gateway: str, limits: Limits, silence_s: float, clock: Clock, peers: Peers,
+                 metrics: Metrics) -> None:
+        self.outbox: asyncio.Queue[Outgoing] = asyncio.Queue()  # bounded by the streams admitted
+        self.some = asyncio.Event()  # set while there are streams
+        self._gateway = gateway
+        self._limits = limits
+        self._silence_s = silence_s
+        self._clock = clock
+        self._peers = peers
+        self._metrics = metrics
+        self._streams: dict[str, Stream] = {}
+        self._senders = Senders()
+        self._cancelled: OrderedDict[tuple[str, str, int], float] = OrderedDict()
+        self._blind_until_s = 0.0
+        self._ticked_s: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    # --- the handler's side ------------------------------------------------------------------------------------------
+
+    def open(self, request: Generate, headers: Mapping[str, str], changed: asyncio.Event, deadline_s: float) -> Stream:
+        """Send `request` on its way. `changed` is set whenever there is something to take."""
+        now_s = self._clock.now()
+        stream = Stream(StreamState(request, self._limits, deadline_s), headers, changed, now_s)
+        self._streams[request.request_id] = stream
+        self.some.set()
+        self._perform(stream, stream.state.start(now_s))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Stop it wherever it is. Nothing more will come."""
+        self._perform(stream, stream.state.cancel())
+        self._forget(stream)
+
+    def give_up(self, error: MillError) -> None:
+        """End every stream with `error`."""
+        for stream in list(self._streams.values()):
+            self._perform(stream, stream.state.give_up(error))
+
+    # --- the bus's side ----------------------------------------------------------------------------------------------
+
+    def hear(self, message: StepReplies) -> None:
+        """All replies of one step of one sender."""
+        now_s = self._clock.now()
+        sender, epoch = message.sender, message.epoch
+        match self._senders.heard(sender, epoch, message.seq):
+            case "gap":
+                self._lost(sender, now_s)
+            case "restarted":
+                self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
+        for reply in message.replies:
+            stream = self._streams.get(reply.request_id)
+            if stream is None:
+                self._stop_stranger(reply, sender)
+            else:
+                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s))
+                stream.changed.set()
+
+    def status(self, status: WorkerStatus) -> None:
+        """What a worker says of itself: a new life forgets all streams, a count beyond ours means a lost message."""
+        now_s = self._clock.now()
+        if not self._streams:
+            return
+        self._each_on(status.id, lambda state: state.worker_died(status.id, now_s, back_in_epoch=status.epoch))
+        if self._senders.told(status.id, status.epoch, status.replies_sent.get(self._gateway, 0)):
+            self._lost(status.id, now_s)
+
+    def tick(self, connected: bool) -> None:
+        """Look at every stream's clock. `connected`: whether the bus is there.
+
+        Nobody is declared dead while we could not have heard them: without a bus, or after this process stood still.
+        """
+        now_s = self._clock.now()
+        stood_still = self._ticked_s is not None and now_s - self._ticked_s > self._silence_s / 2
+        self._ticked_s = now_s
+        if not connected or stood_still:
+            self._blind_until_s = now_s + self._silence_s
+        for stream in list(self._streams.values()):
+            state = stream.state
+            status = self._peers.worker(state.worker) if state.worker else None
+            if state.worker and now_s >= self._blind_until_s and self._peers.silent(state.worker, now_s):
+                self._perform(stream, state.worker_died(state.worker, now_s))
+            self._perform(stream, state.tick(now_s, queueing=status is not None and status.waiting > 0))
+        if not self._streams:
+            self._ticked_s = None
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _lost(self, sender: str, now_s: float) -> None:
+        self._metrics.lost_messages.inc()
+        log.warning("reply_lost", sender=sender)
+        self._each_on(sender, lambda state: state.lost_reply(sender, now_s))
+
+    def _each_on(self, worker: str, step: Callable[[StreamState], list[Action]]) -> None:
+        for stream in list(self._streams.values()):
+            if stream.state.worker == worker:
+                self._perform(stream, step(stream.state))
+
+    def _stop_stranger(self, reply: Reply, sender: str) -> None:
+        if isinstance(reply, Accepted | Tokens):
+            self._cancel_at(sender, Cancel(reply.request_id, reply.attempt))
+
+    def _perform(self, stream: Stream, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Deliver(tokens):
+                    stream.last_token_s = self._clock.now()
+                    if stream.first_token_s is None:
+                        stream.first_token_s = stream.last_token_s
+                    stream.pending += tokens
+                    stream.changed.set()
+                case Submit(message, cause):
+                    self._submit(stream, message, cause)
+                case SendCancel(worker, message):
+                    self._cancel_at(worker, message)
+                case Finish(message):
+                    self._end(stream, message)
+                case Fail(error):
+                    self._end(stream, error)
+
+    def _submit(self, stream: Stream, message: Generate, cause: str) -> None:
+        if cause:
+            self._metrics.resubmissions.labels(cause).inc()
+            log.info("request_sent_again", stream=message.request_id, attempt=message.attempt, cause=cause,
+                     delivered=len(stream.state.delivered), excluded=list(message.exclude_workers))
+        stream.submitted += 1
+
+        def unheard() -> None:
+            self._perform(stream, stream.state.unheard(message.attempt, self._clock.now()))
+
+        def too_large(error: ValueError) -> None:
+            self._perform(stream, stream.state.give_up(_too_large(error)))
+
+        self.outbox.put_nowait(Outgoing(subjects.generate(message.model), encode(message), stream.headers, unheard,
+                                        too_large))
+
+    def _cancel_at(self, worker: str, message: Cancel) -> None:
+        key, now_s = (worker, message.request_id, message.attempt), self._clock.now()
+        if now_s - self._cancelled.get(key, -_CANCEL_AGAIN_S) < _CANCEL_AGAIN_S:
+            return
+        self._cancelled[key] = now_s
+        self._cancelled.move_to_end(key)
+        if len(self._cancelled) > _REMEMBERED_CANCELS:
+            self._cancelled.popitem(last=False)
+        self._metrics.cancels.inc()
+        self.outbox.put_nowait(Outgoing(subjects.worker_cancel(worker), encode(message), {}, None, None))
+
+    def _end(self, stream: Stream, how: Finished | MillError) -> None:
+        stream.ended = how
+        stream.changed.set()
+        self._forget(stream)
+
+    def _forget(self, stream: Stream) -> None:
+        self._streams.pop(stream.state.request.request_id, None)
+        if not self._streams:
+            self.some.clear()
+
+
+def _too_large(error: ValueError) -> MillError:
+    return TooLarge(f"the request does not fit into one message of the mesh: {error}")
