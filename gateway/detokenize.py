@@ -1,0 +1,30 @@
+"""Token ids to text while they come.
+
+Law: the pieces of one stream, joined, are what `Tokenizer.decode` makes of all its tokens at once, however they were
+batched. Text is given out when it is certain: the bytes of an unfinished character wait for the rest.
+Pure. Work per token does not grow with the stream.
+"""
+
+import codecs
+from collections.abc import Iterable
+
+from gateway.tokenizer import Tokenizer
+
+_Utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """One stream."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = _Utf8("replace")
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text these tokens complete; perhaps none."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(tokens, self._skip_special))
+
+    def flush(self) -> str:
+        """What is left when no token follows: U+FFFD for an unfinished character, or nothing."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,86 @@
+"""Text to token ids, and token ids to bytes.
+
+Rule: a token stands for bytes, never for text: a character may be spread over several tokens. Who wants text gathers
+bytes until they are whole characters (`detokenize.py`).
+Byte-level vocabularies write each byte as one printable character; the table is the one GPT-2 introduced.
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from gateway.model_files import load_card, load_tokenizer
+from shared.errors import BadRequest
+
+
+class Tokenizer:
+    """One model's vocabulary. Safe to share between threads; loading takes about 0.1 s."""
+
+    def __init__(self, library: tokenizers.Tokenizer, vocabulary_size: int) -> None:
+        self._library = library
+        added = library.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        size = max(vocabulary_size, library.get_vocab_size())
+        self._bytes = [b""] * size  # an id without a token is padding of the embedding: no text
+        for token, id in library.get_vocab().items():
+            self._bytes[id] = token.encode() if id in added else _bytes_of(token)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer of a prepared model. Raises UnusableModel."""
+        return cls(load_tokenizer(folder), load_card(folder).vocabulary_size)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The ids of `text`.
+
+        `add_special` puts the model's `bos` token first where the model wants one; a rendered chat template holds it
+        already. `parse_special` reads `<|im_end|>` as that token and not as its letters (tokens that were added to a
+        vocabulary but are not special are always read). Raises BadRequest for text that is not Unicode.
+        """
+        library = self._library if parse_special else self._plain
+        try:
+            return list(library.encode(text, add_special_tokens=add_special).ids)
+        except (TypeError, UnicodeEncodeError):
+            if not any("\ud800" <= c <= "\udfff" for c in text):
+                raise
+            raise BadRequest("the text holds half of a surrogate pair: send whole Unicode characters") from None
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for; nothing for an id without a token."""
+        return self._bytes[id] if id < len(self._bytes) else b""
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
+        """What these tokens stand for together; special ones as they are written, or not at all."""
+        skipped = self.special_ids if skip_special else ()
+        return b"".join([self.token_bytes(id) for id in ids if id not in skipped])
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Their text; U+FFFD for what is no UTF-8."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        # a copy: the switch is a property of the library's object, which others use at the same time
+        copy = tokenizers.Tokenizer.from_str(self._library.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+
+def _byte_characters() -> dict[str, int]:
+    """Character -> byte: printable Latin-1 stands for itself, the 68 others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes a vocabulary entry spells; an entry that is not spelt in byte characters is plain text."""
+    try:
+        return bytes([_BYTES[character] for character in token])
+    except KeyError:
+        return token.encode()
