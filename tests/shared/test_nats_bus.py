@@ -106,7 +106,8 @@ async def test_an_unknown_exception_in_the_read_loop_is_a_disconnection(connect,
 
         patch.setattr(bus._client, "_process_pong", broken)
         await bus._client._send_ping()
-        await until(lambda: bus.reconnects == 1)
+        # nats-py's own pings would notice after 15 seconds
+        await until(lambda: bus.reconnects == 1, seconds=8)
     await assert_hears(bus)
 
 
@@ -171,6 +172,21 @@ async def test_what_was_pending_when_the_connection_broke_is_not_sent_late(conne
     await bus.publish("late", b"in time")
     await until(lambda: bool(heard))
     assert heard == [b"in time"]
+
+
+async def test_a_subscription_made_during_an_outage_is_made_once(connect):
+    with nats_server() as server:
+        bus = await connect(url=server.url)
+        heard: list[bytes] = []
+        server.kill()
+        await until(lambda: not bus.connected)
+        await bus.subscribe("outage", lambda delivery: heard.append(delivery.data))
+        assert bus._client.pending_data_size == 0
+        await asyncio.to_thread(server.start)
+        await until(lambda: bus.connected)
+        await assert_hears(bus)
+        await bus.publish("outage", b"x")
+        await until(lambda: heard == [b"x"])
 
 
 async def test_a_broker_that_stops_reading_is_left_and_found_again():
