@@ -1,0 +1,210 @@
+"""The loop of a worker on a postcard: take what came, plan, run, publish meanwhile, commit.
+
+    inbox --take--> scheduler --plan--> batch --execute--> device
+                        ^                                     |
+                        +------------commit <-----------------+--> events, published while the next step runs
+
+Rule: the scheduler changes only here and only between steps, so a cancel can never meet a request half registered.
+A step that raises never ends the loop: its sequences run again one by one, and only those that raise alone end.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import structlog
+
+from shared.clock import Clock
+from shared.errors import WorkerFailed
+from shared.messages import Cancel, Drafts, Generate
+from worker.batch import Batch
+from worker.runner import Runner
+from worker.scheduler import Advanced, Event, Scheduler, Step, Work
+
+# what may wait between two steps; a Generate beyond is refused, advice beyond is dropped
+INBOX_LIMIT = 4096
+AUDIT_PERIOD_S = 10.0
+RATE_WINDOW_S = 5.0
+
+_log = structlog.get_logger("worker.engine")
+
+
+class Arrival(NamedTuple):
+    """A request to register. `deadline` is monotonic."""
+
+    request: Generate
+    deadline: float
+    traceparent: str = ""
+
+
+class DropGateways(NamedTuple):
+    """These gateways are gone: nobody hears the replies."""
+
+    gateways: frozenset[str]
+
+
+class CloseDoors(NamedTuple):
+    """Admit nothing more, for this reason."""
+
+    reason: str
+
+
+class HandBack(NamedTuple):
+    """End everything so that gateways take it elsewhere."""
+
+
+Command = Arrival | Cancel | Drafts | DropGateways | CloseDoors | HandBack
+
+
+class TokenRate:
+    """Tokens a second over the last seconds."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def count(self, tokens: int, now: float) -> None:
+        self.total += tokens
+        self._marks.append((now, tokens))
+        self._forget(now)
+
+    def per_second(self, now: float) -> float:
+        self._forget(now)
+        return sum(tokens for _, tokens in self._marks) / RATE_WINDOW_S
+
+    def _forget(self, now: float) -> None:
+        while self._marks and self._marks[0][0] <= now - RATE_WINDOW_S:
+            self._marks.popleft()
+
+
+class Engine:
+    """One decoder at work. `publish` is given the events of each step, in order; maybe none."""
+
+    def __init__(self, scheduler: Scheduler, batch: Batch, runner: Runner, clock: Clock,
+                 publish: Callable[[list[Event]], Awaitable[None]]) -> None:
+        self.scheduler = scheduler
+        self.steps = 0
+        self.failed_steps = 0
+        self.repairs = 0
+        self.rate = TokenRate()
+        self.idle = asyncio.Event()  # nothing lives and all is published
+        self._batch = batch
+        self._runner = runner
+        self._clock = clock
+        self._publish = publish
+        self._inbox: deque[Command] = deque()
+        self._wake = asyncio.Event()
+        self._audited_at = clock.now()
+        self._kept: list[Event] = []  # events not yet published
+
+    def submit(self, command: Command) -> bool:
+        """Hand over for the next gap between steps. False when the inbox is full and this was only a wish."""
+        if len(self._inbox) >= INBOX_LIMIT and isinstance(command, Arrival | Drafts):
+            return False
+        self._inbox.append(command)
+        self.idle.clear()
+        self._wake.set()
+        return True
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._take_inbox()
+            step = self.scheduler.plan(self._clock.now())
+            self._keep(self.scheduler.take_events())
+            if step is None:
+                await self._rest()
+                continue
+            chosen = await self._execute(step)
+            if chosen is None:
+                await self._run_one_by_one(step)
+            else:
+                self._keep(self.scheduler.commit(step, chosen, self._clock.now()))
+
+    def _take_inbox(self) -> None:
+        scheduler, now = self.scheduler, self._clock.now()
+        while self._inbox:
+            match self._inbox.popleft():
+                case Arrival(request, deadline, traceparent):
+                    if (sequence := scheduler.add(request, now, deadline)) is not None:
+                        sequence.traceparent = traceparent
+                case Cancel() as cancel:
+                    scheduler.cancel(cancel, now)
+                case Drafts(proposals=proposals):
+                    for proposal in proposals:
+                        scheduler.drafts.offer(proposal)
+                case DropGateways(gateways):
+                    scheduler.cancel_all(lambda sequence, gone=gateways: sequence.request.gateway not in gone, now)
+                case CloseDoors(reason):
+                    scheduler.close(reason)
+                case HandBack():
+                    scheduler.hand_back()
+
+    async def _execute(self, step: Step) -> list[int] | None:
+        """Run a step, and publish what came before it meanwhile. None when the step raised."""
+        running = asyncio.ensure_future(self._timed(step))
+        try:
+            # the device starts before this thread turns to anything else
+            await asyncio.sleep(0)
+            await self._publish_kept()
+            return await running
+        finally:
+            running.cancel()
+
+    async def _timed(self, step: Step) -> list[int] | None:
+        started = self._clock.now()
+        try:
+            chosen = await self._runner.execute(self._batch.build(step))
+        except Exception as error:
+            self.failed_steps += 1
+            _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=step.rows)
+            return None
+        self.steps += 1
+        self.scheduler.cost.observe(step.sampled, step.rows - step.sampled, self._clock.now() - started)
+        return chosen
+
+    async def _run_one_by_one(self, step: Step) -> None:
+        """After a step that raised: find who is to blame. When everyone seems to be, it is the device."""
+        broken: list[Work] = []
+        for work in step.works:
+            alone = Step([work])
+            chosen = await self._timed(alone)
+            if chosen is None:
+                broken.append(work)
+            else:
+                self._keep(self.scheduler.commit(alone, chosen, self._clock.now()))
+        device = len(broken) == len(step.works) > 1
+        for work in broken:
+            reason = "the device fails on every request" if device else "the device fails on this request"
+            self.scheduler.fail(work.sequence, WorkerFailed(f"{reason}; it was tried twice"), retryable=device)
+
+    async def _rest(self) -> None:
+        """Publish what is left and wait for something to do. Nothing lives now."""
+        await self._publish_kept()
+        if self._inbox:
+            return
+        now = self._clock.now()
+        if now - self._audited_at >= AUDIT_PERIOD_S:
+            self._audited_at = now
+            self._audit()
+        self.idle.set()
+        self._wake.clear()
+        await self._wake.wait()
+
+    def _audit(self) -> None:
+        found = self.scheduler.audit()
+        if found.repairs:
+            self.repairs += found.repairs
+            _log.warning("kv_blocks_repaired", **found._asdict())
+
+    def _keep(self, events: list[Event]) -> None:
+        now = self._clock.now()
+        self._kept += events
+        for event in events:
+            if isinstance(event, Advanced):
+                self.rate.count(len(event.tokens), now)
+
+    async def _publish_kept(self) -> None:
+        events, self._kept = self._kept, []
+        await self._publish(events)

@@ -1,0 +1,126 @@
+"""Which drafter hears of this worker's streams, and what it is told.
+
+Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never mentioned
+to it; nobody asks a drafter anything. A drafter that is new, or new again (another epoch), is told every stream from its
+start. Pure.
+"""
+
+from collections.abc import Iterable
+
+from shared import subjects
+from shared.messages import Close, Commit, DrafterStatus, Follow, Open
+from shared.residency import allows
+from shared.tokens import pack
+from worker.outbox import Outgoing
+from worker.scheduler import Advanced, Ended, Event, Sequence, Started
+from worker.sequence import Key
+
+Line = Open | Commit | Close
+
+# a Follow that grows beyond this goes on in the next
+FOLLOW_BYTES = 480_000
+EVENT_BYTES = 160
+
+
+class Following:
+    """The drafters in sight and the one that was chosen."""
+
+    def __init__(self, worker: str, epoch: int, zone: str, vocabulary: str, max_draft_tokens: int,
+                 silence_s: float) -> None:
+        self.chosen: DrafterStatus | None = None
+        self._worker = worker
+        self._epoch = epoch
+        self._zone = zone
+        self._vocabulary = vocabulary
+        self._max_draft_tokens = max_draft_tokens
+        self._silence_s = silence_s
+        self._heard: dict[str, tuple[DrafterStatus, float]] = {}
+        self._open: set[Key] = set()
+        self._closing: tuple[str, list[Key]] | None = None
+        self._reopen = False
+        self._seq = 0
+
+    @property
+    def name(self) -> str:
+        return self.chosen.id if self.chosen is not None else ""
+
+    def hear(self, status: DrafterStatus, now: float) -> None:
+        """A drafter's heartbeat."""
+        self._heard[status.id] = (status, now)
+        self.choose(now)
+
+    def choose(self, now: float) -> None:
+        """Keep the drafter if it is well, else take the least busy one that fits, of this zone if there is one."""
+        self._heard = {name: entry for name, entry in self._heard.items() if now - entry[1] <= self._silence_s}
+        fitting = {status.id: status for status, _ in self._heard.values() if self._fits(status)}
+        present = self.chosen
+        if present is not None and present.id in fitting and fitting[present.id].epoch == present.epoch:
+            return
+        best = min(fitting.values(), default=None,
+                   key=lambda status: (status.zone != self._zone, status.following, status.id))
+        if present is not None and present.id in self._heard and self._heard[present.id][0].epoch == present.epoch:
+            self._closing = (present.id, list(self._open))
+        self.chosen = best
+        self._open.clear()
+        self._reopen = best is not None
+
+    def follow(self, events: list[Event], live: Iterable[Sequence]) -> list[Outgoing]:
+        """What the drafter is told of a step. `live` is the state behind the last of `events`."""
+        told = self._farewell()
+        if self.chosen is None:
+            return told
+        if self._reopen:
+            self._reopen = False
+            opening = [self._opening(sequence) for sequence in live
+                       if sequence.admitted_at is not None and self._may_hear(sequence)]
+            return told + self._pack(self.chosen.id, opening)
+        lines: list[Line] = []
+        for event in events:
+            match event:
+                case Advanced(sequence, index, tokens) if sequence.key in self._open:
+                    key = sequence.key
+                    lines.append(Commit(key.request_id, key.attempt, sequence.prompt_length + index, pack(tokens)))
+                case Started(sequence) if self._may_hear(sequence):
+                    lines.append(self._opening(sequence, sequence.resumed_length))
+                case Ended(sequence) if sequence.key in self._open:
+                    self._open.discard(sequence.key)
+                    lines.append(Close(sequence.key.request_id, sequence.key.attempt))
+        return told + self._pack(self.chosen.id, lines)
+
+    def _fits(self, status: DrafterStatus) -> bool:
+        return status.state == "ready" and (not status.vocabulary or status.vocabulary == self._vocabulary)
+
+    def _may_hear(self, sequence: Sequence) -> bool:
+        return self.chosen is not None and allows(sequence.request.residency, self.chosen.zone)
+
+    def _opening(self, sequence: Sequence, length: int | None = None) -> Open:
+        self._open.add(sequence.key)
+        request = sequence.request
+        return Open(request.request_id, request.attempt, pack(sequence.tokens[:length]), request.tenant,
+                    sequence.prompt_length, request.sampling, self._max_draft_tokens, sequence.traceparent)
+
+    def _farewell(self) -> list[Outgoing]:
+        if self._closing is None:
+            return []
+        drafter, keys = self._closing
+        self._closing = None
+        return self._pack(drafter, [Close(key.request_id, key.attempt) for key in keys])
+
+    def _pack(self, drafter: str, lines: list[Line]) -> list[Outgoing]:
+        packed: list[Outgoing] = []
+        part: list[Line] = []
+        size = 0
+        for line in lines:
+            weight = EVENT_BYTES + (0 if isinstance(line, Close) else len(line.tokens))
+            if part and size + weight > FOLLOW_BYTES:
+                packed.append(self._message(drafter, part))
+                part, size = [], 0
+            part.append(line)
+            size += weight
+        if part:
+            packed.append(self._message(drafter, part))
+        return packed
+
+    def _message(self, drafter: str, lines: list[Line]) -> Outgoing:
+        self._seq += 1
+        return Outgoing(subjects.drafter_follow(drafter), Follow(self._worker, self._epoch, self._seq, tuple(lines)))

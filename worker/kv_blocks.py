@@ -1,0 +1,206 @@
+"""The KV cache as numbered blocks: who holds which, which can be reused, which goes next.
+
+    FREE    nobody holds it and it says nothing        next to be handed out
+    CACHED  nobody holds it, its contents have a name  handed out when no FREE block is left, oldest first
+    HELD    one sequence or more read or write it      never handed out; it may have a name as well
+
+Rules: free + cached + held = all blocks; a name belongs to one block, and is given only when every token of the block
+is computed; a hit is believed only when the parent's name and the tokens agree too, so that no collision of hashes can
+mix two prompts. Everything is O(1) per block: the list of blocks nobody holds runs through two arrays.
+Pure.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+from shared.blocks import join_hashes
+from shared.messages import Cleared, KvEvent, Removed, Stored
+
+
+class Ownership(IntEnum):
+    FREE = 0
+    CACHED = 1
+    HELD = 2
+
+
+class Audit(NamedTuple):
+    """What an audit found and has mended."""
+
+    wrong_counts: int  # blocks whose number of holders was not what the block tables say
+    wrong_list: int  # blocks that were in the list of unheld blocks and should not be, or the other way round
+    wrong_names: int  # names that led to another block
+
+    @property
+    def repairs(self) -> int:
+        return sum(self)
+
+
+class BlockPool:
+    """All blocks of one decoder. Not one tensor: only numbers and names."""
+
+    def __init__(self, blocks: int) -> None:
+        if blocks < 1:
+            raise ValueError(f"a block pool needs at least one block, got {blocks}: give the worker more KV memory")
+        self.blocks = blocks
+        self.available = blocks  # FREE and CACHED
+        self._holders = array("i", [0]) * blocks
+        self._names: list[bytes] = [b""] * blocks
+        self._contents: list[bytes] = [b""] * blocks
+        self._by_name: dict[bytes, int] = {}
+        self._events: list[tuple[type[Stored] | type[Removed] | type[Cleared], bytes]] = []
+        # the list of unheld blocks, in the order they will be handed out; `blocks` is its sentinel
+        self._next = array("i", range(1, blocks + 2))
+        self._previous = array("i", range(-1, blocks))
+        self._next[blocks] = 0
+        self._previous[0] = blocks
+
+    def ownership(self, block: int) -> Ownership:
+        if self._holders[block]:
+            return Ownership.HELD
+        return Ownership.CACHED if self._names[block] else Ownership.FREE
+
+    @property
+    def named(self) -> int:
+        """How many blocks can be reused."""
+        return len(self._by_name)
+
+    def names(self) -> list[bytes]:
+        """The hashes of all blocks that can be reused, held ones too."""
+        return list(self._by_name)
+
+    def find(self, name: bytes, content: bytes) -> int | None:
+        """The block of this name if it also has this content (parent's name and packed tokens)."""
+        block = self._by_name.get(name)
+        if block is None or self._contents[block] != content:
+            return None
+        return block
+
+    def is_held(self, block: int) -> bool:
+        return self._holders[block] > 0
+
+    def hold(self, block: int) -> None:
+        """One more holder, so that the block stays what it is."""
+        if not self._holders[block]:
+            self._unlink(block)
+        self._holders[block] += 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with one holder each and no name, or None when there are not so many. All or nothing."""
+        if count > self.available:
+            return None
+        taken = []
+        for _ in range(count):
+            block = self._next[self.blocks]
+            self._unlink(block)
+            self._holders[block] = 1
+            if self._names[block]:
+                self._forget(block)
+            taken.append(block)
+        return taken
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less for each block of a sequence. The tail becomes older than the head: prefixes live longest."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._link(block)
+
+    def store(self, block: int, name: bytes, content: bytes) -> bool:
+        """Name a held block whose tokens are all computed. False when another block has the name already."""
+        if name in self._by_name:
+            return False
+        self._names[block] = name
+        self._contents[block] = content
+        self._by_name[name] = block
+        self._events.append((Stored, name))
+        return True
+
+    def clear(self) -> None:
+        """Forget all names. Held blocks stay held."""
+        for block in self._by_name.values():
+            self._names[block] = self._contents[block] = b""
+        self._by_name.clear()
+        self._events = [(Cleared, b"")]
+
+    def take_events(self) -> tuple[KvEvent, ...]:
+        """What changed since the last call, in order, neighbours of a kind put together."""
+        if not self._events:
+            return ()
+        merged: list[KvEvent] = []
+        kind, run = self._events[0][0], []
+        for next_kind, name in [*self._events, (None, b"")]:
+            if next_kind is not kind:
+                merged.append(Cleared() if kind is Cleared else kind(join_hashes(run)))
+                kind, run = next_kind or kind, []
+            run.append(name)
+        self._events.clear()
+        return tuple(merged)
+
+    def audit(self, tables: Iterable[Sequence[int]]) -> Audit:
+        """Compare with the block tables of all sequences that hold blocks, and mend what differs."""
+        true_holders = Counter(block for table in tables for block in table)
+        wrong_counts = sum(self._holders[block] != true_holders[block] for block in range(self.blocks))
+        wrong_names = self._audit_names()
+        listed = self._listed()
+        unheld = [block for block in range(self.blocks) if not true_holders[block]]
+        wrong_list = len(set(listed) ^ set(unheld)) + len(listed) - len(set(listed))
+        if wrong_counts or wrong_list or self.available != len(unheld):
+            for block in range(self.blocks):
+                self._holders[block] = true_holders[block]
+            order = dict.fromkeys(block for block in listed if not true_holders[block])
+            self._relink([*order, *(block for block in unheld if block not in order)])
+        return Audit(wrong_counts, wrong_list, wrong_names)
+
+    def _audit_names(self) -> int:
+        wrong = [name for name, block in self._by_name.items() if self._names[block] != name]
+        for name in wrong:
+            del self._by_name[name]
+            self._events.append((Removed, name))
+        for block, name in enumerate(self._names):
+            if name and self._by_name.get(name) != block:
+                self._names[block] = self._contents[block] = b""
+                wrong.append(name)
+        return len(wrong)
+
+    def _listed(self) -> list[int]:
+        """The unheld blocks as the list has them; a broken list ends at the break."""
+        found: list[int] = []
+        block = self._next[self.blocks]
+        while 0 <= block < self.blocks and len(found) <= self.blocks:
+            found.append(block)
+            block = self._next[block]
+        return found
+
+    def _relink(self, order: list[int]) -> None:
+        ring = [self.blocks, *order, self.blocks]
+        for before, after in pairwise(ring):
+            self._next[before] = after
+            self._previous[after] = before
+        self.available = len(order)
+
+    def _forget(self, block: int) -> None:
+        name = self._names[block]
+        del self._by_name[name]
+        self._names[block] = self._contents[block] = b""
+        self._events.append((Removed, name))
+
+    def _unlink(self, block: int) -> None:
+        before, after = self._previous[block], self._next[block]
+        self._next[before] = after
+        self._previous[after] = before
+        self.available -= 1
+
+    def _link(self, block: int) -> None:
+        """A named block goes to the young end, a nameless one is used up first."""
+        if self._names[block]:
+            before, after = self._previous[self.blocks], self.blocks
+        else:
+            before, after = self.blocks, self._next[self.blocks]
+        self._previous[block], self._next[block] = before, after
+        self._next[before] = block
+        self._previous[after] = block
+        self.available += 1

@@ -1,0 +1,113 @@
+"""Where a step runs: on the one thread that belongs to the device, or in the mock's imagined time.
+
+Rule: one step at a time, always from the same thread, and never on the event loop (the mock's microseconds aside).
+"""
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from kernels.step import Decoder, StepInputs
+from shared.clock import Clock
+from shared.settings import WorkerSettings
+from worker.mock_decoder import MockDecoder
+
+ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
+MOCK_BLOCKS_PER_MIB = 16
+
+_log = structlog.get_logger("worker.runner")
+
+
+class Runner(Protocol):
+    decoder: Decoder
+
+    async def execute(self, inputs: StepInputs) -> list[int]:
+        """The chosen token of each sampled row. Raises what the decoder raises."""
+
+    def close(self) -> None:
+        """Let the device go. Waits for the step under way."""
+
+
+class ThreadRunner:
+    """A real decoder on a thread of its own."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def execute(self, inputs: StepInputs) -> list[int]:
+        loop = asyncio.get_running_loop()
+        chosen: list[int] = await loop.run_in_executor(self._thread, lambda: self.decoder.step(inputs).tolist())
+        return chosen
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class TimedRunner:
+    """A decoder whose step takes the time that a formula says: the mock, on any clock."""
+
+    def __init__(self, decoder: Decoder, clock: Clock, *, step_s: float, row_s: float, token_s: float) -> None:
+        self.decoder = decoder
+        self._clock = clock
+        self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
+
+    async def execute(self, inputs: StepInputs) -> list[int]:
+        sampled = len(inputs.sample_rows)
+        prefilled = len(inputs.tokens) - sampled
+        await self._clock.sleep(self._step_s + sampled * self._row_s + prefilled * self._token_s)
+        chosen: list[int] = self.decoder.step(inputs).tolist()
+        return chosen
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def engine_of(settings: WorkerSettings) -> str:
+    """The engine that `auto` means on this machine. Raises ValueError for a name that is none."""
+    if settings.engine not in ENGINES:
+        raise ValueError(f"engine is {settings.engine!r}: choose one of {', '.join(ENGINES)}")
+    if settings.engine != "auto":
+        return settings.engine
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_decoder(settings: WorkerSettings) -> Decoder:
+    """The decoder that the settings ask for. Blocking, for seconds. Raises ValueError when there is no model."""
+    engine = engine_of(settings)
+    blocks = settings.kv_blocks or None
+    if engine == "mock":
+        return MockDecoder(blocks=blocks or settings.kv_mib * MOCK_BLOCKS_PER_MIB,
+                           vocabulary_size=settings.mock_vocabulary)
+    if not settings.model:
+        raise ValueError(f"engine {engine} needs a model: pass --model with the path of a pulled one, or --engine mock")
+    path = Path(settings.model)
+    kv_bytes = settings.kv_mib << 20
+    if engine == "cpu":
+        threads = settings.threads or os.cpu_count() or 1
+        try:
+            from kernels.native.decoder import NativeDecoder
+
+            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=threads)
+            return native
+        except (ImportError, OSError, RuntimeError) as error:
+            _log.warning("native_step_unavailable", error=str(error), instead="the torch reference, which is slow")
+    from kernels.decoder import TorchDecoder
+
+    device = "cuda" if engine == "cuda" else "cpu"
+    torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device)
+    return torch_decoder
+
+
+def runner_for(decoder: Decoder, settings: WorkerSettings, clock: Clock) -> Runner:
+    """How this decoder is run."""
+    if isinstance(decoder, MockDecoder):
+        return TimedRunner(decoder, clock, step_s=settings.mock_step_s, row_s=settings.mock_row_s,
+                           token_s=settings.mock_token_s)
+    return ThreadRunner(decoder)

@@ -1,0 +1,548 @@
+"""What the next step computes, and what a computed step means.
+
+One number per sequence: how many of its missing tokens go into this step. Running sequences first, oldest first; then
+waiting ones; then drafts in what is left of the token budget.
+
+    add, cancel     a request comes or goes                        between steps
+    plan(now)       -> Step: sequences and their rows              blocks are taken, nothing is committed
+    commit(step)    tokens chosen by the device become the stream  blocks are named, sequences end
+
+Rules
+1. A token, once committed, never changes; a row whose draft was rejected only leaves KV that the next step overwrites.
+2. A block is named when all its tokens are committed and computed. At least one token of a prompt is always computed.
+3. When blocks run out the youngest of the lowest priority gives its own back and waits at the head of the queue; its
+   blocks keep their names, so that it usually finds them again. The oldest sequence therefore always advances.
+4. Every request that was not a duplicate ends exactly once, with Finished or Failed.
+
+Pure: no clock, no bus, no tensor. Not re-entrant: nothing may change between `plan` and its `commit`.
+"""
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
+from shared.messages import Cancel, Failed, Finished, Generate
+from shared.tokens import unpack
+from worker.drafts import (
+    FIRST_ACCEPTANCE,
+    Candidate,
+    DraftBook,
+    drifted_acceptance,
+    rows_worth_verifying,
+    updated_acceptance,
+)
+from worker.kv_blocks import Audit, BlockPool
+from worker.sequence import Sequence, from_request
+from worker.step_cost import StepCost
+from worker.waiting import WaitingQueue
+
+# while streams run, prompts get at most this share of a step, so that a long one does not hold the streams up
+PREFILL_SHARE = 0.5
+REMEMBERED_REQUESTS = 8192
+# how fast the acceptance that a new stream starts with follows all streams, in verified drafts
+SHARED_ACCEPTANCE_MEMORY = 0.02
+
+
+class Limits(NamedTuple):
+    """What the scheduler may use. Sizes in tokens unless named otherwise."""
+
+    block_size: int
+    context_length: int
+    vocabulary_size: int
+    step_tokens: int = 256
+    max_running: int = 64
+    max_waiting: int = 256
+    max_draft_tokens: int = 8  # 0: no speculation
+
+
+class Work:
+    """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
+
+    __slots__ = ("drafts", "rows", "samples", "sequence", "start")
+
+    def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
+        self.sequence = sequence
+        self.start = start
+        self.rows = rows
+        self.samples = samples  # the next token is wanted: of the last committed row and of every draft
+        self.drafts: list[int] = []
+
+
+class Step(NamedTuple):
+    works: list[Work]
+
+    @property
+    def rows(self) -> int:
+        return sum(work.rows for work in self.works)
+
+    @property
+    def sampled(self) -> int:
+        """Rows whose next token is wanted."""
+        return sum(1 + len(work.drafts) for work in self.works if work.samples)
+
+
+class Registered(NamedTuple):
+    """A request became a sequence; so many of its tokens lie in the cache now."""
+
+    sequence: Sequence
+    cached_tokens: int
+
+
+class Started(NamedTuple):
+    """A sequence was admitted for the first time."""
+
+    sequence: Sequence
+
+
+class Advanced(NamedTuple):
+    """Committed: the stream's tokens number `index`, `index + 1`, ..."""
+
+    sequence: Sequence
+    index: int
+    tokens: list[int]
+
+
+class Ended(NamedTuple):
+    """The last word on a sequence."""
+
+    sequence: Sequence
+    reply: Finished | Failed
+
+
+class Refused(NamedTuple):
+    """The last word on a request that never became a sequence."""
+
+    request: Generate
+    reply: Finished | Failed
+
+
+Event = Registered | Started | Advanced | Ended | Refused
+
+
+class Scheduler:
+    """All sequences of one decoder."""
+
+    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+        if limits.step_tokens < limits.max_running:
+            raise ValueError(f"step_tokens={limits.step_tokens} is less than max_running={limits.max_running}: "
+                             "each running stream needs a row of every step; raise one or lower the other")
+        self.limits = limits
+        self.pool = pool
+        self.drafts = DraftBook(limits.vocabulary_size)
+        self.cost = StepCost()
+        self.length_limit = min(limits.context_length, pool.blocks * limits.block_size)
+        self.running: list[Sequence] = []  # by rank
+        self.waiting = WaitingQueue()
+        self.preemptions = 0
+        self.draft_tokens = 0
+        self.accepted_draft_tokens = 0
+        self.acceptance = FIRST_ACCEPTANCE  # over all sequences
+        self.closed_because: str | None = None  # set while draining
+        self._live: dict[str, Sequence] = {}
+        self._seen: OrderedDict[str, int] = OrderedDict()  # request -> highest attempt registered
+        self._cancelled: OrderedDict[str, int] = OrderedDict()  # request -> attempts up to this are not wanted
+        self._slots = list(range(limits.max_running))[::-1]
+        self._arrivals = 0
+        self._leases = 0
+        self._next_deadline = float("inf")
+        self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and the blocks that were not enough
+        self._works: list[Work] = []
+        self._events: list[Event] = []
+
+    # --- requests come and go ----------------------------------------------------------------------------------------
+
+    def add(self, request: Generate, now: float, deadline: float) -> Sequence | None:
+        """Register a request, `deadline` on the clock of `now`; or say why not. A duplicate changes nothing."""
+        if request.attempt <= self._seen.get(request.request_id, -1):
+            return None
+        self._remember(self._seen, request.request_id, request.attempt)
+        if request.attempt <= self._cancelled.get(request.request_id, -1):
+            self._events.append(Refused(request, Finished(request.request_id, request.attempt, "cancelled")))
+            return None
+        if (older := self._live.get(request.request_id)) is not None:
+            self._end(older, self._finished(older, "cancelled", now))
+        if (refusal := self._refusal(request, now, deadline)) is not None:
+            self._events.append(Refused(request, failed(request, refusal)))
+            return None
+        self._arrivals += 1
+        sequence = from_request(request, self._arrivals, now, deadline, self.length_limit)
+        self._live[request.request_id] = sequence
+        self._events.append(Registered(sequence, self._lookup(sequence)))
+        if (reason := _end_reason(sequence)) is not None:
+            self._end(sequence, self._finished(sequence, reason, now))
+            return None
+        self.waiting.push(sequence)
+        self._next_deadline = min(self._next_deadline, deadline)
+        return sequence
+
+    def cancel(self, cancel: Cancel, now: float) -> None:
+        """End all attempts up to `cancel.attempt`, also one that is still on its way here."""
+        known = self._cancelled.get(cancel.request_id, -1)
+        self._remember(self._cancelled, cancel.request_id, max(known, cancel.attempt))
+        sequence = self._live.get(cancel.request_id)
+        if sequence is not None and sequence.key.attempt <= cancel.attempt:
+            self._end(sequence, self._finished(sequence, "cancelled", now))
+
+    def cancel_all(self, wanted: Callable[[Sequence], bool], now: float) -> None:
+        """End as cancelled every sequence for which `wanted` is false."""
+        for sequence in list(self._live.values()):
+            if not wanted(sequence):
+                self._end(sequence, self._finished(sequence, "cancelled", now))
+
+    def fail(self, sequence: Sequence, error: MillError, retryable: bool) -> None:
+        """End one sequence with an error."""
+        if not sequence.ended:
+            self._end(sequence, failed(sequence.request, error, retryable))
+
+    def close(self, reason: str) -> None:
+        """Admit no more: refuse what comes and hand back what waits. Running sequences go on."""
+        self.closed_because = reason
+        for sequence in list(self.waiting):
+            self._end(sequence, failed(sequence.request, WorkerFailed(reason), True))
+
+    def hand_back(self) -> None:
+        """End everything so that the gateway takes it elsewhere."""
+        for sequence in list(self._live.values()):
+            self._end(sequence, failed(sequence.request, WorkerFailed(self.closed_because or "handed back"), True))
+
+    def take_events(self) -> list[Event]:
+        """What happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def live(self) -> Iterable[Sequence]:
+        return self._live.values()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens still to compute, running and waiting."""
+        running = sum(sequence.missing - 1 for sequence in self.running)
+        return running + sum(sequence.missing for sequence in self.waiting)
+
+    @property
+    def next_deadline(self) -> float:
+        """No sequence passes its deadline before."""
+        return self._next_deadline
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, or None when there is nothing to compute."""
+        if now >= self._next_deadline:
+            self._expire(now)
+        self._works = works = []
+        preempted = self.preemptions
+        for sequence in list(self.running):
+            # a slot of -1: an older one has just taken its blocks
+            if sequence.missing == 1 and sequence.slot >= 0 and self._make_room(sequence, len(sequence.tokens)):
+                works.append(Work(sequence, sequence.computed, 1, True))
+        budget = self.limits.step_tokens - len(works)
+        if works:
+            budget = min(budget, max(1, int(PREFILL_SHARE * self.limits.step_tokens)))
+        computing: set[bytes] = set()
+        for sequence in list(self.running):
+            if budget and sequence.missing > 1 and sequence.slot >= 0:
+                budget -= self._prefill(sequence, budget, computing)
+        if self.preemptions == preempted:
+            self._admit(budget, computing, now)
+        if self.limits.max_draft_tokens:
+            self._add_drafts()
+        for work in works:
+            work.sequence.steps += 1
+        return Step(works) if works else None
+
+    def commit(self, step: Step, chosen: list[int], now: float) -> list[Event]:
+        """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams."""
+        offset = 0
+        for work in step.works:
+            sequence = work.sequence
+            if not work.samples:
+                sequence.computed += work.rows
+                self._store(sequence)
+                continue
+            count = 1 + len(work.drafts)
+            tokens = chosen[offset:offset + count]
+            offset += count
+            if work.drafts:
+                tokens = tokens[:self._judge(sequence, work.drafts, tokens) + 1]
+            self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now)
+        return self.take_events()
+
+    def audit(self) -> Audit:
+        """Check who holds which block, and mend. Between steps only."""
+        return self.pool.audit(sequence.blocks for sequence in self._live.values())
+
+    # --- parts of plan -----------------------------------------------------------------------------------------------
+
+    def _prefill(self, sequence: Sequence, budget: int, computing: set[bytes]) -> int:
+        """Plan a chunk of missing tokens; how many. Skips a block that another sequence computes in this very step."""
+        size = self.limits.block_size
+        before = sequence.computed
+        self._reuse(sequence)
+        start, length = sequence.computed, len(sequence.tokens)
+        if not sequence.preemptions:
+            sequence.cached_tokens = min(sequence.cached_tokens + start - before, sequence.prompt_length)
+        first = start // size
+        full = start % size == 0 and start + size <= length
+        if full and sequence.name(first, size) in computing:
+            return 0
+        end = min(length, start + budget)
+        if end < length and end // size * size > start:
+            end = end // size * size
+        if not self._make_room(sequence, end):
+            return 0
+        if full:
+            computing.update(sequence.name(index, size) for index in range(first, end // size))
+        self._works.append(Work(sequence, start, end - start, end == length))
+        return end - start
+
+    def _admit(self, budget: int, computing: set[bytes], now: float) -> None:
+        while budget and self._slots and (sequence := self.waiting.peek()) is not None:
+            if not self._fits(sequence):
+                return
+            self.waiting.admit(sequence, sequence.missing)
+            sequence.slot = self._slots.pop()
+            self._leases += 1
+            sequence.lease = self._leases
+            insort(self.running, sequence, key=_rank)
+            if sequence.admitted_at is None:
+                sequence.admitted_at = now
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+                self.drafts.open(sequence.key)
+                self._events.append(Started(sequence))
+            budget -= self._prefill(sequence, budget, computing)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether all its tokens have room beside what running ones need and one block more for each.
+
+        Holds what it can reuse if so.
+        """
+        available = self.pool.available
+        if self.running and self._blocked is not None and self._blocked[0] is sequence \
+                and available <= self._blocked[1]:
+            return False
+        self._reuse(sequence)
+        promised = sum(self._blocks_for(len(other.tokens)) - len(other.blocks) + 1 for other in self.running)
+        wanted = self._blocks_for(len(sequence.tokens)) - len(sequence.blocks) + promised
+        if self.running and wanted > self.pool.available:
+            self._give_up_blocks(sequence)
+            self._blocked = (sequence, available)
+            return False
+        self._blocked = None
+        return True
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Continue a block table with named blocks as far as they go."""
+        size = self.limits.block_size
+        most = (len(sequence.tokens) - 1) // size
+        while (index := len(sequence.blocks)) < most and sequence.computed == index * size:
+            block = self.pool.find(sequence.name(index, size), sequence.content(index, size))
+            if block is None:
+                return
+            self.pool.hold(block)
+            sequence.blocks.append(block)
+            sequence.stored = index + 1
+            sequence.computed += size
+
+    def _lookup(self, sequence: Sequence) -> int:
+        """How many tokens `_reuse` would find now."""
+        size = self.limits.block_size
+        most = (len(sequence.tokens) - 1) // size
+        index = 0
+        while index < most and self.pool.find(sequence.name(index, size), sequence.content(index, size)) is not None:
+            index += 1
+        return index * size
+
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Blocks for `length` tokens, if need be taken from the lowest in rank. False when that was `sequence`."""
+        wanted = self._blocks_for(length) - len(sequence.blocks)
+        if wanted <= 0:
+            return True
+        while (blocks := self.pool.allocate(wanted)) is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += blocks
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.preemptions += 1
+        victim.preemptions += 1
+        self._works[:] = [work for work in self._works if work.sequence is not victim]
+        self._leave(victim)
+        self.waiting.push_back(victim)
+
+    def _add_drafts(self) -> None:
+        """Fill what is left of the budget with the drafts that are worth it."""
+        budget = self.limits.step_tokens - sum(work.rows for work in self._works)
+        drafted: list[tuple[Work, list[int]]] = []
+        sampled = prefilled = 0
+        for work in self._works:
+            if not work.samples:
+                prefilled += work.rows
+                continue
+            sampled += 1
+            prefilled += work.rows - 1
+            sequence = work.sequence
+            most = min(self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
+            draft = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 else []
+            if draft:
+                drafted.append((work, draft))
+        if not drafted or budget <= 0:
+            return
+        candidates = [Candidate(self._acceptance(work.sequence), len(draft)) for work, draft in drafted]
+        step_s = self.cost.expected_s(sampled, prefilled) or 1.0
+        row_s = self.cost.row_s
+        for (work, draft), taken in zip(drafted, rows_worth_verifying(candidates, sampled, step_s, row_s, budget),
+                                        strict=True):
+            sequence = work.sequence
+            taken = self._draft_room(sequence, taken)
+            if taken:
+                work.drafts = draft[:taken]
+                work.rows += taken
+            else:
+                sequence.acceptance = drifted_acceptance(self._acceptance(sequence))
+
+    def _draft_room(self, sequence: Sequence, drafts: int) -> int:
+        """How many of `drafts` rows have a block. Drafts take only blocks that nobody holds."""
+        length = len(sequence.tokens) + drafts
+        wanted = self._blocks_for(length) - len(sequence.blocks)
+        if drafts and wanted > 0:
+            if (blocks := self.pool.allocate(min(wanted, self.pool.available))) is not None:
+                sequence.blocks += blocks
+            length = min(length, len(sequence.blocks) * self.limits.block_size)
+        return length - len(sequence.tokens)
+
+    def _acceptance(self, sequence: Sequence) -> float:
+        """The sequence's own measure, or what all of them had so far."""
+        return sequence.acceptance if sequence.acceptance >= 0.0 else self.acceptance
+
+    # --- parts of commit ---------------------------------------------------------------------------------------------
+
+    def _judge(self, sequence: Sequence, drafts: list[int], chosen: list[int]) -> int:
+        """How many drafts agree with what was chosen in their place."""
+        agreed = 0
+        while agreed < len(drafts) and drafts[agreed] == chosen[agreed]:
+            agreed += 1
+        sequence.acceptance = updated_acceptance(self._acceptance(sequence), agreed, len(drafts))
+        self.acceptance = updated_acceptance(self.acceptance, agreed, len(drafts), SHARED_ACCEPTANCE_MEMORY)
+        sequence.drafted += len(drafts)
+        sequence.accepted_drafts += agreed
+        self.draft_tokens += len(drafts)
+        self.accepted_draft_tokens += agreed
+        return agreed
+
+    def _append(self, sequence: Sequence, sure: int, tokens: list[int], now: float) -> None:
+        """Commit `tokens`; positions below `sure`, and those of all tokens but the last, are computed."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        index = sequence.delivered
+        reason: Literal["stop", "length"] | None = None
+        for count, token in enumerate(tokens, 1):
+            sequence.tokens.append(token)
+            if (reason := _end_reason(sequence)) is not None:
+                tokens = tokens[:count]
+                break
+        sequence.computed = sure + len(tokens) - 1
+        self._store(sequence)
+        self._events.append(Advanced(sequence, index, tokens))
+        if reason is not None:
+            self._end(sequence, self._finished(sequence, reason, now))
+
+    def _store(self, sequence: Sequence) -> None:
+        """Name the blocks that became full."""
+        size = self.limits.block_size
+        while (sequence.stored + 1) * size <= sequence.computed:
+            index = sequence.stored
+            self.pool.store(sequence.blocks[index], sequence.name(index, size), sequence.content(index, size))
+            sequence.stored = index + 1
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def _refusal(self, request: Generate, now: float, deadline: float) -> MillError | None:
+        if len(request.tokens) % 4 or len(request.generated) % 4 or not request.tokens:
+            return BadRequest("the prompt must be one token or more, packed 4 bytes each")
+        length = (len(request.tokens) + len(request.generated)) // 4
+        if len(request.tokens) // 4 >= self.length_limit:
+            return ContextTooLong(f"the prompt has {len(request.tokens) // 4} tokens and this worker holds "
+                                  f"{self.length_limit} with the answer: send a shorter one")
+        if max(max(unpack(request.tokens)), max(unpack(request.generated), default=0)) >= self.limits.vocabulary_size:
+            return BadRequest(f"token ids must be below {self.limits.vocabulary_size}, the model's vocabulary")
+        if now >= deadline:
+            return DeadlineExceeded("the deadline had passed when the request reached the worker")
+        if self.closed_because is not None:
+            return Overloaded(self.closed_because, retry_after_s=1.0)
+        if len(self.waiting) >= self.limits.max_waiting:
+            seconds = self.queued_tokens * self.cost.token_s + length * self.cost.token_s
+            return Overloaded(f"{len(self.waiting)} requests wait already", retry_after_s=min(max(seconds, 1.0), 60.0))
+        return None
+
+    def _expire(self, now: float) -> None:
+        for sequence in list(self._live.values()):
+            if now >= sequence.deadline:
+                error = DeadlineExceeded(f"the deadline passed after {sequence.delivered} tokens")
+                self._end(sequence, failed(sequence.request, error))
+        self._next_deadline = min((sequence.deadline for sequence in self._live.values()), default=float("inf"))
+
+    def _end(self, sequence: Sequence, reply: Finished | Failed) -> None:
+        if sequence.slot >= 0:
+            self._leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.ended = True
+        self.drafts.close(sequence.key)
+        del self._live[sequence.request.request_id]
+        self._events.append(Ended(sequence, reply))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the running: slot and blocks are free again."""
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+        self._give_up_blocks(sequence)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = sequence.stored = 0
+
+    def _finished(self, sequence: Sequence, reason: Literal["stop", "length", "cancelled"], now: float) -> Finished:
+        admitted = now if sequence.admitted_at is None else sequence.admitted_at
+        first = now if sequence.first_token_at is None else sequence.first_token_at
+        return Finished(
+            sequence.key.request_id, sequence.key.attempt, reason,
+            prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached_tokens,
+            completion_tokens=sequence.delivered, draft_tokens=sequence.drafted,
+            accepted_draft_tokens=sequence.accepted_drafts, queue_s=admitted - sequence.arrived_at,
+            prefill_s=first - admitted, decode_s=now - first)
+
+    def _blocks_for(self, length: int) -> int:
+        return -(-length // self.limits.block_size)
+
+    @staticmethod
+    def _remember(table: OrderedDict[str, int], request_id: str, attempt: int) -> None:
+        table[request_id] = attempt
+        table.move_to_end(request_id)
+        if len(table) > REMEMBERED_REQUESTS:
+            table.popitem(last=False)
+
+
+def failed(request: Generate, error: MillError, retryable: bool | None = None) -> Failed:
+    """The message that an error is; `retryable` where it differs from the error's kind."""
+    return Failed(request.request_id, request.attempt, error.code, error.message,
+                  error.retryable if retryable is None else retryable, error.retry_after_s or 0.0)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _end_reason(sequence: Sequence) -> Literal["stop", "length"] | None:
+    """Why the stream ends with the tokens it has, if it does. A stop in the prompt is none."""
+    if sequence.delivered and sequence.tokens[-1] in sequence.stop_ids:
+        return "stop"
+    return "length" if len(sequence.tokens) >= sequence.end_length else None

@@ -1,0 +1,91 @@
+"""One stream as the scheduler sees it: its tokens, how many of them are computed, and the blocks they lie in.
+
+Rule: `computed` chases `len(tokens)`. Prefill, decode, verification and the return from preemption are all the same
+statement: the KV of positions `computed`, `computed + 1`, ... is still to come.
+Pure.
+"""
+
+from typing import NamedTuple
+
+from shared.blocks import block_hash
+from shared.messages import Generate
+from shared.tokens import pack, unpack
+
+
+class Key(NamedTuple):
+    """Names one attempt at one request; never reused."""
+
+    request_id: str
+    attempt: int
+
+
+class Sequence:
+    """Mutable state of one attempt. Times are monotonic seconds, lengths are tokens."""
+
+    __slots__ = (
+        "acceptance", "accepted_drafts", "admitted_at", "arrived_at", "blocks", "cached_tokens", "computed", "deadline",
+        "drafted", "end_length", "ended", "first_token_at", "hashes", "key", "lease", "order", "preemptions",
+        "prompt_length", "rank", "request", "resumed_length", "slot", "steps", "stop_ids", "stored", "tokens",
+        "traceparent",
+    )
+
+    def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
+                 deadline: float, length_limit: int) -> None:
+        self.request = request
+        self.key = Key(request.request_id, request.attempt)
+        self.tokens = tokens  # prompt, then what was delivered
+        self.prompt_length = prompt_length
+        self.resumed_length = len(tokens)  # prompt and the tokens of earlier attempts
+        self.end_length = min(prompt_length + request.max_tokens, length_limit)
+        self.stop_ids = frozenset(request.stop_token_ids)
+        self.order = order
+        self.rank = (-request.priority, order)  # smaller goes first
+        self.deadline = deadline
+        self.computed = 0  # positions 0..computed-1 are in the KV cache
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []  # of full blocks, as far as they were needed; kept over preemption
+        self.stored = 0  # blocks offered to the pool under their names
+        self.slot = -1  # row in the device tables while running
+        self.lease = 0  # new with each admission: tells a fresh owner of a slot from the one before
+        self.arrived_at = now
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.cached_tokens = 0
+        self.drafted = 0
+        self.accepted_drafts = 0
+        self.acceptance = -1.0  # probability that a draft agrees; below 0 while unmeasured
+        self.preemptions = 0
+        self.steps = 0
+        self.ended = False
+        self.traceparent = ""
+
+    def name(self, index: int, block_size_tokens: int) -> bytes:
+        """The chained hash of full block `index`."""
+        while len(self.hashes) <= index:
+            start = len(self.hashes) * block_size_tokens
+            parent = self.hashes[-1] if self.hashes else b""
+            block = self.tokens[start:start + block_size_tokens]
+            self.hashes.append(block_hash(parent, block, self.request.cache_salt))
+        return self.hashes[index]
+
+    def content(self, index: int, block_size_tokens: int) -> bytes:
+        """What block `index` must hold to be this one: its parent's name and its tokens."""
+        parent = self.hashes[index - 1] if index else b""
+        start = index * block_size_tokens
+        return parent + pack(self.tokens[start:start + block_size_tokens])
+
+    @property
+    def delivered(self) -> int:
+        """Tokens behind the prompt, those of earlier attempts included: the index of the next one."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def missing(self) -> int:
+        """Positions still to compute before the next token is known."""
+        return len(self.tokens) - self.computed
+
+
+def from_request(request: Generate, order: int, now: float, deadline: float, length_limit: int) -> Sequence:
+    """The sequence a request asks for. Raises ValueError when its packed tokens are damaged."""
+    prompt = unpack(request.tokens)
+    return Sequence(request, prompt + unpack(request.generated), len(prompt), order, now, deadline, length_limit)

@@ -1,0 +1,294 @@
+"""A worker on the bus.
+
+    worker.<id>.generate, .cancel, .drafts    -> the engine's inbox
+    worker.<id>.kv_request                    -> a snapshot of the cache
+    status.drafter.*, status.gateway.*        -> whom to follow, who is gone
+    each step                                 -> replies, KV events, what the drafter should know
+
+Rule: a handler decodes, decides and hands over. `serve` runs until cancelled and then drains: it says so first, hands back
+what waits, gives running streams `drain_s` to end, and hands back the rest for another worker to continue.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+import structlog
+
+from kernels.step import Decoder
+from shared import subjects
+from shared.bus import Bus, BusUnavailable, Delivery, Handler
+from shared.clock import Clock
+from shared.errors import NoEligibleWorker, Overloaded
+from shared.messages import (
+    Cancel,
+    Drafts,
+    DrafterStatus,
+    GatewayStatus,
+    Generate,
+    SnapshotRequest,
+    Status,
+    WorkerStatus,
+    decode,
+    encode,
+)
+from shared.residency import allows
+from shared.settings import WorkerSettings
+from worker.batch import Batch
+from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
+from worker.following import Following
+from worker.kv_blocks import BlockPool
+from worker.outbox import Outbox, Outgoing
+from worker.runner import Runner, engine_of, load_decoder, runner_for
+from worker.scheduler import Event, Limits, Refused, Scheduler, failed
+
+# a gateway unheard for so many times the usual silence has lost its clients long ago
+GATEWAY_SILENCES = 10
+# after the streams were handed back, for the step under way and the last replies
+LAST_WORDS_S = 5.0
+# snapshots that several routers ask for at once are one; the next may follow after this
+SNAPSHOT_PAUSE_S = 0.1
+
+_log = structlog.get_logger("worker")
+
+
+async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio.Event | None = None,
+                decoder: Decoder | None = None) -> None:
+    """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain."""
+    name = subjects.check_id(settings.id or f"worker-{secrets.token_hex(3)}")
+    epoch = int(clock.wall() * 1e6)
+    sender = Sender(bus)
+    await sender.send([_status_of(WorkerStatus(name, epoch, settings.model_name, "starting", zone=settings.zone))])
+    engine = settings.engine
+    if decoder is None:
+        engine = engine_of(settings)
+        decoder = load_decoder(settings) if engine == "mock" else await asyncio.to_thread(load_decoder, settings)
+    runner = runner_for(decoder, settings, clock)
+    try:
+        await Worker(sender, settings, clock, runner, engine, name, epoch).run(bus, ready)
+    finally:
+        runner.close()
+
+
+class Sender:
+    """Publishing that outlives the broker: what cannot leave is counted and gone."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.lost = 0
+        self._bus = bus
+        self._out = False
+
+    async def send(self, outgoing: list[Outgoing]) -> None:
+        for subject, message in outgoing:
+            try:
+                await self._bus.publish(subject, encode(message))
+            except BusUnavailable as error:
+                self.lost += 1
+                if not self._out:
+                    self._out = True
+                    _log.warning("bus_unavailable", error=str(error))
+            except ValueError as error:
+                self.lost += 1
+                _log.error("message_too_large", subject=subject, error=str(error))
+            else:
+                self._out = False
+
+
+class Worker:
+    """The shell around one engine."""
+
+    def __init__(self, sender: Sender, settings: WorkerSettings, clock: Clock, runner: Runner, engine: str, name: str,
+                 epoch: int) -> None:
+        decoder = runner.decoder
+        max_draft_tokens = settings.max_draft_tokens if settings.speculation else 0
+        self.name = name
+        self.state: Literal["starting", "ready", "draining"] = "starting"
+        self._sender = sender
+        self._settings = settings
+        self._clock = clock
+        self._decoder = decoder
+        self._engine_name = engine
+        self._vocabulary = str(getattr(decoder, "vocabulary", ""))
+        self._pool = BlockPool(decoder.blocks)
+        self._scheduler = Scheduler(Limits(
+            decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,
+            settings.max_running, settings.max_waiting, max_draft_tokens), self._pool)
+        blocks_per_sequence = -(-self._scheduler.length_limit // decoder.block_size_tokens)
+        self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence), runner, clock,
+                              self._publish)
+        self._outbox = Outbox(name, epoch)
+        self._following = Following(name, epoch, settings.zone, self._vocabulary, max_draft_tokens,
+                                    settings.silence_s)
+        self._speculates = max_draft_tokens > 0
+        self._gateways: dict[str, float] = {}  # last heard
+        self._turned_away: list[Event] = []  # refused at the door, not yet told
+        self._status_wanted = asyncio.Event()
+        self._snapshot_wanted = asyncio.Event()
+        self._refusals_wanted = asyncio.Event()
+        self._kv_order = asyncio.Lock()
+
+    async def run(self, bus: Bus, ready: asyncio.Event | None) -> None:
+        """Until cancelled, then drained."""
+        async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+            own = [tasks.create_task(work) for work in
+                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals())]
+            try:
+                for subject, handler in self._handlers():
+                    stack.push_async_callback((await bus.subscribe(subject, self._guarded(handler))).unsubscribe)
+                self._snapshot_wanted.set()
+                self._enter("ready")
+                _log.info("worker_ready", worker=self.name, blocks=self._pool.blocks, recipe=self._decoder.recipe)
+                if ready is not None:
+                    ready.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if not any(task.done() for task in own):
+                    await self._drain()
+                raise
+            finally:
+                for task in own:
+                    task.cancel()
+
+    # --- what arrives ------------------------------------------------------------------------------------------------
+
+    def _handlers(self) -> list[tuple[str, Handler]]:
+        return [
+            (subjects.worker_generate(self.name), self._on_generate),
+            (subjects.worker_cancel(self.name), lambda delivery: self._engine.submit(decode(delivery.data, Cancel))),
+            (subjects.worker_drafts(self.name), lambda delivery: self._engine.submit(decode(delivery.data, Drafts))),
+            (subjects.worker_kv_request(self.name), self._on_snapshot_request),
+            (subjects.ALL_STATUS, self._on_status),
+        ]
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Bytes that are no message are logged and dropped."""
+        def guarded(delivery: Delivery) -> None:
+            try:
+                handler(delivery)
+            except msgspec.MsgspecError as error:
+                _log.warning("message_not_understood", subject=delivery.subject, error=str(error))
+        return guarded
+
+    def _on_generate(self, delivery: Delivery) -> None:
+        request = decode(delivery.data, Generate)
+        if not allows(request.residency, self._settings.zone):
+            error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
+            self._turn_away(Refused(request, failed(request, error)))
+            return
+        deadline = self._clock.now() + request.deadline - self._clock.wall()
+        if not self._engine.submit(Arrival(request, deadline, delivery.headers.get("traceparent", ""))):
+            self._turn_away(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
+
+    def _on_snapshot_request(self, delivery: Delivery) -> None:
+        decode(delivery.data, SnapshotRequest)
+        self._snapshot_wanted.set()
+
+    def _on_status(self, delivery: Delivery) -> None:
+        match decode(delivery.data, Status):
+            case DrafterStatus() as status if self._speculates:
+                before = self._following.name
+                self._following.hear(status, self._clock.now())
+                if self._following.name != before:
+                    self._status_wanted.set()
+            case GatewayStatus(id=gateway):
+                self._gateways[gateway] = self._clock.now()
+
+    def _turn_away(self, refused: Refused) -> None:
+        self._turned_away.append(refused)
+        self._refusals_wanted.set()
+
+    # --- what leaves -------------------------------------------------------------------------------------------------
+
+    async def _publish(self, events: list[Event]) -> None:
+        """Everything one step has to say."""
+        replies = self._outbox.replies(events, self._following.name)
+        told = self._following.follow(events, self._scheduler.live) if self._speculates else []
+        await self._sender.send(replies + told)
+        async with self._kv_order:
+            await self._sender.send(self._outbox.kv_events(self._pool))
+
+    async def _send_refusals(self) -> None:
+        while True:
+            await self._refusals_wanted.wait()
+            self._refusals_wanted.clear()
+            refused, self._turned_away = self._turned_away, []
+            await self._sender.send(self._outbox.replies(refused, ""))
+
+    async def _send_snapshots(self) -> None:
+        while True:
+            await self._snapshot_wanted.wait()
+            self._snapshot_wanted.clear()
+            async with self._kv_order:
+                await self._sender.send(self._outbox.snapshot(self._pool))
+            await self._clock.sleep(SNAPSHOT_PAUSE_S)
+
+    async def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.heartbeat_s):
+                    await self._status_wanted.wait()
+            self._status_wanted.clear()
+            now = self._clock.now()
+            self._following.choose(now)
+            self._drop_silent_gateways(now)
+            await self._sender.send([_status_of(self.status())])
+
+    def status(self) -> WorkerStatus:
+        """This worker as others see it now."""
+        scheduler, decoder, settings = self._scheduler, self._decoder, self._settings
+        cost = scheduler.cost
+        return WorkerStatus(
+            self.name, self._outbox.epoch, settings.model_name, self.state, engine=self._engine_name,
+            recipe=decoder.recipe, vocabulary=self._vocabulary, zone=settings.zone, sku=settings.sku,
+            price_usd_per_hour=settings.price_usd_per_hour, block_size_tokens=decoder.block_size_tokens,
+            blocks_total=self._pool.blocks, blocks_used=self._pool.blocks - self._pool.available,
+            context_length=scheduler.length_limit, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            queued_tokens=scheduler.queued_tokens, max_running=settings.max_running,
+            prefill_tok_s=cost.prefill_tok_s(settings.step_tokens), step_base_s=cost.base_s, step_row_s=cost.row_s,
+            decode_tok_s=self._engine.rate.per_second(self._clock.now()), kv_seq=self._outbox.kv_seq,
+            replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
+            draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
+            drafter=self._following.name, steps_total=self._engine.steps)
+
+    def _enter(self, state: Literal["ready", "draining"]) -> None:
+        self.state = state
+        self._status_wanted.set()
+
+    def _drop_silent_gateways(self, now: float) -> None:
+        limit = now - GATEWAY_SILENCES * self._settings.silence_s
+        gone = frozenset(gateway for gateway, heard in self._gateways.items() if heard < limit)
+        if gone:
+            _log.warning("gateways_silent", gateways=sorted(gone))
+            self._engine.submit(DropGateways(gone))
+            for gateway in gone:
+                del self._gateways[gateway]
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Say it, hand back what waits, let streams end, hand back the rest."""
+        self.state = "draining"
+        await self._sender.send([_status_of(self.status())])
+        self._engine.submit(CloseDoors(f"worker {self.name} is draining"))
+        if not await _within(self._settings.drain_s, self._engine.idle):
+            self._engine.submit(HandBack())
+            await _within(LAST_WORDS_S, self._engine.idle)
+        _log.info("worker_drained", worker=self.name, lost_messages=self._sender.lost)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+def _status_of(status: WorkerStatus) -> Outgoing:
+    return Outgoing(subjects.status("worker", status.id), status)
+
+

@@ -1,0 +1,85 @@
+"""What a step costs, learned from the steps themselves.
+
+    seconds = base + rows * row + prefill tokens * token
+
+`rows` are the rows whose next token is wanted (decode and verification), prefill tokens are all others.
+Rule: recursive least squares with forgetting, held to a prior until the steps have differed enough to tell the three
+apart; no cost is ever negative. Pure.
+"""
+
+FORGETTING = 0.98
+# a prior row weighs as much as this many observations: enough to survive a stream that always has one row
+PRIOR_WEIGHT = 0.5
+# until measured, a verified row is taken to cost this share of a step, a prefill token a tenth of that
+PRIOR_ROW_SHARE = 0.1
+# a step that took longer than this many times what was expected is a pause of the machine, not a cost
+OUTLIER = 4.0
+WARM_STEPS = 8
+
+
+class StepCost:
+    """`observe` each step; read `base_s`, `row_s`, `token_s`."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.prefill_tokens = 0
+        self.base_s = 0.0
+        self.row_s = 0.0
+        self.token_s = 0.0
+        self._matrix = [[0.0] * 3 for _ in range(3)]
+        self._vector = [0.0] * 3
+        self._mean_s = 0.0
+
+    def observe(self, rows: int, prefill_tokens: int, seconds: float) -> None:
+        """Learn from one step."""
+        if self.steps >= WARM_STEPS:
+            seconds = min(seconds, OUTLIER * self.expected_s(rows, prefill_tokens))
+        self.steps += 1
+        self.prefill_tokens += prefill_tokens
+        features = (1.0, float(rows), float(prefill_tokens))
+        for i in range(3):
+            for j in range(3):
+                self._matrix[i][j] = FORGETTING * self._matrix[i][j] + features[i] * features[j]
+            self._vector[i] = FORGETTING * self._vector[i] + features[i] * seconds
+        self._solve()
+
+    def expected_s(self, rows: int, prefill_tokens: int = 0) -> float:
+        return self.base_s + rows * self.row_s + prefill_tokens * self.token_s
+
+    def prefill_tok_s(self, step_tokens: int) -> float:
+        """Prompt tokens a second when steps are full of them; 0 while no prompt was seen."""
+        seconds = self.expected_s(0, step_tokens)
+        return step_tokens / seconds if self.prefill_tokens and seconds > 0 else 0.0
+
+    def _solve(self) -> None:
+        # the prior in units of the newest picture: row and token as shares of what a step costs on average
+        weight = self._matrix[0][0]
+        mean_rows, mean_tokens = self._matrix[0][1] / weight, self._matrix[0][2] / weight
+        units = 1.0 + PRIOR_ROW_SHARE * (mean_rows + 0.1 * mean_tokens)
+        step_s = self._vector[0] / weight / units
+        prior = (step_s, PRIOR_ROW_SHARE * step_s, 0.1 * PRIOR_ROW_SHARE * step_s)
+        matrix = [row[:] for row in self._matrix]
+        vector = self._vector[:]
+        for i in range(3):
+            matrix[i][i] += PRIOR_WEIGHT
+            vector[i] += PRIOR_WEIGHT * prior[i]
+        base, row, token = solve(matrix, vector)
+        self.row_s = max(row, 0.0)
+        self.token_s = max(token, 0.0)
+        self.base_s = max(base, 0.0)
+
+
+def solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
+    """x with matrix x = vector, for a small symmetric positive definite matrix."""
+    size = len(vector)
+    rows = [[*matrix[i], vector[i]] for i in range(size)]
+    for i in range(size):
+        for j in range(i + 1, size):
+            share = rows[j][i] / rows[i][i]
+            for k in range(i, size + 1):
+                rows[j][k] -= share * rows[i][k]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        rest = sum(rows[i][k] * found[k] for k in range(i + 1, size))
+        found[i] = (rows[i][size] - rest) / rows[i][i]
+    return found
