@@ -1,0 +1,288 @@
+"""Every operator of a decoder in plain torch: the specification of the Triton and native ones, and what runs on a CPU.
+
+Rule: an operator returns new tensors and changes no argument, but for the caches of `write_kv`. Elementwise work is done
+in float32 and rounded once to the type of its first argument. Cache memory that no row has written changes no result.
+
+R rows (tokens), C columns (hidden size), H query heads, K KV heads, D head size, S sequences, B longest block table,
+L rows to sample, V vocabulary.
+
+A cache is [blocks, block size, K, D] per layer. Position p of sequence s lives in block `tables[s, p // block size]`, slot
+`p % block size`; table entries beyond a sequence's end are -1. A row at position -1 is padding: nothing is written for it
+and its attention is 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GREEDY_BELOW = 1e-5
+LARGEST_V = 1 - 2**-24
+
+# Positions that attention sums at once, from position 0 on: wide enough for a matrix product, small enough for a cache.
+ATTENTION_TILE = 256
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, C] times the transpose of weight [outputs, C]: [R, outputs]."""
+    return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Each row of x [R, C] over its root mean square, times weight [C]."""
+    wide = x.float()
+    scale = 1.0 / torch.sqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The sum x + residual [R, C], rounded to its type, and the norm of that: (normed, sum)."""
+    total = (x.float() + residual.float()).to(residual.dtype)
+    return rms_norm(total, weight, epsilon), total
+
+
+def rotary_tables(
+    frequencies: list[float], positions: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [positions, pairs] in float32 of angles in float64: position times radians per position."""
+    per_position = torch.tensor(frequencies, dtype=torch.float64)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), per_position)  # [positions, pairs]
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotary(
+    queries: Tensor, keys: Tensor, positions: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries [R, H, D] and keys [R, K, D] turned by the angles of their positions [R].
+
+    The tables [positions, pairs] say how many pairs turn; elements of a head beyond 2 * pairs pass. `interleaved` pairs
+    element 2i with 2i + 1, otherwise i goes with i + pairs.
+    """
+    rows = positions.clamp(min=0).long()
+    cosine, sine = cosines[rows].unsqueeze(1), sines[rows].unsqueeze(1)  # [R, 1, pairs]
+    return _turned(queries, cosine, sine, interleaved), _turned(keys, cosine, sine, interleaved)
+
+
+def _turned(heads: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    pairs = cosine.shape[-1]
+    turning = heads[..., : 2 * pairs].float()
+    if interleaved:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    else:
+        a, b = turning[..., :pairs], turning[..., pairs:]
+    first, second = a * cosine - b * sine, b * cosine + a * sine
+    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((turned.to(heads.dtype), heads[..., 2 * pairs :]), -1)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all [R, width]."""
+    wide = gate.float()
+    return (wide / (1.0 + torch.exp(-wide)) * up.float()).to(gate.dtype)
+
+
+def write_kv(
+    keys: Tensor,
+    values: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+) -> None:
+    """Store keys and values [R, K, D] of each row at its position [R] of its sequence [R], in one layer's caches."""
+    block_size = key_cache.shape[1]
+    rows = (positions >= 0).nonzero().squeeze(1)
+    at = positions[rows].long()
+    blocks = tables[sequences[rows].long(), at // block_size].long()
+    slots = at % block_size
+    key_cache[blocks, slots] = keys[rows].to(key_cache.dtype)
+    value_cache[blocks, slots] = values[rows].to(value_cache.dtype)
+
+
+def paged_attention(
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    scale: float,
+    longest: int | None = None,
+) -> Tensor:
+    """Causal attention of queries [R, H, D] over one layer's caches: row r sees positions 0..positions[r] of its sequence.
+
+    Softmax of scale * q.k in float32, summed over tiles of ATTENTION_TILE positions in position order, aligned to 0, so
+    that the order of a row's sum does not depend on whether it came alone or in a prompt. Runs of rows of one sequence
+    with the same number of rows and tiles are computed together. `longest`, the most positions that a row sees, is a
+    hint for devices that cannot look.
+    """
+    output = torch.zeros_like(queries)
+    for rows, tiles in _runs_of_equal_shape(sequences, positions, _tile(key_cache.shape[1])):
+        owners = tables[sequences[rows[:, 0]].long()]
+        output[rows] = _attend(queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles)
+    return output
+
+
+def _tile(block_size: int) -> int:
+    """Positions of a tile: whole blocks, whatever the block size."""
+    return max(1, ATTENTION_TILE // block_size) * block_size
+
+
+def _runs_of_equal_shape(sequences: Tensor, positions: Tensor, tile: int) -> list[tuple[Tensor, int]]:
+    """Row numbers [runs, rows of a run] and tiles, per shape of run. A run: neighbouring rows of one sequence."""
+    owners, ends = sequences.tolist(), positions.tolist()
+    shapes: dict[tuple[int, int], list[range]] = {}
+    start = 0
+    for row in range(1, len(owners) + 1):
+        if row == len(owners) or owners[row] != owners[start]:
+            last = max(ends[start:row])
+            if last >= 0:
+                shapes.setdefault((row - start, last // tile + 1), []).append(range(start, row))
+            start = row
+    device = sequences.device
+    return [(torch.tensor([*map(list, runs)], device=device), tiles) for (_, tiles), runs in shapes.items()]
+
+
+def _attend(
+    queries: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    tables: Tensor,
+    positions: Tensor,
+    scale: float,
+    tiles: int,
+) -> Tensor:
+    """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n]."""
+    runs, count, heads, head_dim = queries.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    group = heads // kv_heads
+    tile = _tile(block_size)
+    last = int(positions.max())
+    wide = queries.float().view(runs, count, kv_heads, group, head_dim) * scale
+    wide = wide.permute(0, 2, 1, 3, 4)  # [N, K, n, G, D]
+    running_max = torch.full(wide.shape[:-1], -torch.inf, device=queries.device)  # [N, K, n, G]
+    running_sum = torch.zeros_like(running_max)
+    output = torch.zeros_like(wide)
+
+    for start in range(0, tiles * tile, tile):
+        # 1. Keys and values of the tile; what lies beyond a run's last position may never have been written.
+        end = min(start + tile, last + 1)
+        blocks = tables[:, start // block_size : -(-end // block_size)].clamp(min=0).long()  # [N, blocks of the tile]
+        at = torch.arange(start, start + blocks.shape[1] * block_size, device=queries.device)  # [T]
+        written = at <= positions.amax(1, keepdim=True)  # [N, T]
+        keys = key_cache[blocks].view(runs, -1, kv_heads, head_dim).float()  # [N, T, K, D]
+        values = value_cache[blocks].view(runs, -1, kv_heads, head_dim).float()
+        values = values.masked_fill(~written[:, :, None, None], 0.0)
+
+        # 2. Scores of the rows that reach the tile.
+        first = int((positions >= start).any(0).int().argmax())
+        seen = at <= positions[:, first:, None]  # [N, n, T]
+        scores = wide[:, :, first:].flatten(2, 3) @ keys.permute(0, 2, 3, 1)  # [N, K, n G, T]
+        scores = scores.view(runs, kv_heads, count - first, group, -1)
+        scores = scores.masked_fill(~seen[:, None, :, None, :], -torch.inf)
+
+        # 3. Added to what the tiles before gave.
+        before = running_max[:, :, first:]
+        new_max = torch.maximum(before, scores.amax(-1))
+        finite = new_max.clamp(min=torch.finfo(torch.float32).min)
+        weights = torch.exp(scores - finite.unsqueeze(-1))  # [N, K, n, G, T]
+        decay = torch.exp(before - finite)
+        running_sum[:, :, first:] = running_sum[:, :, first:] * decay + weights.sum(-1)
+        added = (weights.flatten(2, 3) @ values.permute(0, 2, 1, 3)).view_as(wide[:, :, first:])
+        output[:, :, first:] = output[:, :, first:] * decay.unsqueeze(-1) + added
+        running_max[:, :, first:] = new_max
+
+    output = torch.where(running_sum.unsqueeze(-1) > 0.0, output / running_sum.unsqueeze(-1), 0.0)
+    return output.permute(0, 2, 1, 3, 4).reshape(runs, count, heads, head_dim).to(queries.dtype)
+
+
+def mask_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Logits [L, V] in float32 with minus infinity at every id that a row's masks drop; all parameters [L].
+
+    Ids are ranked by logits / T, largest first, equal ones by id; each mask works on what the one before has left.
+    top_k (0: off) keeps the first k ranks. top_p (1: off) keeps the ranks before which less than top_p of the
+    probability lies. min_p (0: off) keeps ids at least min_p times as likely as the first. The first rank always stays.
+    Rows with a temperature below GREEDY_BELOW pass: their masks would keep the largest anyway.
+    """
+    logits = logits.float()
+    masked = (temperatures >= GREEDY_BELOW) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+    rows = masked.nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return logits
+    scaled = logits[rows] / temperatures[rows, None]  # [M, V]
+    ranked, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    limit = torch.where(top_k[rows] > 0, top_k[rows].long(), logits.shape[1])
+    keep = rank < limit[:, None]
+    relative = torch.exp(ranked.double() - ranked[:, :1].double()).masked_fill(~keep, 0.0)
+    cumulative = relative.cumsum(-1)
+    share = top_p[rows, None].double()
+    keep &= (share >= 1.0) | (cumulative - relative < share * cumulative[:, -1:])
+    keep &= relative >= min_p[rows, None].double()
+    keep[:, 0] = True
+    result = logits.clone()
+    result[rows] = result[rows].masked_fill(~torch.zeros_like(keep).scatter(1, ids, keep), -torch.inf)
+    return result
+
+
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """The chosen token [L], int32, of masked logits [L, V]: the largest logits / T + noise, the lowest id of a tie.
+
+    Seeds [L] are uint64, or int64 with the same bits; positions [L] are those the new tokens will have. Below
+    GREEDY_BELOW there is neither division nor noise. The caller excludes NaN and rows that are minus infinity throughout.
+    """
+    scores = logits.float()
+    rows = (temperatures >= GREEDY_BELOW).nonzero().squeeze(1)
+    if rows.numel():
+        scores = scores.clone()
+        noise = gumbel(seeds[rows], positions[rows], scores.shape[1])
+        scores[rows] = scores[rows] / temperatures[rows, None] + noise
+    # torch.argmax may return any of several equal maxima.
+    best = scores.amax(-1, keepdim=True)
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    return torch.where(scores == best, ids, scores.shape[1]).amin(-1).clamp(max=scores.shape[1] - 1).int()
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """g = -log(-log1p(-v)) [L, V] in float32 of every token id: logarithms in float64, rounded once."""
+    v = uniform(seeds, positions, vocabulary).double()
+    return (-torch.log(-torch.log1p(-v))).float()
+
+
+def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """v = min((float32(x >> 8) + 0.5) * 2^-24, 1 - 2^-24) [L, V], with x the first word of Philox.
+
+    Small v is large noise.
+    """
+    x = philox(seeds, positions, vocabulary)
+    return (((x >> 8).float() + 0.5) * 2.0**-24).clamp(max=LARGEST_V)
+
+
+def philox(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Word 0 of Philox4x32-10 [L, V], 32 bits in an int64. Counter (token id, position low, position high, 0), key seed."""
+    low = 0xFFFFFFFF
+    seeds, positions = seeds.view(torch.int64)[:, None], positions.long()[:, None]
+    k0, k1 = seeds & low, (seeds >> 32) & low
+    a = torch.arange(vocabulary, device=seeds.device)[None, :]
+    b, c, d = positions & low, (positions >> 32) & low, torch.zeros_like(positions)
+    for _ in range(10):
+        # The products wrap in 64 bits; a shift that drags the sign along is masked.
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((second >> 32) & low) ^ b ^ k0, second & low, ((first >> 32) & low) ^ d ^ k1, first & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return a.expand(seeds.shape[0], vocabulary)
+
+
+def count_accepted(chosen: Tensor, tokens: Tensor, starts: Tensor, most: int) -> Tensor:
+    """How many drafted tokens of each sequence the target would have chosen itself, int32 [S].
+
+    Sequence s owns rows starts[s]..starts[s + 1] - 1, at least one and at most `most`. `tokens` [L] is what stood in each
+    row: first the last known token, then the draft. `chosen` [L] is what the target chose after each. A draft is accepted
+    while it equals the choice of the row before it; the choice after the last accepted one is the next token.
+    """
+    first, rows = starts[:-1].long(), starts[1:].long() - starts[:-1].long()
+    draft = torch.arange(max(0, most - 1), device=chosen.device)  # [n]
+    exists = draft < rows[:, None] - 1  # [S, n]
+    before = torch.where(exists, first[:, None] + draft, 0)
+    equal = exists & (chosen[before] == tokens[torch.where(exists, before + 1, 0)])
+    return equal.int().cumprod(-1).sum(-1).int()
