@@ -1,0 +1,150 @@
+"""Tiny random Llamas on disk, so that tests need no real model: as GGUF, and the same weights as a Hugging Face folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Shape of a tiny model. Widths are multiples of 32, so that every matrix can be quantised in blocks of 32."""
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ffn: int = 128
+    vocabulary: int = 256
+    context_length: int = 1024
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied_head: bool = True
+    seed: int = 0
+
+
+def tiny_weights(shape: Tiny) -> dict[str, Floats]:
+    """Random weights by GGUF name, q and k in GGUF's row order; scaled so that logits spread like a trained model's."""
+    random = np.random.default_rng(shape.seed)
+    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+
+    def matrix(outputs: int, inputs: int) -> Floats:
+        return (random.standard_normal((outputs, inputs)) * 1.5 / np.sqrt(inputs)).astype(np.float32)
+
+    def norm() -> Floats:
+        return random.uniform(0.5, 1.5, shape.hidden).astype(np.float32)
+
+    weights = {"token_embd.weight": matrix(shape.vocabulary, shape.hidden) * np.float32(4)}
+    for layer in range(shape.layers):
+        weights |= {
+            f"blk.{layer}.attn_norm.weight": norm(),
+            f"blk.{layer}.ffn_down.weight": matrix(shape.hidden, shape.ffn),
+            f"blk.{layer}.ffn_gate.weight": matrix(shape.ffn, shape.hidden),
+            f"blk.{layer}.ffn_up.weight": matrix(shape.ffn, shape.hidden),
+            f"blk.{layer}.ffn_norm.weight": norm(),
+            f"blk.{layer}.attn_k.weight": matrix(kv, shape.hidden),
+            f"blk.{layer}.attn_output.weight": matrix(shape.hidden, attention),
+            f"blk.{layer}.attn_q.weight": matrix(attention, shape.hidden),
+            f"blk.{layer}.attn_v.weight": matrix(kv, shape.hidden),
+        }
+    weights["output_norm.weight"] = norm()
+    if not shape.tied_head:
+        weights["output.weight"] = matrix(shape.vocabulary, shape.hidden) * np.float32(4)
+    return weights
+
+
+def write_tiny_gguf(
+    path: Path, shape: Tiny | None = None, *, linear: Kind = Kind.Q4_1, head: Kind = Kind.Q8_0, architecture: str = "llama"
+) -> Path:
+    """Write the model of `shape` as GGUF: linears, and embedding and head, in the types given; norms in float32."""
+    shape = shape or Tiny()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context_length)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{token}>" for token in range(shape.vocabulary)])
+    writer.add_token_types([1] * shape.vocabulary)
+    for name, weight in tiny_weights(shape).items():
+        kind = Kind.F32 if weight.ndim == 1 else head if name in ("token_embd.weight", "output.weight") else linear
+        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
+    """Write the unquantised weights of `shape` as Hugging Face does: config.json, safetensors, q and k in halves order."""
+    shape = shape or Tiny()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.context_length,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_base,
+        "tie_word_embeddings": shape.tied_head,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    renamed = {_hugging_face_name(name): _halves(name, weight, shape) for name, weight in tiny_weights(shape).items()}
+    save_file({name: np.ascontiguousarray(weight) for name, weight in renamed.items()}, folder / "model.safetensors")
+    return folder
+
+
+def _halves(name: str, weight: Floats, shape: Tiny) -> Floats:
+    """Rows of q and k from adjacent pairs to halves; every other weight as it is."""
+    if not name.endswith(("attn_q.weight", "attn_k.weight")):
+        return weight
+    pairs = weight.reshape(-1, shape.head_dim // 2, 2, weight.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _hugging_face_name(name: str) -> str:
+    outside = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    inside = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    if name in outside:
+        return outside[name]
+    _, layer, kind, _ = name.split(".")
+    return f"model.layers.{layer}.{inside[kind]}.weight"
