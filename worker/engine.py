@@ -135,7 +135,7 @@ class Engine:
                     for proposal in proposals:
                         scheduler.drafts.offer(proposal)
                 case DropGateways(gateways):
-                    scheduler.cancel_all(lambda sequence, gone=gateways: sequence.request.gateway not in gone, now)
+                    scheduler.drop_gateways(gateways, now)
                 case CloseDoors(reason):
                     scheduler.close(reason)
                 case HandBack():

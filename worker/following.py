@@ -1,8 +1,8 @@
 """Which drafter hears of this worker's streams, and what it is told.
 
-Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never mentioned
-to it; nobody asks a drafter anything. A drafter that is new, or new again (another epoch), is told every stream from its
-start. Pure.
+Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never
+mentioned to it; nobody asks a drafter anything. A drafter that is new, or new again (another epoch), is told every
+stream from its start. Pure.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from shared.messages import Close, Commit, DrafterStatus, Follow, Open
 from shared.residency import allows
 from shared.tokens import pack
 from worker.outbox import Outgoing
-from worker.scheduler import Advanced, Ended, Event, Sequence, Started
-from worker.sequence import Key
+from worker.scheduler import Advanced, Ended, Event, Started
+from worker.sequence import Key, Sequence
 
 Line = Open | Commit | Close
 
@@ -71,7 +71,7 @@ class Following:
             return told
         if self._reopen:
             self._reopen = False
-            opening = [self._opening(sequence) for sequence in live
+            opening: list[Line] = [self._opening(sequence) for sequence in live
                        if sequence.admitted_at is not None and self._may_hear(sequence)]
             return told + self._pack(self.chosen.id, opening)
         lines: list[Line] = []

@@ -131,7 +131,8 @@ class BlockPool:
         if not self._events:
             return ()
         merged: list[KvEvent] = []
-        kind, run = self._events[0][0], []
+        kind = self._events[0][0]
+        run: list[bytes] = []
         for next_kind, name in [*self._events, (None, b"")]:
             if next_kind is not kind:
                 merged.append(Cleared() if kind is Cleared else kind(join_hashes(run)))

@@ -17,7 +17,7 @@ from kernels.step import StepInputs
 ODD = np.uint64(0x9E3779B97F4A7C15)
 # of so many tokens one depends on the whole stream; the others follow from the token before, as words in a phrase
 PHRASE = np.uint64(8)
-WORDS = 512
+WORDS = 96
 # ids below are taken for control tokens and never come out
 FIRST_WORD = 64
 

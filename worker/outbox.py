@@ -1,7 +1,7 @@
 """Events of a step as messages: one for each gateway, one for all routers.
 
-Rule: sequence numbers are given when a message is made, not when it leaves. One that is lost on the way out leaves a gap,
-and by the gap its receiver knows. Pure.
+Rule: sequence numbers are given when a message is made, not when it leaves. One that is lost on the way out leaves a
+gap, and by the gap its receiver knows. Pure.
 """
 
 from typing import NamedTuple

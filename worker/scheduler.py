@@ -19,7 +19,7 @@ Pure: no clock, no bus, no tensor. Not re-entrant: nothing may change between `p
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
 from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
@@ -97,10 +97,10 @@ class Started(NamedTuple):
 
 
 class Advanced(NamedTuple):
-    """Committed: the stream's tokens number `index`, `index + 1`, ..."""
+    """Committed: the stream's tokens number `first`, `first + 1`, ..."""
 
     sequence: Sequence
-    index: int
+    first: int
     tokens: list[int]
 
 
@@ -185,10 +185,10 @@ class Scheduler:
         if sequence is not None and sequence.key.attempt <= cancel.attempt:
             self._end(sequence, self._finished(sequence, "cancelled", now))
 
-    def cancel_all(self, wanted: Callable[[Sequence], bool], now: float) -> None:
-        """End as cancelled every sequence for which `wanted` is false."""
+    def drop_gateways(self, gateways: Container[str], now: float) -> None:
+        """End as cancelled what nobody hears any more."""
         for sequence in list(self._live.values()):
-            if not wanted(sequence):
+            if sequence.request.gateway in gateways:
                 self._end(sequence, self._finished(sequence, "cancelled", now))
 
     def fail(self, sequence: Sequence, error: MillError, retryable: bool) -> None:

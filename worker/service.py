@@ -5,14 +5,12 @@
     status.drafter.*, status.gateway.*        -> whom to follow, who is gone
     each step                                 -> replies, KV events, what the drafter should know
 
-Rule: a handler decodes, decides and hands over. `serve` runs until cancelled and then drains: it says so first, hands back
-what waits, gives running streams `drain_s` to end, and hands back the rest for another worker to continue.
+Rule: a handler decodes, decides and hands over. `serve` runs until cancelled and then drains: it says so first, hands
+back what waits, gives running streams `drain_s` to end, and hands back the rest for another worker to continue.
 """
 
 import asyncio
 import contextlib
-import secrets
-from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -23,10 +21,11 @@ from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
 from shared.errors import NoEligibleWorker, Overloaded
+from shared.ids import new_epoch, new_id
 from shared.messages import (
     Cancel,
-    Drafts,
     DrafterStatus,
+    Drafts,
     GatewayStatus,
     Generate,
     SnapshotRequest,
@@ -58,8 +57,8 @@ _log = structlog.get_logger("worker")
 async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio.Event | None = None,
                 decoder: Decoder | None = None) -> None:
     """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain."""
-    name = subjects.check_id(settings.id or f"worker-{secrets.token_hex(3)}")
-    epoch = int(clock.wall() * 1e6)
+    name = subjects.check_id(settings.id or new_id("worker"))
+    epoch = new_epoch(clock)
     sender = Sender(bus)
     await sender.send([_status_of(WorkerStatus(name, epoch, settings.model_name, "starting", zone=settings.zone))])
     engine = settings.engine
@@ -157,8 +156,8 @@ class Worker:
     def _handlers(self) -> list[tuple[str, Handler]]:
         return [
             (subjects.worker_generate(self.name), self._on_generate),
-            (subjects.worker_cancel(self.name), lambda delivery: self._engine.submit(decode(delivery.data, Cancel))),
-            (subjects.worker_drafts(self.name), lambda delivery: self._engine.submit(decode(delivery.data, Drafts))),
+            (subjects.worker_cancel(self.name), self._on_cancel),
+            (subjects.worker_drafts(self.name), self._on_drafts),
             (subjects.worker_kv_request(self.name), self._on_snapshot_request),
             (subjects.ALL_STATUS, self._on_status),
         ]
@@ -182,13 +181,20 @@ class Worker:
         if not self._engine.submit(Arrival(request, deadline, delivery.headers.get("traceparent", ""))):
             self._turn_away(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
 
+    def _on_cancel(self, delivery: Delivery) -> None:
+        self._engine.submit(decode(delivery.data, Cancel))
+
+    def _on_drafts(self, delivery: Delivery) -> None:
+        self._engine.submit(decode(delivery.data, Drafts))
+
     def _on_snapshot_request(self, delivery: Delivery) -> None:
         decode(delivery.data, SnapshotRequest)
         self._snapshot_wanted.set()
 
     def _on_status(self, delivery: Delivery) -> None:
-        match decode(delivery.data, Status):
-            case DrafterStatus() as status if self._speculates:
+        status: Status = decode(delivery.data, Status)  # type: ignore[arg-type]
+        match status:
+            case DrafterStatus() if self._speculates:
                 before = self._following.name
                 self._following.hear(status, self._clock.now())
                 if self._following.name != before:

@@ -1,0 +1,385 @@
+"""A worker as the rest of the mesh meets it: on the bus, under virtual time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from msgspec.structs import replace
+
+from shared import subjects
+from shared.blocks import split_hashes
+from shared.messages import (
+    Accepted,
+    Cancel,
+    Close,
+    Commit,
+    Drafts,
+    Failed,
+    Finished,
+    Follow,
+    GatewayStatus,
+    KvEvents,
+    KvSnapshot,
+    Open,
+    Proposal,
+    Residency,
+    SnapshotRequest,
+    Stored,
+    Tokens,
+)
+from shared.tokens import pack, unpack
+from tests.virtual_time import run_virtual
+from tests.worker.builders import BLOCK, VOCABULARY, plain, request
+from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
+
+DEADLINE = WALL_S + 1000.0
+
+
+def play(scenario: Callable[[Mesh], Awaitable[None]], mesh: Mesh | None = None, **settings: object) -> Mesh:
+    """Run a scenario around one worker; the mesh as it was when the worker had drained."""
+    async def run() -> Mesh:
+        world = mesh or Mesh(**settings)  # type: ignore[arg-type]
+        async with world:
+            await scenario(world)
+        return world
+    return run_virtual(run(), timeout_s=600)
+
+
+def test_a_request_is_accepted_streamed_and_finished_in_order() -> None:
+    one = request(deadline=DEADLINE, max_tokens=10)
+
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(one)
+        end = await mesh.ended("r")
+        assert isinstance(end, Finished)
+        assert (end.reason, end.worker, end.prompt_tokens, end.completion_tokens) == ("length", "w1", 3, 10)
+        assert end.decode_s > 9 * 0.01 > end.prefill_s > 0.0
+
+    mesh = play(scenario)
+    kinds = [type(reply) for reply in mesh.replies]
+    assert kinds == [Accepted, *[Tokens] * 10, Finished]
+    assert [reply.index for reply in mesh.replies if isinstance(reply, Tokens)] == list(range(10))
+    assert mesh.stream("r") == plain(one)
+    assert [batch.seq for batch in mesh.batches] == list(range(1, len(mesh.batches) + 1))
+
+
+def test_streams_of_one_gateway_share_a_message_per_step() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(*[request(f"r{number}", [number], deadline=DEADLINE, max_tokens=5) for number in range(20)])
+        for number in range(20):
+            await mesh.ended(f"r{number}")
+
+    mesh = play(scenario)
+    assert len(mesh.batches) <= 7
+    for number in range(20):
+        assert mesh.stream(f"r{number}") == plain(request(prompt=[number], max_tokens=5))
+
+
+def test_a_cancel_ends_the_stream_within_a_step() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request(deadline=DEADLINE, max_tokens=400))
+        await mesh.until(lambda: len(mesh.stream("r")) >= 3)
+        sent_at, had = mesh.clock.now(), len(mesh.stream("r"))
+        await mesh.send(Cancel("r", 1))
+        end = await mesh.ended("r")
+        assert isinstance(end, Finished) and end.reason == "cancelled"
+        assert len(mesh.stream("r")) <= had + 2
+        assert mesh.clock.now() - sent_at < 2 * 0.0102
+        await asyncio.sleep(1.0)
+        assert mesh.statuses[-1].running == mesh.statuses[-1].blocks_used == 0
+
+    play(scenario)
+
+
+def test_a_cancel_before_its_request_and_a_duplicate_request_leave_one_last_word() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(Cancel("early", 1), request("early", deadline=DEADLINE))
+        await mesh.send(request("twice", deadline=DEADLINE), request("twice", deadline=DEADLINE))
+        await mesh.ended("early")
+        await mesh.ended("twice")
+        await mesh.send(request("twice", deadline=DEADLINE))
+        await asyncio.sleep(1.0)
+
+    mesh = play(scenario)
+    assert len(mesh.ends("early")) == len(mesh.ends("twice")) == 1
+    assert mesh.stream("early") == []
+    assert mesh.stream("twice") == plain(request())
+
+
+def test_a_resubmission_goes_on_exactly_where_the_stream_was() -> None:
+    one = request(deadline=DEADLINE, max_tokens=20)
+    whole = plain(one)
+
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(replace(one, attempt=2, generated=pack(whole[:7])))
+        end = await mesh.ended("r", 2)
+        assert isinstance(end, Finished) and end.completion_tokens == 20
+
+    mesh = play(scenario)
+    assert mesh.stream("r", 2) == whole[7:]
+    assert next(reply.index for reply in mesh.replies if isinstance(reply, Tokens)) == 7
+
+
+def test_a_poisonous_request_dies_alone() -> None:
+    decoder = PoisonedDecoder(blocks=64, block_size_tokens=BLOCK, vocabulary_size=VOCABULARY, context_length=512)
+
+    async def scenario(mesh: Mesh) -> None:
+        names = [f"r{number}" for number in range(4)]
+        await mesh.send(*[request(name, [ord(name[1])], deadline=DEADLINE, max_tokens=20) for name in names])
+        await mesh.until(lambda: len(mesh.stream("r0")) > 3)
+        await mesh.send(request("poison", [13], deadline=DEADLINE))
+        end = await mesh.ended("poison")
+        assert isinstance(end, Failed)
+        assert (end.code, end.retryable) == ("worker_failed", False)
+        for name in names:
+            assert isinstance(await mesh.ended(name), Finished)
+            assert mesh.stream(name) == plain(request(prompt=[ord(name[1])], max_tokens=20))
+
+    async def run() -> None:
+        async with Mesh(decoder) as mesh:
+            await scenario(mesh)
+    run_virtual(run())
+
+
+def test_a_dead_device_hands_its_streams_back_and_the_worker_lives() -> None:
+    async def run() -> None:
+        decoder = PoisonedDecoder(blocks=64, block_size_tokens=BLOCK, vocabulary_size=VOCABULARY, context_length=512)
+        async with Mesh(decoder) as mesh:
+            await mesh.send(*[request(name, deadline=DEADLINE, max_tokens=50) for name in "ab"])
+            await mesh.until(lambda: len(mesh.stream("b")) > 3)
+            decoder.dead = True
+            for name in "ab":
+                end = await mesh.ended(name)
+                assert isinstance(end, Failed) and end.retryable
+            decoder.dead = False
+            await mesh.send(request("c", deadline=DEADLINE))
+            assert isinstance(await mesh.ended("c"), Finished)
+    run_virtual(run())
+
+
+def test_draining_says_so_first_then_lets_streams_end_and_refuses_new_ones() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request("running", deadline=DEADLINE, max_tokens=50),
+                        request("waiting", deadline=DEADLINE, max_tokens=50))
+        await mesh.until(lambda: mesh.stream("running"))
+        mesh.serving.cancel()
+        await mesh.until(lambda: mesh.statuses[-1].state == "draining")
+        await mesh.send(request("late", deadline=DEADLINE))
+        late = await mesh.ended("late")
+        assert isinstance(late, Failed) and (late.code, late.retryable) == ("overloaded", True)
+        waiting = await mesh.ended("waiting")
+        assert isinstance(waiting, Failed) and waiting.retryable
+        assert isinstance(await mesh.ended("running"), Finished)
+
+    mesh = play(scenario, max_running=1)
+    assert mesh.stream("running") == plain(request(max_tokens=50))
+    assert mesh.stream("waiting") == []
+
+
+def test_a_drain_that_takes_too_long_hands_the_rest_back_to_be_continued() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request(deadline=DEADLINE, max_tokens=300))
+        await mesh.until(lambda: mesh.stream("r"))
+        started = mesh.clock.now()
+        mesh.serving.cancel()
+        end = await mesh.ended("r")
+        assert isinstance(end, Failed) and end.retryable
+        assert 0.5 <= mesh.clock.now() - started < 0.6
+
+    mesh = play(scenario, drain_s=0.5)
+    got = mesh.stream("r")
+    assert 0 < len(got) < 300
+    assert got == plain(request(max_tokens=300))[:len(got)]
+
+
+def test_a_request_outside_its_residency_is_refused_and_never_computed() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request("out", deadline=DEADLINE, residency=Residency(("us",))),
+                        request("in", deadline=DEADLINE, residency=Residency(("eu",))))
+        end = await mesh.ended("out")
+        assert isinstance(end, Failed)
+        assert (end.code, end.retryable) == ("no_eligible_worker", False)
+        assert isinstance(await mesh.ended("in"), Finished)
+
+    mesh = play(scenario, zone="eu-north1")
+    assert not any(isinstance(reply, Accepted) and reply.request_id == "out" for reply in mesh.replies)
+
+
+def test_an_expired_deadline_fails_on_arrival() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request(deadline=WALL_S - 1.0))
+        end = await mesh.ended("r")
+        assert isinstance(end, Failed) and end.code == "deadline_exceeded"
+
+    play(scenario)
+
+
+def test_requests_of_a_gateway_that_fell_silent_are_dropped() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(GatewayStatus("g1", 1), request(deadline=DEADLINE, max_tokens=480))
+        await mesh.until(lambda: mesh.statuses[-1].running)
+        await mesh.until(lambda: not mesh.statuses[-1].running)
+        assert mesh.clock.now() < 3.0
+
+    assert len(play(scenario, silence_s=0.1).stream("r")) < 480
+
+
+def test_routers_learn_every_block_once_and_a_snapshot_says_the_same() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        assert mesh.kv == [KvSnapshot("w1", mesh.statuses[-1].epoch, 0, b"")]
+        await mesh.send(request(prompt=list(range(20)), deadline=DEADLINE, max_tokens=13))
+        await mesh.ended("r")
+        await asyncio.sleep(0.1)
+        await mesh.send(SnapshotRequest("x"), SnapshotRequest("y"))
+        await mesh.until(lambda: isinstance(mesh.kv[-1], KvSnapshot) and len(mesh.kv) > 1)
+        await asyncio.sleep(1.0)
+        assert mesh.statuses[-1].kv_seq == mesh.kv[-1].seq
+
+    mesh = play(scenario)
+    *events, snapshot = mesh.kv[1:]
+    assert isinstance(snapshot, KvSnapshot) and (snapshot.part, snapshot.parts) == (0, 1)
+    assert [message.seq for message in events] == list(range(1, snapshot.seq + 1))
+    stored: list[bytes] = []
+    for message in events:
+        assert isinstance(message, KvEvents)
+        for event in message.events:
+            assert isinstance(event, Stored)
+            stored += split_hashes(event.hashes)
+    assert len(stored) == len(set(stored)) == 8
+    assert set(split_hashes(snapshot.hashes)) == set(stored)
+
+
+def oracle(mesh: Mesh, streams: dict[str, list[int]], lie: bool = False) -> Callable[[Follow], None]:
+    """A drafter that knows the future, or pretends to."""
+    def propose(follow: Follow) -> None:
+        proposals = []
+        for event in follow.events:
+            if isinstance(event, Close):
+                continue
+            base = (event.base_length if isinstance(event, Commit) else 0) + len(event.tokens) // 4
+            done = base - 3
+            tokens = streams[event.request_id][done:done + 8]
+            if lie:
+                tokens[1:] = [(token + 1) % VOCABULARY for token in tokens[1:]]
+            if tokens:
+                proposals.append(Proposal(event.request_id, event.attempt, base, pack(tokens[1:]), pack(tokens[:1])))
+        tasks.append(asyncio.ensure_future(mesh.send(Drafts("d1", 1, tuple(proposals)))))
+    tasks: list[asyncio.Future[None]] = []
+    return propose
+
+
+def test_drafts_make_a_stream_faster_and_lies_change_nothing() -> None:
+    one = request(deadline=DEADLINE, max_tokens=100)
+    seconds = {}
+    for lie in (False, True):
+        async def scenario(mesh: Mesh, lie: bool = lie) -> None:
+            mesh.on_follow = oracle(mesh, {"r": plain(one)}, lie)
+            await mesh.send(mesh.drafter())
+            await mesh.send(one)
+            end = await mesh.ended("r")
+            seconds[lie] = mesh.clock.now()
+            assert isinstance(end, Finished)
+            assert end.drafter == "d1" and end.draft_tokens > 0
+            assert (end.accepted_draft_tokens == 0) is lie
+            assert mesh.stream("r") == plain(one)
+
+        mesh = play(scenario)
+        last = mesh.follows[-1].events[-1]
+        assert isinstance(last, Close)
+        assert mesh.statuses[-1].drafter == "d1"
+    assert seconds[False] < 0.5 * seconds[True]
+
+
+def test_a_drafter_hears_a_stream_without_gaps_and_from_its_start_after_a_restart() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(mesh.drafter())
+        await mesh.send(request(deadline=DEADLINE, max_tokens=60))
+        await mesh.until(lambda: len(mesh.stream("r")) > 10)
+        await mesh.send(mesh.drafter(epoch=2))
+        await mesh.ended("r")
+        await mesh.until(lambda: isinstance(mesh.follows[-1].events[-1], Close))
+
+    mesh = play(scenario)
+    assert [follow.seq for follow in mesh.follows] == list(range(1, len(mesh.follows) + 1))
+    heard: list[int] = []
+    opens = 0
+    for follow in mesh.follows:
+        for event in follow.events:
+            if isinstance(event, Open):
+                opens += 1
+                heard = unpack(event.tokens)
+            elif isinstance(event, Commit):
+                assert event.base_length == len(heard)
+                heard += unpack(event.tokens)
+    assert opens == 2
+    assert heard == [5, 6, 7, *plain(request(max_tokens=60))]
+
+
+def test_a_drafter_never_hears_of_a_stream_that_its_zone_may_not_see() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(mesh.drafter(zone="us"))
+        await mesh.send(request("secret", deadline=DEADLINE, residency=Residency(("eu",))),
+                        request("open", deadline=DEADLINE))
+        await mesh.ended("secret")
+        await mesh.ended("open")
+        await mesh.send(mesh.drafter(zone="us", epoch=2))
+        await mesh.send(request("more", deadline=DEADLINE, residency=Residency(("eu",))))
+        await mesh.ended("more")
+        await asyncio.sleep(0.1)
+
+    mesh = play(scenario, zone="eu")
+    assert {event.request_id for follow in mesh.follows for event in follow.events} == {"open"}
+
+
+def test_a_bus_outage_loses_replies_and_leaves_a_gap_but_the_worker_goes_on() -> None:
+    one = request(deadline=DEADLINE, max_tokens=60)
+
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(one)
+        await mesh.until(lambda: len(mesh.stream("r")) > 5)
+        mesh.broker.stop()
+        await asyncio.sleep(0.1)
+        mesh.broker.start()
+        assert isinstance(await mesh.ended("r"), Finished)
+
+    mesh = play(scenario)
+    numbers = [batch.seq for batch in mesh.batches]
+    assert numbers == sorted(set(numbers)) and len(numbers) < numbers[-1]
+    assert mesh.statuses[-1].replies_sent == {"g1": numbers[-1]}
+
+
+def test_bytes_that_are_no_message_are_dropped() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        for subject in (subjects.worker_generate("w1"), subjects.worker_cancel("w1"), subjects.worker_drafts("w1"),
+                        subjects.worker_kv_request("w1"), subjects.status("drafter", "d1")):
+            await mesh.bus.publish(subject, b"\xc1 no message")
+        await mesh.send(request(deadline=DEADLINE))
+        await mesh.ended("r")
+        assert mesh.broker.handler_errors == 0
+
+    play(scenario)
+
+
+def test_an_idle_worker_does_nothing_but_beat() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await asyncio.sleep(10.0)
+        before = mesh.broker.published
+        await asyncio.sleep(10.0)
+        assert mesh.broker.published - before == 20
+        assert mesh.statuses[-1].steps_total == 0
+
+    play(scenario)
+
+
+def test_the_status_tells_what_steps_cost() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(*[request(f"r{number}", [number] * 30, deadline=DEADLINE, max_tokens=10 + 5 * number)
+                          for number in range(8)])
+        for number in range(8):
+            await mesh.ended(f"r{number}")
+        await mesh.until(lambda: mesh.statuses[-1].tokens_total == sum(10 + 5 * number for number in range(8)))
+        status = mesh.statuses[-1]
+        assert abs(status.step_base_s - 0.02) < 0.004
+        assert abs(status.step_row_s - 0.001) < 0.0004
+        assert status.prefill_tok_s > 0 and status.decode_tok_s > 0
+
+    play(scenario, mock_step_s=0.02, mock_row_s=0.001, mock_token_s=0.0005)
