@@ -1,0 +1,54 @@
+"""What Prometheus sees of a router.
+
+One registry per router, so that several can live in one process.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.telemetry import start_metrics_server
+
+_ESTIMATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_DECISION_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+
+
+class Metrics:
+    """All figures of one router."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self.placed = Counter("mill_router_placed", "Requests given to a worker.", ["worker"], registry=own)
+        self.refused = Counter("mill_router_refused", "Requests refused, by error code.", ["code"], registry=own)
+        self.unheard = Counter("mill_router_unheard", "Placements at which nobody listened.", registry=own)
+        self.lost = Counter("mill_router_lost", "Messages that could not leave.", ["cause"], registry=own)
+        self.bad_messages = Counter("mill_router_bad_messages", "Messages that could not be decoded.", registry=own)
+        self.repeated = Counter("mill_router_repeated", "Requests that arrived again.", registry=own)
+        self.prompt_tokens = Counter("mill_router_prompt_tokens", "Prompt tokens of placed requests.", registry=own)
+        self.cached_tokens = Counter("mill_router_cached_tokens", "Of those, believed to be cached.", registry=own)
+        self.gaps = Gauge("mill_router_kv_gaps_total", "Times that cache events of a worker were missing.",
+                          registry=own)
+        self.snapshots_asked = Counter("mill_router_snapshots_asked", "Snapshot requests sent.", registry=own)
+        self.indexed_blocks = Gauge("mill_router_indexed_blocks", "Different blocks in the index.", registry=own)
+        self.indexed_bytes = Gauge("mill_router_indexed_bytes", "Memory of the index, estimated.", registry=own)
+        self.workers = Gauge("mill_router_workers", "Workers heard lately.", registry=own)
+        self.estimate_s = Histogram("mill_router_estimate_seconds", "Expected time to the first token.",
+                                    buckets=_ESTIMATE_S, registry=own)
+        self.decision_s = Histogram("mill_router_decision_seconds", "Time to place one request.",
+                                    buckets=_DECISION_S, registry=own)
+
+    @contextmanager
+    def served(self, port: int) -> Iterator[None]:
+        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
+        server = start_metrics_server(port)
+        if server is None:
+            yield
+            return
+        REGISTRY.register(self.registry)
+        try:
+            yield
+        finally:
+            REGISTRY.unregister(self.registry)
+            server.close()

@@ -1,0 +1,287 @@
+"""Which worker gets a request.
+
+Rules:
+- Walls come first and nothing climbs them: model, residency, block size, numeric recipe of a stream already begun,
+  context length, state. `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when nobody else is
+  left.
+- Everything else is compared in seconds: what this request waits for, and what the streams beside it lose.
+- Refusing is a value with its reason.
+Pure: no clock, no bus; the caller passes the wall time, a snapshot and the random generator.
+
+    estimate = queue + slot + prefill + one step             until the first token; what admission looks at
+    cost     = estimate + decode + others                    what workers are compared by
+    queue    = prompt tokens ahead / prefill rate            ahead: by the last status, and sent since
+    slot     = streams ahead that must end first x seconds between two ends
+    prefill  = (prompt - cached) / prefill rate
+    decode   = expected output x step(rows + 1)
+    others   = rows x (prefill + expected output x seconds per row)
+
+`others` is why a cache hit weighs more on a busy worker: prefill holds up every stream that decodes there. Routers that
+count a request's own prefill only need a factor for this, tuned per fleet; here it is the number of rows.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+from shared.blocks import BLOCK_SIZE_TOKENS
+from shared.errors import ContextTooLong, DeadlineExceeded, NoEligibleWorker, Overloaded
+from shared.messages import Generate, WorkerStatus
+from shared.residency import allows
+from shared.tokens import count
+
+# taken for a worker that has not measured yet, and only while nobody in its place has: else the best of its peers, so
+# that a new worker is tried rather than starved
+UNMEASURED_PREFILL_TOK_S = 4000.0
+UNMEASURED_STEP_S = 0.01
+UNMEASURED_ROW_S = 0.0001
+# how much a stream is expected to say when it may say more (mean of the Mooncake conversation trace: 343)
+EXPECTED_OUTPUT_TOKENS = 256
+# costs this close are equal: the rates behind them are not known better
+TIE_SHARE, TIE_S = 0.01, 0.0005
+# within this share of the best cost, the cheaper worker
+PRICE_SHARE = 0.10
+RETRY_AFTER_LEAST_S, RETRY_AFTER_MOST_S = 1.0, 60.0
+
+
+class Candidate(NamedTuple):
+    """A worker as this router sees it now."""
+
+    status: WorkerStatus
+    cached_blocks: int = 0  # leading blocks of this request it holds
+    sent_requests: int = 0  # placed there by any router, not yet in its status
+    sent_tokens: int = 0  # prompt tokens those have to compute
+
+
+class Terms(NamedTuple):
+    """Where one worker's cost comes from. Seconds."""
+
+    worker: str
+    cached_tokens: int
+    queue_s: float
+    slot_s: float
+    prefill_s: float
+    step_s: float
+    decode_s: float
+    others_s: float
+    load: float  # streams and queued work, for least_loaded
+    price_usd_per_hour: float
+
+    @property
+    def wait_s(self) -> float:
+        """Until this request's own prefill begins."""
+        return self.queue_s + self.slot_s
+
+    @property
+    def estimate_s(self) -> float:
+        return self.wait_s + self.prefill_s + self.step_s
+
+    @property
+    def cost_s(self) -> float:
+        return self.estimate_s + self.decode_s + self.others_s
+
+    def __str__(self) -> str:
+        return (f"{self.worker}: {self.cost_s:.4f} s = queue {self.queue_s:.4f} + slot {self.slot_s:.4f} + prefill "
+                f"{self.prefill_s:.4f} + step {self.step_s:.4f} + decode {self.decode_s:.4f} + others "
+                f"{self.others_s:.4f}, {self.cached_tokens} tokens cached")
+
+
+class Decision(NamedTuple):
+    """Where the request goes, and everything that was weighed."""
+
+    chosen: Terms
+    candidates: tuple[Terms, ...]
+    turned_away: Mapping[str, str]  # worker -> the wall it stood behind
+    policy: str
+
+
+class Refused(NamedTuple):
+    """Nobody gets the request. `code` is one of `shared.errors`."""
+
+    code: str
+    message: str
+    retryable: bool
+    retry_after_s: float
+    turned_away: Mapping[str, str]
+
+
+Policy = Callable[[Sequence[Terms], str, int, random.Random], Terms]
+
+
+def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rng: random.Random, policy: str = "cost",
+           turn: int = 0, max_queue_s: float = float("inf"), recipe: str = "",
+           served_lately: bool = False) -> Decision | Refused:
+    """Place `request` on one of `workers` or say why not.
+
+    `turn` counts placements, for round_robin. `recipe`: the stream began under this numeric recipe and can only go on
+    under it (empty: unknown or not begun). `served_lately`: somebody served this model a moment ago.
+    Raises KeyError for an unknown policy.
+    """
+    choose = POLICIES[policy]
+    if wall_s >= request.deadline:
+        return Refused(DeadlineExceeded.code, "the deadline passed before the request was placed", False, 0.0, {})
+    prompt_tokens = count(request.tokens) + count(request.generated)
+    turned_away = {}
+    eligible = []
+    for worker in workers:
+        wall = _wall(request, prompt_tokens, recipe, worker.status)
+        if wall:
+            turned_away[worker.status.id] = wall
+        else:
+            eligible.append(worker)
+    if not eligible:
+        return _nobody(request, turned_away, served_lately)
+    wished = [worker for worker in eligible if worker.status.id not in request.exclude_workers] or eligible
+    for worker in eligible:
+        if worker not in wished:
+            turned_away[worker.status.id] = "it failed this request before"
+    candidates = tuple(weigh(request, prompt_tokens, wished))
+    time_left_s = request.deadline - wall_s
+    in_reach = [terms for terms in candidates if terms.wait_s <= max_queue_s and terms.estimate_s <= time_left_s]
+    if not in_reach:
+        return _too_late(candidates, time_left_s, max_queue_s, turned_away)
+    return Decision(choose(in_reach, request.cache_hint, turn, rng), candidates, turned_away, policy)
+
+
+def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate]) -> list[Terms]:
+    """The terms of each worker, in their order. `prompt_tokens` counts what was generated before, too."""
+    prefill_tok_s = max((worker.status.prefill_tok_s for worker in workers), default=0.0) or UNMEASURED_PREFILL_TOK_S
+    measured = [worker.status for worker in workers if worker.status.step_base_s > 0]
+    step_base_s = min((status.step_base_s for status in measured), default=UNMEASURED_STEP_S)
+    step_row_s = min((status.step_row_s for status in measured), default=UNMEASURED_ROW_S)
+    # at least one prompt token is computed: its logits choose the first token
+    cacheable_blocks = max(0, prompt_tokens - 1) // BLOCK_SIZE_TOKENS
+    output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
+    found = []
+    for status, cached_blocks, sent_requests, sent_tokens in workers:
+        rate = status.prefill_tok_s or prefill_tok_s
+        base_s, row_s = (status.step_base_s, status.step_row_s) if status.step_base_s > 0 else (step_base_s, step_row_s)
+        streams = status.running + status.waiting + sent_requests
+        slots = status.max_running or streams + 1
+        rows = min(streams, slots - 1)
+        cached_tokens = min(cached_blocks, cacheable_blocks) * BLOCK_SIZE_TOKENS
+        queued_tokens = status.queued_tokens + sent_tokens
+        prefill_s = (prompt_tokens - cached_tokens) / rate
+        step_s = base_s + (rows + 1) * row_s
+        found.append(Terms(
+            worker=status.id,
+            cached_tokens=cached_tokens,
+            queue_s=queued_tokens / rate,
+            slot_s=max(0, streams - slots + 1) * EXPECTED_OUTPUT_TOKENS * step_s / slots,
+            prefill_s=prefill_s,
+            step_s=step_s,
+            decode_s=output_tokens * step_s,
+            others_s=rows * (prefill_s + output_tokens * row_s),
+            load=streams + queued_tokens / max(1, prompt_tokens),
+            price_usd_per_hour=status.price_usd_per_hour,
+        ))
+    return found
+
+
+def cheapest(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
+    """Least seconds; near the least, the lower price; among equals more cache, then the hint, then chance."""
+    near = _near(candidates, PRICE_SHARE)
+    price = min(terms.price_usd_per_hour for terms in near)
+    equals = _near([terms for terms in near if terms.price_usd_per_hour == price], TIE_SHARE)
+    most_cached = max(terms.cached_tokens for terms in equals)
+    return _among_equals([terms for terms in equals if terms.cached_tokens == most_cached], hint, rng)
+
+
+def longest_prefix(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
+    """Most cache, whatever the queue; then least load."""
+    most = max(terms.cached_tokens for terms in candidates)
+    return least_loaded([terms for terms in candidates if terms.cached_tokens == most], hint, turn, rng)
+
+
+def least_loaded(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
+    """Fewest streams and queued prompts."""
+    least = min(terms.load for terms in candidates)
+    return _among_equals([terms for terms in candidates if terms.load == least], hint, rng)
+
+
+def round_robin(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
+    """One after the other, by name."""
+    return sorted(candidates, key=lambda terms: terms.worker)[turn % len(candidates)]
+
+
+def at_random(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
+    """Anyone."""
+    return rng.choice(candidates)
+
+
+POLICIES: Mapping[str, Policy] = {
+    "cost": cheapest,
+    "prefix": longest_prefix,
+    "least_loaded": least_loaded,
+    "round_robin": round_robin,
+    "random": at_random,
+}
+
+
+def _wall(request: Generate, prompt_tokens: int, recipe: str, status: WorkerStatus) -> str:
+    """The first wall between the request and this worker; empty when there is none."""
+    if status.model != request.model:
+        return "serves another model"
+    if not allows(request.residency, status.zone):
+        return f"zone {status.zone} is not allowed"
+    if status.block_size_tokens != BLOCK_SIZE_TOKENS:
+        return f"blocks of {status.block_size_tokens} tokens, not {BLOCK_SIZE_TOKENS}"
+    if recipe and status.recipe != recipe:
+        return f"recipe {status.recipe or 'unknown'}, not {recipe}"
+    if 0 < status.context_length <= prompt_tokens:
+        return f"context of {status.context_length} tokens"
+    if status.state != "ready":
+        return status.state
+    return ""
+
+
+def _nobody(request: Generate, turned_away: Mapping[str, str], served_lately: bool) -> Refused:
+    """Why nobody may serve the request: the wall that the last workers stood behind."""
+    walls = set(turned_away.values()) - {"serves another model"}
+    passing = walls & {"starting", "draining"}
+    if passing:
+        states = " or ".join(sorted(passing))
+        return Refused(Overloaded.code, f"every worker that may serve {request.model} is {states}", True,
+                       RETRY_AFTER_LEAST_S, turned_away)
+    too_short = sorted(wall for wall in walls if wall.startswith("context of "))
+    if too_short:
+        return Refused(ContextTooLong.code, f"the prompt is longer than what workers of {request.model} take: "
+                       f"{', '.join(too_short)}", False, 0.0, turned_away)
+    if walls:
+        zones = ", ".join(request.residency.zones) or "any"
+        return Refused(NoEligibleWorker.code, f"no worker may serve this request for {request.model} (allowed zones: "
+                       f"{zones}): {'; '.join(sorted(walls))}", False, 0.0, turned_away)
+    if served_lately:
+        return Refused(Overloaded.code, f"the workers of {request.model} are gone for the moment", True,
+                       RETRY_AFTER_LEAST_S, turned_away)
+    return Refused(NoEligibleWorker.code, f"no worker serves {request.model}", False, 0.0, turned_away)
+
+
+def _too_late(candidates: Sequence[Terms], time_left_s: float, max_queue_s: float,
+              turned_away: Mapping[str, str]) -> Refused:
+    """Nobody is in reach: come back when the shortest queue is short enough."""
+    first = min(candidates, key=lambda terms: terms.estimate_s)
+    shortest_s = min(terms.wait_s for terms in candidates)
+    if shortest_s > max_queue_s:
+        too_long_s = shortest_s - max_queue_s
+        message = f"the shortest queue takes {shortest_s:.1f} s, more than the {max_queue_s:.1f} s allowed"
+    else:
+        too_long_s = first.wait_s
+        message = f"a first token takes {first.estimate_s:.1f} s and the deadline is {time_left_s:.1f} s away"
+    retry_after_s = min(max(too_long_s, RETRY_AFTER_LEAST_S), RETRY_AFTER_MOST_S)
+    return Refused(Overloaded.code, message, True, retry_after_s, turned_away)
+
+
+def _near(candidates: Sequence[Terms], share: float) -> list[Terms]:
+    best_s = min(terms.cost_s for terms in candidates)
+    return [terms for terms in candidates if terms.cost_s <= best_s * (1 + share) or terms.cost_s <= best_s + TIE_S]
+
+
+def _among_equals(equals: Sequence[Terms], hint: str, rng: random.Random) -> Terms:
+    """By the hint the same one for as long as it is among them (rendezvous hashing), else by chance."""
+    if len(equals) == 1:
+        return equals[0]
+    if hint:
+        return max(equals, key=lambda terms: blake2b(f"{hint}\0{terms.worker}".encode(), digest_size=8).digest())
+    return rng.choice(equals)

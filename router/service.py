@@ -1,0 +1,378 @@
+"""The router: a request comes in, a worker is named, the request goes on.
+
+Rules: it holds nothing that cannot be heard again (law 6); a handler is decode, decide, hand over; one task sends, in
+order, so that no handler waits for the bus. What cannot leave is dropped and counted: the gateway sends a request again
+that nobody accepted.
+
+    generate.*  -> decide -> worker.<id>.generate, placed.<router>      or -> replies.<gateway> with the reason
+    worker.*.kv, status.>, placed.* -> the view                         -> worker.<id>.kv_request, when incomplete
+"""
+
+import asyncio
+import contextvars
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import structlog
+from msgspec.structs import replace
+from opentelemetry.context import Context
+
+from router.metrics import Metrics
+from router.placement import POLICIES, Decision, Refused, decide
+from router.view import View
+from shared import subjects, telemetry
+from shared import trace_names as names
+from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
+from shared.bus import Bus, BusUnavailable, Delivery, Subscription
+from shared.clock import Clock
+from shared.errors import NoEligibleWorker, Overloaded, TooLarge
+from shared.ids import new_epoch, new_id
+from shared.messages import (
+    Failed,
+    Generate,
+    KvMessage,
+    Placement,
+    RouterStatus,
+    SnapshotRequest,
+    Status,
+    StepReplies,
+    Wire,
+    WorkerStatus,
+    decode,
+    encode,
+)
+from shared.settings import RouterSettings
+from shared.tokens import count
+
+# a router waits this long for snapshots before it calls itself ready
+STARTING_S = 1.0
+# requests held while a starting router has not heard any worker
+MAX_PARKED = 1024
+# messages that wait for the bus; past it they are dropped, as a broker would
+MAX_OUTGOING = 10_000
+# a request whose worker turned out to be gone is placed again this often
+MAX_PLACEMENTS = 8
+# attempts remembered, so that a message delivered twice is placed once
+MAX_SEEN = 16_384
+MAX_GATEWAYS = 4096
+FLUSH_S = 1.0
+
+_log = structlog.get_logger("router")
+
+
+class _Outgoing(NamedTuple):
+    subject: str
+    data: bytes
+    headers: Mapping[str, str] | None = None
+    unheard: Callable[[], None] | None = None
+    too_large: Callable[[], None] | None = None
+
+
+class _Arrived(NamedTuple):
+    """A request on its way through this router."""
+
+    request: Generate
+    context: Context
+    placements: int = 0  # how often it was sent to a worker that was gone
+
+
+async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio.Event | None = None) -> None:
+    """Route until cancelled; then stop taking requests, send what is decided, say goodbye.
+
+    `ready` is set once this router is subscribed. Raises ValueError for an unknown policy or an id that cannot stand in
+    a subject, BusUnavailable when the broker is gone at the start.
+    """
+    settings = replace(settings, id=subjects.check_id(settings.id or new_id("router")))
+    tracing = telemetry.configure_tracing("router", settings.id, settings.otlp)
+    router = Router(bus, settings, clock)
+    try:
+        with router.metrics.served(settings.metrics_port):
+            await router.listen()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(router.send(), name=f"{router.id}-send")
+                tasks.create_task(router.beat(), name=f"{router.id}-beat")
+                if ready is not None:
+                    ready.set()
+                try:
+                    await asyncio.get_running_loop().create_future()
+                finally:
+                    await router.leave()
+    finally:
+        if tracing.tracer is not None:
+            await asyncio.to_thread(tracing.shutdown)
+
+
+class Router:
+    """One router: the view, the counters that go with its id, and the messages that wait to leave.
+
+    Spans belong to whoever made this object (`telemetry.configure_tracing`), not to the task that a message came with.
+    """
+
+    def __init__(self, bus: Bus, settings: RouterSettings, clock: Clock) -> None:
+        if settings.policy not in POLICIES:
+            raise ValueError(f"unknown policy {settings.policy!r}: use one of {', '.join(POLICIES)}")
+        self.id = settings.id
+        self.epoch = new_epoch(clock)
+        self.state: Literal["starting", "ready", "draining"] = "starting"
+        self.view = View(settings.silence_s)
+        self.metrics = Metrics()
+        self.placed_total = 0
+        self.refused_total = 0
+        self._bus = bus
+        self._settings = settings
+        self._clock = clock
+        self._started_at = clock.now()
+        self._rng = random.Random(self.id)
+        self._outgoing: asyncio.Queue[_Outgoing] = asyncio.Queue(MAX_OUTGOING)
+        self._parked: list[_Arrived] = []
+        self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._reply_seq: OrderedDict[str, int] = OrderedDict()
+        self._intake: Subscription | None = None
+        self._context = contextvars.copy_context()
+
+    # --- what arrives
+
+    async def listen(self) -> None:
+        """Subscribe; to requests last, when everything that helps to place them is heard."""
+        for subject, handler in ((subjects.ALL_STATUS, self.on_status), (subjects.ALL_KV, self.on_kv),
+                                 (subjects.ALL_PLACED, self.on_placed)):
+            await self._bus.subscribe(subject, handler)
+        self._intake = await self._bus.subscribe(subjects.ALL_GENERATE, self.on_generate, subjects.ROUTER_QUEUE)
+
+    def on_generate(self, delivery: Delivery) -> None:
+        request: Generate | None = self._decoded(delivery, Generate)
+        if request is not None and self._is_new(request):
+            self._route(_Arrived(request, telemetry.extract(delivery.headers)))
+
+    def on_status(self, delivery: Delivery) -> None:
+        if ".worker." not in delivery.subject:
+            return
+        status = self._decoded(delivery, Status)
+        if isinstance(status, WorkerStatus) and delivery.subject == subjects.status("worker", status.id):
+            self._ask_snapshots(self.view.on_status(status, self._clock.now()))
+
+    def on_kv(self, delivery: Delivery) -> None:
+        message = self._decoded(delivery, KvMessage)
+        if message is not None and delivery.subject == subjects.worker_kv(message.worker):
+            self._ask_snapshots(self.view.on_kv(message, self._clock.now()))
+
+    def on_placed(self, delivery: Delivery) -> None:
+        request = self._decoded(delivery, Generate)
+        if request is not None and request.placement is not None and request.placement.router != self.id:
+            # the tokens were left out; the last block may be half full
+            prompt_tokens = len(request.block_hashes) // HASH_BYTES * BLOCK_SIZE_TOKENS + BLOCK_SIZE_TOKENS // 2
+            self.view.on_placed(request, prompt_tokens, self._clock.now())
+
+    # --- deciding
+
+    def _route(self, arrived: _Arrived) -> None:
+        """Place one request, or park it while nobody was heard yet, or refuse it."""
+        begin, now = self._clock.wall(), self._clock.now()
+        verdict = self._decide(arrived.request, now)
+        self.metrics.decision_s.observe(self._clock.now() - now)
+        if isinstance(verdict, Refused):
+            if self.state == "starting" and verdict.code == NoEligibleWorker.code and len(self._parked) < MAX_PARKED:
+                self._parked.append(arrived)
+                return
+            self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
+                              self._refusal(arrived.request, verdict), error=verdict.code)
+            self._refuse(arrived.request, verdict)
+        else:
+            context = self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
+                                        self._receipt(arrived.request, verdict))
+            self._place(arrived, verdict, telemetry.inject(context))
+
+    def _decide(self, request: Generate, now: float) -> Decision | Refused:
+        return decide(
+            request,
+            self.view.candidates(split_hashes(request.block_hashes), now),
+            wall_s=self._clock.wall(),
+            rng=self._rng,
+            policy=self._settings.policy,
+            turn=self.placed_total,
+            max_queue_s=self._settings.max_queue_s,
+            recipe=self.view.recipe_of(request),
+            served_lately=self.view.served_lately(request.model, now),
+        )
+
+    def _place(self, arrived: _Arrived, decision: Decision, headers: Mapping[str, str]) -> None:
+        chosen = decision.chosen
+        placement = Placement(self.id, chosen.worker, chosen.cached_tokens, chosen.estimate_s, decision.policy)
+        request = replace(arrived.request, placement=placement)
+        prompt_tokens = count(request.tokens) + count(request.generated)
+        self.view.on_placed(request, prompt_tokens, self._clock.now())
+        self._hand_over(_Outgoing(
+            subjects.worker_generate(chosen.worker), encode(request), headers,
+            unheard=lambda: self._unheard(arrived, request),
+            too_large=lambda: self._refuse(request, Refused(
+                TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),
+        ))
+        told = replace(request, tokens=b"", generated=b"", cache_salt=b"")
+        self._hand_over(_Outgoing(subjects.placed(self.id), encode(told), headers))
+        self.placed_total += 1
+        self.metrics.placed.labels(chosen.worker).inc()
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        self.metrics.cached_tokens.inc(chosen.cached_tokens)
+        self.metrics.estimate_s.observe(chosen.estimate_s)
+        _log.debug("request_placed", request=request.request_id, attempt=request.attempt, worker=chosen.worker,
+                   cached_tokens=chosen.cached_tokens, estimate_s=chosen.estimate_s,
+                   candidates=len(decision.candidates))
+
+    def _unheard(self, arrived: _Arrived, request: Generate) -> None:
+        """The worker that `request` was sent to does not listen: it died a moment ago, or is not up yet."""
+        assert request.placement is not None
+        worker = request.placement.worker
+        self.metrics.unheard.inc()
+        self.view.on_unheard(request, worker)
+        _log.warning("worker_unheard", worker=worker, request=request.request_id, attempt=request.attempt)
+        if arrived.placements + 1 < MAX_PLACEMENTS:
+            self._route(arrived._replace(placements=arrived.placements + 1))
+        else:
+            self._refuse(request, Refused(Overloaded.code, "every worker that was tried is gone", True, 1.0, {}))
+
+    def _refuse(self, request: Generate, refused: Refused) -> None:
+        seq = self._reply_seq.pop(request.gateway, 0) + 1
+        self._reply_seq[request.gateway] = seq
+        if len(self._reply_seq) > MAX_GATEWAYS:
+            self._reply_seq.popitem(last=False)
+        failed = Failed(request.request_id, request.attempt, refused.code, refused.message, refused.retryable,
+                        refused.retry_after_s)
+        self._publish(subjects.replies(request.gateway), StepReplies(self.id, self.epoch, seq, (failed,)))
+        self.refused_total += 1
+        self.metrics.refused.labels(refused.code).inc()
+        _log.info("request_refused", request=request.request_id, attempt=request.attempt, code=refused.code,
+                  reason=refused.message, turned_away=dict(refused.turned_away))
+
+    def _ask_snapshots(self, workers: list[str]) -> None:
+        for worker in workers:
+            self.metrics.snapshots_asked.inc()
+            self._publish(subjects.worker_kv_request(worker), SnapshotRequest(self.id))
+
+    # --- what leaves
+
+    async def send(self) -> None:
+        """Publish what was decided, in order, until cancelled."""
+        while True:
+            out = await self._outgoing.get()
+            try:
+                await self._bus.publish(out.subject, out.data, out.headers, out.unheard)
+            except BusUnavailable:
+                self.metrics.lost.labels("bus").inc()
+                _log.warning("publish_failed", subject=out.subject)
+            except ValueError as error:
+                self.metrics.lost.labels("too_large").inc()
+                _log.warning("publish_refused", subject=out.subject, reason=str(error))
+                if out.too_large is not None:
+                    out.too_large()
+            finally:
+                self._outgoing.task_done()
+
+    async def beat(self) -> None:
+        """Twice a second: forget the silent, ask again for what is missing, say how it goes."""
+        while True:
+            now = self._clock.now()
+            for worker in self.view.forget_silent(now):
+                _log.info("worker_silent", worker=worker)
+            self._ask_snapshots(self.view.snapshots_due(now))
+            if self.state == "starting" and (now - self._started_at >= STARTING_S or self._has_caught_up(now)):
+                self._become_ready()
+            self._say_status()
+            await self._clock.sleep(self._settings.heartbeat_s)
+
+    async def leave(self) -> None:
+        """Take no more requests, let what is decided go out, and say goodbye."""
+        self.state = "draining"
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                if self._intake is not None:
+                    await self._intake.unsubscribe()
+                for arrived in self._parked:
+                    self._route(arrived)
+                self._say_status()
+                await self._outgoing.join()
+        except (TimeoutError, BusUnavailable):
+            _log.warning("left_in_haste", outgoing=self._outgoing.qsize())
+
+    def _has_caught_up(self, now: float) -> bool:
+        # every worker speaks once within a heartbeat
+        return self.view.complete and now - self._started_at >= self._settings.heartbeat_s
+
+    def _become_ready(self) -> None:
+        self.state = "ready"
+        parked, self._parked = self._parked, []
+        for arrived in parked:
+            self._route(arrived)
+
+    def _say_status(self) -> None:
+        index = self.view.index
+        self.metrics.indexed_blocks.set(len(index))
+        self.metrics.indexed_bytes.set(index.bytes_estimate)
+        self.metrics.gaps.set(self.view.resync.gaps_total)
+        self.metrics.workers.set(len(self.view.fleet.workers()))
+        self._publish(subjects.status("router", self.id), RouterStatus(
+            self.id, self.epoch, self.state, self.placed_total, self.refused_total, len(index)))
+
+    def _publish(self, subject: str, message: Wire) -> None:
+        self._hand_over(_Outgoing(subject, encode(message)))
+
+    def _hand_over(self, out: _Outgoing) -> None:
+        try:
+            self._outgoing.put_nowait(out)
+        except asyncio.QueueFull:
+            self.metrics.lost.labels("queue_full").inc()
+            _log.warning("outgoing_full", subject=out.subject)
+
+    # --- what cannot be trusted
+
+    def _decoded(self, delivery: Delivery, kind: Any) -> Any:
+        """The message, or None when these bytes are none."""
+        try:
+            return decode(delivery.data, kind)
+        except msgspec.DecodeError as error:
+            self.metrics.bad_messages.inc()
+            _log.warning("bad_message", subject=delivery.subject, reason=str(error))
+            return None
+
+    def _is_new(self, request: Generate) -> bool:
+        """Whether this attempt was not routed before: attempts are never reused, but messages may come twice."""
+        key = (request.request_id, request.attempt)
+        if key in self._seen:
+            self.metrics.repeated.inc()
+            return False
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return True
+
+    # --- what is told of a decision
+
+    def _receipt(self, request: Generate, decision: Decision) -> Mapping[str, telemetry.Attribute]:
+        """Everything that was weighed, for `tokenmill explain`."""
+        if not self._settings.otlp:
+            return {}
+        chosen = decision.chosen
+        return {
+            names.REQUEST_ID: request.request_id,
+            names.ATTEMPT: request.attempt,
+            names.ROUTER: self.id,
+            names.WORKER: chosen.worker,
+            names.PLACEMENT_POLICY: decision.policy,
+            names.PLACEMENT_CACHED_TOKENS: chosen.cached_tokens,
+            names.PLACEMENT_ESTIMATE_S: chosen.estimate_s,
+            names.PLACEMENT_CANDIDATES: [
+                *(str(terms) for terms in sorted(decision.candidates, key=lambda terms: terms.cost_s)),
+                *(f"{worker}: {wall}" for worker, wall in decision.turned_away.items()),
+            ],
+        }
+
+    def _refusal(self, request: Generate, refused: Refused) -> Mapping[str, telemetry.Attribute]:
+        return {
+            names.REQUEST_ID: request.request_id,
+            names.ATTEMPT: request.attempt,
+            names.ROUTER: self.id,
+            names.RESIDENCY: list(request.residency.zones),
+            names.PLACEMENT_CANDIDATES: [f"{worker}: {wall}" for worker, wall in refused.turned_away.items()],
+        }

@@ -1,0 +1,158 @@
+"""Everything a router knows, all of it hearsay.
+
+Rule: soft state (law 6). It is told by statuses, cache events and other routers' placements, it is forgotten when a
+worker falls silent, and a wrong entry costs a cache miss or a second try, never an error.
+Pure: the caller passes `now` and sends the snapshot requests that methods return as worker names.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from router.outstanding import Outstanding
+from router.placement import Candidate
+from router.prefix_index import ExpectedBlocks, PrefixIndex
+from router.resync import Action, ApplyEvents, AskSnapshot, DropBlocks, ReplaceBlocks, Resync
+from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
+from shared.fleet import Fleet
+from shared.messages import Cleared, Generate, KvEvents, KvMessage, Removed, Stored, WorkerStatus
+
+V = TypeVar("V")
+
+# a model whose last worker left this recently is expected back
+SERVED_LATELY_S = 60.0
+# names kept of what is gone: recipes of dead workers, models without workers
+MAX_REMEMBERED = 4096
+
+
+class View:
+    """Workers, their blocks, and what is on its way to them."""
+
+    def __init__(self, silence_s: float) -> None:
+        self.fleet = Fleet()
+        self.index = PrefixIndex()
+        self.resync = Resync()
+        self._silence_s = silence_s
+        self._unreachable: set[str] = set()
+        self._outstanding = Outstanding()
+        self._expected = ExpectedBlocks()
+        self._recipes: dict[str, str] = {}
+        self._models: dict[str, float] = {}  # model -> last heard of
+
+    def on_status(self, status: WorkerStatus, now: float) -> list[str]:
+        """A worker's heartbeat. Returns the workers to ask for a snapshot."""
+        if self.fleet.fold(status, now):
+            self._forget_sent(status.id)
+        if self.fleet.worker(status.id) is not status:
+            return []
+        self._unreachable.discard(status.id)
+        self._outstanding.settle(status.id, now)
+        _remember(self._recipes, status.id, status.recipe)
+        _remember(self._models, status.model, now)
+        return self._carry_out(self.resync.on_status(status.id, status.epoch, status.kv_seq, now))
+
+    def on_kv(self, message: KvMessage, now: float) -> list[str]:
+        """Cache events or a snapshot. Returns the workers to ask for a snapshot.
+
+        Those of a worker that has no status yet are passed over: its first status names the events that were missed.
+        """
+        if self.fleet.worker(message.worker) is None:
+            return []
+        if isinstance(message, KvEvents):
+            return self._carry_out(self.resync.on_events(message, now))
+        return self._carry_out(self.resync.on_snapshot(message, now))
+
+    def on_placed(self, request: Generate, prompt_tokens: int, now: float) -> None:
+        """A router, this one or another, sent `request` where its placement says."""
+        placement = request.placement
+        if placement is None or self.fleet.worker(placement.worker) is None:
+            return
+        tokens = max(0, prompt_tokens - placement.cached_tokens)
+        self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, now)
+        new_blocks = request.block_hashes[placement.cached_tokens // BLOCK_SIZE_TOKENS * HASH_BYTES:]
+        self._expected.expect(self.index.slot(placement.worker), split_hashes(new_blocks), now)
+
+    def on_unheard(self, request: Generate, worker: str) -> None:
+        """Nobody listened where `request` was sent: that worker gets nothing until it speaks again."""
+        if self.fleet.worker(worker) is None:
+            return
+        self._unreachable.add(worker)
+        self._outstanding.undo(worker, request.request_id, request.attempt)
+        self._expected.forget(self.index.slot(worker))
+
+    def candidates(self, hashes: Sequence[bytes], now: float) -> list[Candidate]:
+        """Every worker that is alive, with what it holds of this chain, by name."""
+        self._expected.expire(now)
+        cached = self.index.longest_prefix(hashes, self._expected.bits)
+        found = []
+        for status in self.fleet.workers():
+            silent_s = self.fleet.silent_s(status, now)
+            if status.id not in self._unreachable and silent_s is not None and silent_s <= self._silence_s:
+                sent = self._outstanding.sent(status.id, now)
+                found.append(Candidate(status, cached.get(status.id, 0), sent.requests, sent.tokens))
+        return found
+
+    def recipe_of(self, request: Generate) -> str:
+        """The numeric recipe under which this stream began; empty when it has not begun or nobody remembers."""
+        if request.generated:
+            for worker in reversed(request.exclude_workers):
+                if self._recipes.get(worker):
+                    return self._recipes[worker]
+        return ""
+
+    def served_lately(self, model: str, now: float) -> bool:
+        """Whether some worker of `model` was heard within the last minute."""
+        return now - self._models.get(model, float("-inf")) <= SERVED_LATELY_S
+
+    def forget_silent(self, now: float) -> list[str]:
+        """Forget workers unheard for too long; returns them."""
+        silent = self.fleet.forget_silent(now, self._silence_s)
+        for worker in silent:
+            self._carry_out(self.resync.forget(worker))
+            self._forget_sent(worker)
+            self.index.forget(worker)
+            self._unreachable.discard(worker)
+        return silent
+
+    def snapshots_due(self, now: float) -> list[str]:
+        """Workers whose snapshot should have come by now."""
+        return self._carry_out(self.resync.due(now))
+
+    @property
+    def complete(self) -> bool:
+        """Whether somebody was heard and nobody's snapshot is missing."""
+        return bool(self.fleet.workers()) and not any(True for _ in self.resync.awaiting())
+
+    def _forget_sent(self, worker: str) -> None:
+        self._outstanding.forget(worker)
+        self._expected.forget(self.index.slot(worker))
+
+    def _carry_out(self, actions: Iterable[Action]) -> list[str]:
+        """Do to the index what the count says; returns the workers to ask for a snapshot."""
+        asked = []
+        for action in actions:
+            match action:
+                case AskSnapshot(worker):
+                    asked.append(worker)
+                case DropBlocks(worker):
+                    self.index.clear(worker)
+                case ReplaceBlocks(worker, hashes):
+                    self.index.clear(worker)
+                    self.index.store(worker, split_hashes(hashes))
+                case ApplyEvents(worker, events):
+                    for event in events:
+                        match event:
+                            case Stored(hashes):
+                                self.index.store(worker, split_hashes(hashes))
+                            case Removed(hashes):
+                                self.index.remove(worker, split_hashes(hashes))
+                            case Cleared():
+                                self.index.clear(worker)
+        return asked
+
+
+def _remember(names: dict[str, V], name: str, value: V) -> None:
+    """Keep the newest names, and not too many."""
+    names.pop(name, None)
+    names[name] = value
+    if len(names) > MAX_REMEMBERED:
+        del names[next(iter(names))]
