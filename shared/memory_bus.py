@@ -9,6 +9,7 @@ so that a seed replays a whole history of delay, loss, duplication, reordering a
 """
 
 import asyncio
+import contextvars
 import heapq
 import itertools
 import random
@@ -116,10 +117,10 @@ class MemoryBroker:
         loop = asyncio.get_running_loop()
         if self.faults is None:
             for subscription in route.all:
-                loop.call_soon(self._deliver, self._outage, subscription, delivery)
+                loop.call_soon(self._deliver, self._outage, subscription, delivery, context=subscription.context)
             for group in route.groups:
                 member = group[0] if len(group) == 1 else group[int(self._rng.random() * len(group))]
-                loop.call_soon(self._deliver, self._outage, member, delivery)
+                loop.call_soon(self._deliver, self._outage, member, delivery, context=member.context)
             if unheard is not None and not route.all and not route.groups:
                 loop.call_soon(self._report_unheard, self._outage, sender, unheard)
             return
@@ -132,7 +133,8 @@ class MemoryBroker:
                 due_s = loop.time() + copy.delay_s
                 if copy.in_order:
                     due_s = subscription.keep_order(sender.number, delivery.subject, due_s, loop.time())
-                self._later(loop, due_s, self._deliver, (self._outage, subscription, delivery))
+                self._later(loop, due_s, subscription.context.run,
+                            (self._deliver, self._outage, subscription, delivery))
         if unheard is not None and not receivers:
             for copy in faults.fate(self._rng)[:1]:
                 self._later(loop, loop.time() + copy.delay_s, self._report_unheard, (self._outage, sender, unheard))
@@ -172,13 +174,15 @@ class MemoryBroker:
 class MemorySubscription:
     """One handler under one pattern."""
 
-    __slots__ = ("_bus", "_latest_due_s", "active", "handler", "pattern")
+    __slots__ = ("_bus", "_latest_due_s", "active", "context", "handler", "pattern")
 
     def __init__(self, bus: "MemoryBus", pattern: str, handler: Handler) -> None:
         self._bus = bus
         self.pattern = pattern
         self.handler = handler
         self.active = True
+        # handlers run as their subscriber, not as the sender: log fields and traces of services keep apart
+        self.context = contextvars.copy_context()
         self._latest_due_s: dict[tuple[int, str], float] = {}  # (sender, subject) -> its latest ordered arrival
 
     def keep_order(self, sender: int, subject: str, due_s: float, now_s: float) -> float:

@@ -215,6 +215,9 @@ class NatsBus:
         if self._closed:
             return
         if self.connected:
+            # once this returns nobody is sent anything here any more
+            for subscription in list(self._subscriptions):
+                await subscription.unsubscribe()
             await self._settle()
         self._closed = True
         if self._watchdog is not None:

@@ -25,6 +25,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     silence_s: float = 2.0  # a peer unheard for this long is taken for dead
     drain_s: float = 30.0
     metrics_port: int = 0  # 0: none
+    metrics_host: str = "127.0.0.1"  # 0.0.0.0 where Prometheus runs elsewhere
     log: str = "console"  # or json
     log_level: str = "info"
     otlp: str = ""  # OTLP/HTTP endpoint; empty: no export
@@ -79,21 +80,29 @@ class DrafterSettings(Settings, frozen=True, kw_only=True):
 
 def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
     """The settings of one service. Raises ValueError naming the flag, variable or key that is wrong."""
-    flags = _flags(kind, argv)
+    flags = _flags(argv)
     values: dict[str, Any] = {}
-    if config := flags.pop("config", environ.get("TOKENMILL_CONFIG", "")):
-        values |= tomllib.loads(Path(config).read_text()).get(table, {})
+    origins: dict[str, str] = {}
+    config = flags.pop("config", environ.get("TOKENMILL_CONFIG", ""))
+    if config:
+        for key, value in _table(config, table).items():
+            values[key], origins[key] = value, f"{key} in [{table}] of {config}"
     for field in kind.__struct_fields__:
-        if (value := environ.get(f"TOKENMILL_{field.upper()}")) is not None:
-            values[field] = value
-    values |= flags
-    unknown = set(values) - set(kind.__struct_fields__)
+        variable = f"TOKENMILL_{field.upper()}"
+        if variable in environ:
+            values[field], origins[field] = environ[variable], variable
+    for field, value in flags.items():
+        values[field], origins[field] = value, f"--{field.replace('_', '-')}"
+    unknown = sorted(set(values) - set(kind.__struct_fields__))
     if unknown:
-        raise ValueError(f"unknown settings for {table}: {', '.join(sorted(unknown))}")
+        raise ValueError(f"unknown settings for {table}: {', '.join(origins[field] for field in unknown)}")
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ValueError(f"bad setting for {table}: {error}") from None
+        what, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`")
+        raise ValueError(f"bad setting for {table}: {origins.get(field, field)}: {what}, "
+                         f"got {values.get(field)!r}") from None
 
 
 def to_flags(settings: Settings) -> list[str]:
@@ -107,7 +116,19 @@ def to_flags(settings: Settings) -> list[str]:
     return flags
 
 
-def _flags(kind: type[Settings], argv: Sequence[str]) -> dict[str, str]:
+def _table(config: str, table: str) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(Path(config).read_text()).get(table, {})
+    except OSError as error:
+        raise ValueError(f"cannot read the settings file {config}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"the settings file {config} is no TOML: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{table} in {config} must be a table: write [{table}]")
+    return found
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
     found = {}
     rest = list(argv)
     while rest:

@@ -212,6 +212,22 @@ async def test_a_broker_that_stops_reading_is_left_and_found_again():
         await bus.close()
 
 
+async def test_a_broker_that_stopped_reading_does_not_hold_up_the_way_to_another():
+    with nats_server() as one, nats_server() as two:
+        bus = await NatsBus.connect(f"{one.url},{two.url}", "test", probe_s=0.2)
+        stuck, other = (one, two) if bus._client.connected_url.port == one.port else (two, one)
+        stuck.pause()
+        try:
+            for _ in range(12):
+                await bus.publish("flood", bytes(1 << 20))
+            await until(lambda: bus.reconnects == 1)
+            assert bus._client.connected_url.port == other.port
+            await assert_hears(bus)
+        finally:
+            stuck.resume()
+        await bus.close()
+
+
 async def test_closing_does_not_hang_on_a_broker_that_stopped_reading():
     with nats_server() as server:
         bus = await NatsBus.connect(server.url, "test")
