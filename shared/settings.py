@@ -101,8 +101,8 @@ def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, s
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
-        raise ValueError(f"bad setting for {table}: {origins.get(field, field)}: {what}, "
-                         f"got {values.get(field)!r}") from None
+        raise ValueError(f"bad setting for {table}: {origins.get(field, field)} = {values.get(field)!r}: "
+                         f"{what}") from None
 
 
 def to_flags(settings: Settings) -> list[str]:

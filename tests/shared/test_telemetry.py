@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import prometheus_client
@@ -136,7 +137,7 @@ def test_without_a_collector_nothing_is_made_and_a_callers_trace_is_passed_on():
 def test_without_a_collector_the_sdk_is_not_even_imported():
     code = ("import sys; from shared.telemetry import configure_tracing, span_at; configure_tracing('a', 'b');"
             "span_at('x', 1, 2); sys.exit('opentelemetry.sdk.trace' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 
 
 @pytest.mark.parametrize("traceparent", ["", "nonsense", "00-0-0-01", TRACEPARENT[:-1]])
