@@ -4,6 +4,10 @@ import math
 from dataclasses import dataclass
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: damaged, or of a kind that no decoder here runs. The message says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Sizes and constants of one model. Query head h reads KV head h // (heads // kv_heads)."""
@@ -29,14 +33,14 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "context_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, the checkpoint says {getattr(self, name)}")
+                raise CheckpointError(f"{name} must be at least 1, the checkpoint says {getattr(self, name)}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly")
+            raise CheckpointError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise ValueError(f"rotary_dim must be even, in 2..{self.head_dim}; the checkpoint says {self.rotary_dim}")
+            raise CheckpointError(f"rotary_dim must be even, in 2..{self.head_dim}; the checkpoint says {self.rotary_dim}")
         pairs = self.rotary_dim // 2
         if self.rope_factors is not None and len(self.rope_factors) != pairs:
-            raise ValueError(f"{pairs} rope factors are needed, the checkpoint has {len(self.rope_factors)}")
+            raise CheckpointError(f"{pairs} rope factors are needed, the checkpoint has {len(self.rope_factors)}")
 
     @property
     def heads_per_kv_head(self) -> int:
