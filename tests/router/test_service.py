@@ -1,0 +1,429 @@
+"""Routers are forgetful, and it shows in nothing but cache hits (law 6)."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from router import service
+from shared import subjects, telemetry
+from shared import trace_names as names
+from shared.blocks import split_hashes
+from shared.clock import LoopClock
+from shared.memory_bus import Faults, MemoryBroker, MemoryBus
+from shared.messages import KvEvents, Residency, encode
+from shared.settings import RouterSettings
+from tests.router.builders import blocks, request
+from tests.router.mesh import Mesh
+from tests.virtual_time import run_virtual
+
+Scenario = Callable[[Mesh], Awaitable[None]]
+
+
+def play(scenario: Scenario, faults: Faults | None = None, seed: int = 0) -> None:
+    async def scene() -> None:
+        async with Mesh(faults, seed).running() as mesh:
+            await scenario(mesh)
+
+    run_virtual(scene(), timeout_s=120)
+
+
+def test_a_request_reaches_a_worker_with_its_placement_and_nothing_else_changed() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker, gateway = await mesh.router(), await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        (got,) = worker.requests
+        assert got.placement is not None
+        assert (got.placement.router, got.placement.worker, got.placement.cached_tokens) == ("r0", "w0", 0)
+        assert got.tokens == request().tokens
+        (told,) = gateway.placed
+        assert told.tokens == b"" and told.cache_salt == b""
+        assert told.block_hashes == got.block_hashes
+        assert router.router.placed_total == 1
+
+    play(scenario)
+
+
+def test_the_next_request_with_the_same_beginning_follows_the_cache() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        workers = [await mesh.worker(f"w{i}") for i in range(4)]
+        gateway = await mesh.gateway()
+        await asyncio.sleep(1)
+        for number in range(6):
+            await gateway.ask(request(prompt_tokens=160 + 16 * number, request_id=f"turn{number}"))
+            await asyncio.sleep(1)
+        (home,) = [worker for worker in workers if worker.requests]
+        cached = [got.placement.cached_tokens for got in home.requests if got.placement]
+        assert cached == [0, 160, 176, 192, 208, 224]
+
+    play(scenario)
+
+
+def test_a_router_that_starts_again_knows_every_cache_before_it_says_ready() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        first, gateway = await mesh.router(), await mesh.gateway()
+        workers = [await mesh.worker(f"w{i}") for i in range(3)]
+        await asyncio.sleep(1)
+        for i, worker in enumerate(workers):
+            worker.store(blocks(20, start=i * 10_000))
+        await asyncio.sleep(0.5)
+        first.crash()
+        gateway.routers.clear()
+        again = await mesh.router()
+        await asyncio.sleep(1.01)
+        assert [status.state for status in gateway.routers][-1] == "ready"
+        assert all(worker.snapshots_sent == 1 for worker in workers)
+        for worker in workers:
+            assert again.view.index.blocks(worker.name) == set(worker.held)
+        await gateway.ask(request(prompt_tokens=320, start=20_000))
+        await asyncio.sleep(0.1)
+        (got,) = workers[2].requests
+        assert got.placement is not None and got.placement.cached_tokens == 304
+
+    play(scenario)
+
+
+def test_a_request_that_meets_a_router_just_born_waits_for_the_first_heartbeat() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        worker, gateway = await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(0.1)  # its status went by before the router came
+        await mesh.router()
+        await gateway.ask(request())
+        await asyncio.sleep(1.1)
+        assert len(worker.requests) == 1
+        assert gateway.refusals == []
+
+    play(scenario)
+
+
+def test_lost_events_are_noticed_and_made_good() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker = await mesh.router(), await mesh.worker()
+        await asyncio.sleep(1)
+        worker.store(blocks(4))
+        await asyncio.sleep(0.1)
+        worker.mute = True
+        worker.remove(blocks(4)[1:])
+        worker.mute = False
+        worker.store(blocks(6, start=5000))
+        await asyncio.sleep(0.1)
+        assert worker.snapshots_sent == 1
+        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.view.resync.gaps_total == 1
+
+    play(scenario)
+
+
+def test_a_loss_that_no_event_follows_is_noticed_by_the_status() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker = await mesh.router(), await mesh.worker()
+        await asyncio.sleep(1)
+        worker.mute = True
+        worker.store(blocks(4))
+        await asyncio.sleep(1.6)
+        assert router.view.index.blocks("w0") == set(worker.held)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_index_ends_as_the_workers_caches_whatever_is_lost(seed: int) -> None:
+    bad = Faults(delay_s=(0.0, 0.02), loss=0.15, duplication=0.1, reordering=0.2)
+
+    async def scenario(mesh: Mesh) -> None:
+        routers = [await mesh.router(f"r{i}") for i in range(2)]
+        workers = [await mesh.worker(f"w{i}") for i in range(2)]
+        for number in range(60):
+            worker = workers[number % 2]
+            worker.store(blocks(5, start=number % 7 * 1000))
+            if number % 3 == 0:
+                worker.remove(blocks(5, start=number % 4 * 1000)[2:])
+            await asyncio.sleep(0.05)
+        mesh.broker.faults = None
+        await asyncio.sleep(8)
+        for router in routers:
+            for worker in workers:
+                assert router.view.index.blocks(worker.name) == set(worker.held)
+
+    play(scenario, bad, seed)
+
+
+def test_a_worker_that_starts_again_is_not_credited_with_its_old_cache() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, gateway, old = await mesh.router(), await mesh.gateway(), await mesh.worker()
+        await asyncio.sleep(1)
+        for _ in range(9):
+            old.store(blocks(20))
+        await asyncio.sleep(0.1)
+        assert router.view.index.count("w0") == 20
+        old.crash()
+        new = await mesh.worker(epoch=2)
+        await asyncio.sleep(0.1)
+        assert router.view.index.count("w0") == 0
+        # its numbers start at 1 again, and count
+        new.store(blocks(3))
+        await asyncio.sleep(0.1)
+        assert router.view.index.blocks("w0") == set(new.held)
+        # an echo of the old one
+        late = MemoryBus(mesh.broker)
+        await late.publish(subjects.worker_kv("w0"), encode(KvEvents("w0", 1, 10, ())))
+        await gateway.ask(request(prompt_tokens=320))
+        await asyncio.sleep(0.1)
+        assert router.view.index.blocks("w0") == set(new.held)
+        assert new.requests[0].placement is not None and new.requests[0].placement.cached_tokens == 48
+        assert new.snapshots_sent == 0
+
+    play(scenario)
+
+
+def test_two_routers_share_the_load_place_each_request_once_and_spread_together() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        routers = [await mesh.router(f"r{i}") for i in range(2)]
+        workers = [await mesh.worker(f"w{i}", max_running=64) for i in range(4)]
+        gateway = await mesh.gateway()
+        await asyncio.sleep(1.02)
+        for number in range(80):
+            await gateway.ask(request(start=number * 1000))
+            if number % 8 == 7:
+                await asyncio.sleep(0.002)
+        await asyncio.sleep(0.1)
+        placed = Counter(got.request_id for worker in workers for got in worker.requests)
+        assert len(placed) == 80 and set(placed.values()) == {1}
+        assert all(router.router.placed_total > 20 for router in routers)
+        spread = [len(worker.requests) for worker in workers]
+        assert max(spread) - min(spread) <= 8, spread
+
+    play(scenario)
+
+
+def test_a_message_that_comes_twice_is_placed_once() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        worker, gateway = await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        await gateway.ask(request())
+        await gateway.ask(request())
+        await gateway.ask(request(attempt=2))
+        await asyncio.sleep(0.1)
+        assert [got.attempt for got in worker.requests] == [1, 2]
+
+    play(scenario)
+
+
+def test_a_worker_that_died_a_moment_ago_costs_a_second_try_and_no_error() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, gateway = await mesh.router(), await mesh.gateway()
+        dying, other = await mesh.worker("w0"), await mesh.worker("w1")
+        await asyncio.sleep(1)
+        dying.store(split_hashes(request().block_hashes))
+        await asyncio.sleep(0.1)
+        dying.crash()
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        assert [got.request_id for got in other.requests] == ["r0"]
+        assert gateway.refusals == []
+        await gateway.ask(request(attempt=2))
+        await asyncio.sleep(0.1)
+        assert len(other.requests) == 2
+        assert router.router.metrics.unheard._value.get() == 1
+
+    play(scenario)
+
+
+def test_when_the_only_worker_died_the_gateway_is_told_at_once_to_try_again() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        worker, gateway = await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        worker.crash()
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        (failed,) = gateway.refusals
+        assert (failed.code, failed.retryable) == ("overloaded", True)
+        await asyncio.sleep(10)
+        await mesh.worker(epoch=2)
+        await asyncio.sleep(0.1)
+        await gateway.ask(request(attempt=2))
+        await asyncio.sleep(0.1)
+        assert len(gateway.refusals) == 1
+
+    play(scenario)
+
+
+def test_a_silent_worker_is_forgotten_with_all_it_held() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker = await mesh.router(), await mesh.worker()
+        await asyncio.sleep(1)
+        worker.store(blocks(10))
+        await asyncio.sleep(0.1)
+        worker.crash()
+        await asyncio.sleep(3)
+        assert len(router.view.index) == 0
+        assert router.view.fleet.workers() == []
+        assert router.view.snapshots_due(1e9) == []
+
+    play(scenario)
+
+
+def test_refusals_are_numbered_per_gateway() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        await mesh.worker(zone="us")
+        first, second = await mesh.gateway("g1"), await mesh.gateway("g2")
+        await asyncio.sleep(1)
+        for number in range(3):
+            await first.ask(request(start=number, residency=Residency(("eu",))))
+        await second.ask(request(start=9, model="unknown"))
+        await second.ask(request(start=10, deadline=1.0))
+        await asyncio.sleep(0.1)
+        assert [step.seq for step in first.replies] == [1, 2, 3]
+        assert [step.seq for step in second.replies] == [1, 2]
+        assert {failed.code for failed in first.refusals} == {"no_eligible_worker"}
+        assert [failed.code for failed in second.refusals] == ["no_eligible_worker", "deadline_exceeded"]
+
+    play(scenario)
+
+
+def test_a_router_told_to_stop_takes_nothing_more_and_says_goodbye() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        leaving, _staying = await mesh.router("r0"), await mesh.router("r1")
+        worker, gateway = await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        await leaving.leave()
+        for number in range(10):
+            await gateway.ask(request(start=number * 1000))
+        await asyncio.sleep(0.1)
+        assert [status.state for status in gateway.routers if status.id == "r0"][-1] == "draining"
+        assert {got.placement.router for got in worker.requests if got.placement} == {"r1"}
+        assert len(worker.requests) == 10
+
+    play(scenario)
+
+
+def test_the_last_router_that_leaves_is_missed_at_once() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, gateway = await mesh.router(), await mesh.gateway()
+        await router.leave()
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        assert gateway.unheard == 1
+
+    play(scenario)
+
+
+def test_an_outage_of_the_bus_is_survived() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker, gateway = await mesh.router(), await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        mesh.broker.stop()
+        worker.store(blocks(2))
+        await asyncio.sleep(0.9)
+        mesh.broker.start()
+        await asyncio.sleep(1.5)
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        assert len(worker.requests) == 1
+        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.router.metrics.lost.labels("bus")._value.get() >= 1
+
+    play(scenario)
+
+
+def test_bytes_that_are_no_message_are_counted_and_change_nothing() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker, gateway = await mesh.router(), await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        worker.store(blocks(2))
+        for subject in (subjects.generate("m"), subjects.worker_kv("w0"), subjects.status("worker", "w0"),
+                        subjects.placed("r9")):
+            for data in (b"", b"\xc1", b"\x81\xa4type\xa8generate", b"{}" * 9):
+                await gateway.bus.publish(subject, data)
+        forged = encode(KvEvents("w0", 99, 1, ()))
+        await gateway.bus.publish(subjects.worker_kv("w1"), forged)
+        await asyncio.sleep(0.1)
+        assert mesh.broker.handler_errors == 0
+        assert router.router.metrics.bad_messages._value.get() == 16
+        assert router.view.index.blocks("w0") == set(worker.held)
+
+    # a listening gateway would stumble over these bytes itself
+    async def scene() -> None:
+        async with Mesh().running() as mesh:
+            original, mesh.gateway = mesh.gateway, _bare_gateway(mesh)  # type: ignore[method-assign]
+            await scenario(mesh)
+            mesh.gateway = original  # type: ignore[method-assign]
+
+    run_virtual(scene(), timeout_s=60)
+
+
+def test_a_prompt_too_large_for_the_bus_is_refused_not_lost() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        await mesh.worker()
+        gateway = await mesh.gateway()
+        await asyncio.sleep(1)
+        ask = request(prompt_tokens=1000, deadline=2e6)
+        mesh.broker.max_payload_bytes = len(encode(ask)) + 20  # the request fits, the placement beside it does not
+        await gateway.ask(ask)
+        await asyncio.sleep(0.1)
+        (failed,) = gateway.refusals
+        assert failed.code == "request_too_large"
+
+    play(scenario)
+
+
+def test_the_route_span_is_the_receipt_and_the_parent_of_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    configure = telemetry.configure_tracing
+    monkeypatch.setattr(service.telemetry, "configure_tracing",
+                        lambda kind, name, otlp: configure(kind, name, exporter=exporter))
+
+    async def at_once(call: Callable[[], bool]) -> bool:
+        return call()
+
+    # no threads under virtual time
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router(otlp="http://127.0.0.1:4318")
+        worker, _far, gateway = await mesh.worker(), await mesh.worker("w1", zone="us"), await mesh.gateway()
+        await asyncio.sleep(1)
+        await gateway.ask(request(residency=Residency(("local",))), {
+            "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"})
+        await asyncio.sleep(0.1)
+        (span,) = exporter.get_finished_spans()
+        assert span.name == "route" and span.attributes is not None and span.parent is not None
+        assert f"{span.parent.span_id:x}" == "b7ad6b7169203331"
+        assert span.attributes[names.WORKER] == "w0"
+        weighed: Any = span.attributes[names.PLACEMENT_CANDIDATES]
+        assert weighed[0].startswith("w0: ") and "prefill" in weighed[0]
+        assert weighed[1] == "w1: zone us is not allowed"
+        assert span.context is not None
+        assert worker.headers[0]["traceparent"].split("-")[2] == f"{span.context.span_id:016x}"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("settings", [{"policy": "fastest"}, {"id": "Not An Id"}])
+def test_a_setting_that_cannot_be_is_said_at_the_start(settings: dict[str, str]) -> None:
+    async def scene() -> None:
+        await service.serve(MemoryBus(MemoryBroker()), RouterSettings(**settings), LoopClock())  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="policy|id"):
+        run_virtual(scene())
+
+
+def _bare_gateway(mesh: Mesh) -> Callable[..., Awaitable[Any]]:
+    async def bare() -> Any:
+        class Bare:
+            bus = MemoryBus(mesh.broker)
+
+        return Bare()
+
+    return bare
+
