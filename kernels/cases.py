@@ -1,0 +1,300 @@
+"""What the Triton kernels are checked on: inputs, the kernel, its reference, and what a perfect machine would have to move.
+
+Two sets: `serving_cases`, shapes of Llama-3.1-8B for a GPU (and, on the meta device, for the compiler alone), and
+`small_cases`, odd shapes that the interpreter gets through in seconds. Cache memory that no row owns is NaN.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import reference, triton_attention, triton_kv, triton_norm, triton_rotary, triton_sampling, triton_swiglu
+
+# A result may differ by this much of the largest expected magnitude: a few float32 roundings, or one rounding to the type.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel at one shape."""
+
+    name: str
+    shape: str
+    run: Callable[[], tuple[Tensor, ...]]  # the kernel
+    expect: Callable[[], tuple[Tensor, ...]]  # what it must give
+    tolerance: float  # 0: every bit
+    bytes: int  # read and written at least, each byte once
+    flops: int
+    timed: bool = True  # False: a property, not a workload
+
+    def error(self) -> float:
+        """Largest difference as a share of the largest expected magnitude; NaN where one side alone is NaN."""
+        worst = 0.0
+        for got, expected in zip(self.run(), self.expect(), strict=True):
+            wide, exact = got.double(), expected.double()
+            unwritten = exact.isnan() & wide.isnan()
+            difference = (wide - exact).abs().masked_fill(unwritten, 0.0).max().item()
+            worst = difference if difference != difference else max(worst, difference / _magnitude(exact))
+        return worst
+
+
+def _magnitude(exact: Tensor) -> float:
+    return max(1e-30, exact.nan_to_num(nan=0.0).abs().max().item())
+
+
+def serving_cases(device: str) -> Iterator[Case]:
+    """Llama-3.1-8B: 32 query and 8 KV heads of 128, hidden 4096, MLP 14336, vocabulary 128256, blocks of 16; bf16."""
+    kind = torch.bfloat16
+    for rows in (1, 32, 256):
+        yield from norm_cases(rows, 4096, kind, device)
+        yield rotary_case(rows, 32, 8, 128, 64, False, kind, device)
+        yield swiglu_case(rows, 14336, kind, device)
+        yield write_kv_case(rows, 8, 128, 16, kind, kind, device)
+    for contexts, rows_each in (([2048], 1), ([32768], 1), ([4096] * 32, 1), ([1024] * 256, 1), ([2048] * 32, 5)):
+        yield from attention_cases(contexts, rows_each, 32, 8, 128, 16, kind, device)
+    for other in (torch.float16, torch.float32):
+        yield from attention_cases([1000, 77, 3000, 256], 1, 32, 8, 128, 16, other, device)
+    for rows in (1, 32, 256):
+        yield sample_case(rows, 128256, device)
+    yield accepted_case(256, 5, device)
+
+
+def small_cases(device: str) -> Iterator[Case]:
+    """Sizes that are no powers of two and contexts that end inside a block, a tile and a split."""
+    for kind in (torch.float32, torch.float16):
+        yield from norm_cases(3, 77, kind, device)
+        yield rotary_case(3, 6, 2, 20, 10, False, kind, device)
+        yield rotary_case(3, 6, 2, 20, 8, True, kind, device)
+        yield swiglu_case(2, 1100, kind, device)
+        yield write_kv_case(5, 3, 20, 4, kind, torch.float16, device)
+        yield from attention_cases([300, 3, 256], 2, 6, 2, 20, 4, kind, device)
+    yield from attention_cases([70], 1, 4, 4, 64, 16, torch.bfloat16, device)
+    yield sample_case(4, 3001, device)
+    yield accepted_case(5, 4, device)
+
+
+def norm_cases(rows: int, columns: int, kind: torch.dtype, device: str) -> Iterator[Case]:
+    generator = _generator(device)
+    x, residual = (_normal((rows, columns), kind, device, generator) for _ in range(2))
+    weight = _normal((columns,), kind, device, generator)
+    size = x.element_size()
+    shape = f"rows {rows}, columns {columns}, {_short(kind)}"
+    yield Case(
+        "rms_norm",
+        shape,
+        run=lambda: (triton_norm.rms_norm(x, weight, 1e-5),),
+        expect=lambda: (reference.rms_norm(x, weight, 1e-5),),
+        tolerance=TOLERANCE[kind],
+        bytes=(2 * rows + 1) * columns * size,
+        flops=4 * rows * columns,
+    )
+    yield Case(
+        "add_rms_norm",
+        shape,
+        run=lambda: triton_norm.add_rms_norm(x, residual, weight, 1e-5),
+        expect=lambda: reference.add_rms_norm(x, residual, weight, 1e-5),
+        tolerance=TOLERANCE[kind],
+        bytes=(4 * rows + 1) * columns * size,
+        flops=5 * rows * columns,
+    )
+    if rows > 1:
+        yield Case(
+            "rms_norm, rows alone",
+            shape,
+            run=lambda: (torch.cat([triton_norm.rms_norm(row, weight, 1e-5) for row in x.split(1)]),),
+            expect=lambda: (triton_norm.rms_norm(x, weight, 1e-5),),
+            tolerance=0.0,
+            bytes=(2 * rows + 1) * columns * size,
+            flops=4 * rows * columns,
+            timed=False,
+        )
+
+
+def rotary_case(
+    rows: int, heads: int, kv_heads: int, head_dim: int, pairs: int, interleaved: bool, kind: torch.dtype, device: str
+) -> Case:
+    generator = _generator(device)
+    queries = _normal((rows, heads, head_dim), kind, device, generator)
+    keys = _normal((rows, kv_heads, head_dim), kind, device, generator)
+    frequencies = [10000.0 ** (-pair / pairs) for pair in range(pairs)]
+    cosines, sines = reference.rotary_tables(frequencies, rows + 1, device)
+    positions = torch.arange(rows, 0, -1, dtype=torch.int32, device=device)
+    elements = rows * (heads + kv_heads) * head_dim
+    style = "interleaved" if interleaved else "half"
+    return Case(
+        "rotary",
+        f"rows {rows}, heads {heads}+{kv_heads}x{head_dim}, {pairs} pairs {style}, {_short(kind)}",
+        run=lambda: triton_rotary.rotary(queries, keys, positions, cosines, sines, interleaved),
+        expect=lambda: reference.rotary(queries, keys, positions, cosines, sines, interleaved),
+        tolerance=TOLERANCE[kind],
+        bytes=2 * elements * queries.element_size() + rows * (8 * pairs + 4),
+        flops=3 * elements,
+    )
+
+
+def swiglu_case(rows: int, columns: int, kind: torch.dtype, device: str) -> Case:
+    # Gate and up as the two halves of one product, as the decoder has them.
+    gate, up = _normal((rows, 2 * columns), kind, device, _generator(device)).chunk(2, dim=1)
+    return Case(
+        "swiglu",
+        f"rows {rows}, columns {columns}, {_short(kind)}",
+        run=lambda: (triton_swiglu.swiglu(gate, up),),
+        expect=lambda: (reference.swiglu(gate, up),),
+        tolerance=TOLERANCE[kind],
+        bytes=3 * rows * columns * gate.element_size(),
+        flops=5 * rows * columns,
+    )
+
+
+def write_kv_case(
+    rows: int, kv_heads: int, head_dim: int, block_size: int, kind: torch.dtype, cache_kind: torch.dtype, device: str
+) -> Case:
+    """One row in each of `rows` sequences; with more than two rows the last is padding."""
+    generator = _generator(device)
+    keys, values = (_normal((rows, kv_heads, head_dim), kind, device, generator) for _ in range(2))
+    blank = torch.full((2 * rows + 1, block_size, kv_heads, head_dim), torch.nan, dtype=cache_kind, device=device)
+    caches = (blank.clone(), blank.clone())
+    tables = torch.randperm(2 * rows).int().view(rows, 2)
+    positions = torch.arange(rows, dtype=torch.int32) * 5 % (2 * block_size)
+    if rows > 2:
+        positions[-1] = -1
+    where = (tables.to(device), torch.arange(rows, dtype=torch.int32, device=device), positions.to(device))
+
+    def written(write: Callable[..., None]) -> tuple[Tensor, Tensor]:
+        write(keys, values, *caches, *where)
+        return caches
+
+    def expected() -> tuple[Tensor, Tensor]:
+        fresh = (blank.clone(), blank.clone())
+        reference.write_kv(keys, values, *fresh, *where)
+        return fresh
+
+    moved = keys.element_size() + blank.element_size()
+    return Case(
+        "write_kv",
+        f"rows {rows}, heads {kv_heads}x{head_dim}, blocks of {block_size}, {_short(kind)} to {_short(cache_kind)}",
+        run=lambda: written(triton_kv.write_kv),
+        expect=expected,
+        tolerance=0.0,
+        bytes=2 * rows * kv_heads * head_dim * moved,
+        flops=0,
+    )
+
+
+def attention_cases(
+    contexts: list[int],
+    rows_each: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    kind: torch.dtype,
+    device: str,
+) -> Iterator[Case]:
+    """Sequences of `contexts` positions of which the last `rows_each` are this step's rows (decode 1, verify more)."""
+    generator = _generator(device)
+    counts = [-(-context // block_size) for context in contexts]
+    order = torch.randperm(sum(counts) + 3).int()
+    tables = torch.full((len(contexts), max(counts) + 1), -1, dtype=torch.int32)
+    shape = (len(order), block_size, kv_heads, head_dim)
+    key_cache, value_cache = (_normal(shape, kind, device, generator) for _ in range(2))
+    key_cache[order[sum(counts) :].long().to(device)] = torch.nan
+    value_cache[order[sum(counts) :].long().to(device)] = torch.nan
+    for sequence, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        first = sum(counts[:sequence])
+        tables[sequence, :count] = order[first : first + count]
+        tail = context - (count - 1) * block_size
+        key_cache[int(order[first + count - 1]), tail:] = torch.nan
+        value_cache[int(order[first + count - 1]), tail:] = torch.nan
+
+    rows = [(sequence, at) for sequence, end in enumerate(contexts) for at in range(max(0, end - rows_each), end)]
+    sequences, positions = (torch.tensor(column, dtype=torch.int32).to(device) for column in zip(*rows, strict=True))
+    queries = _normal((len(rows), heads, head_dim), kind, device, generator)
+    # A few rows see almost one position only, so that a wrong maximum shows.
+    queries[::3] *= 8.0
+    tables = tables.to(device)
+    scale = head_dim**-0.5
+
+    def attend(operator: Callable[..., Tensor], some: slice = slice(None), longest: int | None = None) -> Tensor:
+        rows_of = (sequences[some], positions[some])
+        return operator(queries[some], key_cache, value_cache, tables, *rows_of, scale, longest)
+
+    context = f"{len(contexts)} x {max(contexts)}" if len(set(contexts)) < 2 else "/".join(map(str, contexts))
+    shape_name = f"contexts {context}, rows {rows_each}, heads {heads}/{kv_heads}x{head_dim}, {_short(kind)}"
+    size = key_cache.element_size()
+    moved = 2 * sum(contexts) * kv_heads * head_dim * size + 2 * len(rows) * heads * head_dim * size
+    flops = 4 * heads * head_dim * sum(at + 1 for _, at in rows)
+    yield Case(
+        "paged_attention",
+        shape_name,
+        run=lambda: (attend(triton_attention.paged_attention, longest=max(contexts)),),
+        expect=lambda: (attend(reference.paged_attention),),
+        # 16-bit weights are rounded before they meet the values; in fp32 a large score carries its rounding into exp.
+        tolerance=(5 if kind == torch.float32 else 2) * TOLERANCE[kind],
+        bytes=moved,
+        flops=flops,
+    )
+    if len(rows) > 1:
+        alone = range(0, len(rows), max(1, len(rows) // 4))
+        yield Case(
+            "paged_attention, rows alone",
+            shape_name,
+            run=lambda: tuple(attend(triton_attention.paged_attention, slice(row, row + 1)) for row in alone),
+            expect=lambda: tuple(
+                attend(triton_attention.paged_attention, longest=max(contexts))[row : row + 1] for row in alone
+            ),
+            tolerance=0.0,
+            bytes=moved,
+            flops=flops,
+            timed=False,
+        )
+
+
+def sample_case(rows: int, vocabulary: int, device: str) -> Case:
+    """Logits with ties and masked ids; every fourth row is greedy. The token must be the same."""
+    generator = _generator(device)
+    logits = (_normal((rows, vocabulary), torch.float32, device, generator) * 4.0).round(decimals=1)
+    logits[:, ::7] = -torch.inf
+    temperatures = (torch.arange(rows, dtype=torch.float32) % 4 / 2).to(device)
+    seeds = (torch.arange(rows) * -7046029254386353131).to(device)
+    positions = (torch.arange(rows) * 1234567891).to(device)
+    return Case(
+        "sample",
+        f"rows {rows}, vocabulary {vocabulary}",
+        run=lambda: (triton_sampling.sample(logits, temperatures, seeds, positions),),
+        expect=lambda: (reference.sample(logits, temperatures, seeds, positions),),
+        tolerance=0.0,
+        bytes=4 * rows * vocabulary,
+        flops=0,
+    )
+
+
+def accepted_case(sequences: int, most: int, device: str) -> Case:
+    rows = [1 + sequence % most for sequence in range(sequences)]
+    starts = torch.tensor([0, *rows]).cumsum(0).int()
+    chosen = torch.randint(0, 2, (sum(rows),), generator=torch.Generator().manual_seed(0)).int()
+    tokens = torch.randint(0, 2, (sum(rows),), generator=torch.Generator().manual_seed(1)).int()
+    arguments = (chosen.to(device), tokens.to(device), starts.to(device), most)
+    return Case(
+        "count_accepted",
+        f"sequences {sequences}, rows up to {most}",
+        run=lambda: (triton_sampling.count_accepted(*arguments),),
+        expect=lambda: (reference.count_accepted(*arguments),),
+        tolerance=0.0,
+        bytes=4 * (2 * sum(rows) + 2 * sequences + 1),
+        flops=0,
+    )
+
+
+def _generator(device: str) -> torch.Generator | None:
+    return None if device == "meta" else torch.Generator(device).manual_seed(0)
+
+
+def _normal(shape: tuple[int, ...], kind: torch.dtype, device: str, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, dtype=kind, device=device, generator=generator)
+
+
+def _short(kind: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[kind]

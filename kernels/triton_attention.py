@@ -1,0 +1,241 @@
+"""Attention over the paged KV cache, one row (one query token) at a time, in fixed splits of its context.
+
+Rule: what a row gets depends on its own context only, bit for bit: not on the number of rows, not on other rows, not on
+whether it came as a decode, a verify or a prefill row. Splits are aligned to position 0 and have the same length for every
+batch; tiles inside a split and splits inside a row are added in position order.
+Reference: `reference.paged_attention`.
+
+Two kernels. `_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum, with the
+query heads that share a KV head packed into one tile so that K and V are read once for all of them. `_combine_splits` adds
+the splits of a (row, query head) in order.
+
+R rows, H query heads, K KV heads, G = H / K, D head size, N positions of a tile, P splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import tuning
+from kernels.launch import INTERPRETED, launch
+
+LOG2_E = 1.4426950408889634
+
+
+def paged_attention(
+    queries: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    tables: torch.Tensor,
+    sequences: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    longest: int | None = None,
+) -> torch.Tensor:
+    """Each row's attention over positions 0..positions[row] of its sequence, [R, H, D] in the type of `queries`.
+
+    queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table row of
+    each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it; otherwise every
+    row is taken to fill its table. A row with position -1 gets zeros. The last dimension of each tensor must be dense.
+    """
+    rows, heads, head_dim = queries.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
+    if key_cache.dtype != value_cache.dtype:
+        raise ValueError(f"keys are {key_cache.dtype} but values {value_cache.dtype}; give both caches one type")
+    group = heads // kv_heads
+    split = tuning.ATTENTION_SPLIT
+    longest = tables.shape[1] * block_size if longest is None else longest
+    splits = max(1, -(-longest // split))
+    # The tensor cores take queries of the cache's type. The interpreter's 16-bit products are wrong for bf16.
+    in_float32 = INTERPRETED or key_cache.dtype == torch.float32
+    choice = tuning.attention(head_dim)
+    combine = tuning.ATTENTION_COMBINE
+
+    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    piece = max(1, min(rows, tuning.ATTENTION_WORKSPACE_BYTES // (splits * heads * head_dim * 4)))
+    partial = queries.new_empty((piece, splits, heads, head_dim), dtype=torch.float32)
+    maxima, sums = queries.new_empty((2, piece, splits, heads), dtype=torch.float32)
+    for first in range(0, rows, piece):
+        some = slice(first, min(first + piece, rows))
+        count = some.stop - first
+        launch(
+            _attend_split,
+            (count, kv_heads, splits),
+            *(queries[some], key_cache, value_cache, tables, sequences[some], positions[some], partial, maxima, sums),
+            *(splits, scale * LOG2_E),
+            *(queries.stride(0), queries.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
+            choice=choice,
+            HEADS=heads,
+            GROUP=group,
+            GROUP_PADDED=max(16, tuning.padded(group)),
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=max(16, tuning.padded(head_dim)),
+            BLOCK_SIZE=block_size,
+            SPLIT=split,
+            TILE=choice.block,
+            FP32=in_float32,
+        )
+        launch(
+            _combine_splits,
+            (count, heads),
+            *(partial, maxima, sums, positions[some], output[some], splits, output.stride(0), output.stride(1)),
+            choice=combine,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=tuning.padded(head_dim),
+            SPLIT=split,
+            CHUNK=combine.block,
+        )
+    return output
+
+
+@triton.jit
+def _attend_split(
+    # pointers
+    queries_ptr,  # [R, H, D]
+    keys_ptr,  # [blocks, block size, K, D]
+    values_ptr,  # [blocks, block size, K, D]
+    tables_ptr,  # [S, B]
+    sequences_ptr,  # [R]
+    positions_ptr,  # [R]
+    partial_ptr,  # [R, P, H, D] fp32
+    maxima_ptr,  # [R, P, H] fp32, in powers of two
+    sums_ptr,  # [R, P, H] fp32
+    # sizes
+    splits,
+    scale_log2,
+    # strides
+    stride_query_row,
+    stride_query_head,
+    stride_key_block,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_block,
+    stride_value_slot,
+    stride_value_head,
+    stride_table,
+    # constants
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    FP32: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    position = tl.load(positions_ptr + row)
+    start = tl.program_id(2) * SPLIT
+    if start > position:
+        return
+
+    # 1. The queries of this KV head.
+    sequence = tl.load(sequences_ptr + row).to(tl.int64)
+    in_group = tl.arange(0, GROUP_PADDED)
+    lane = tl.arange(0, HEAD_DIM_PADDED)
+    heads = kv_head * GROUP + in_group
+    query_mask = (in_group < GROUP)[:, None] & (lane < HEAD_DIM)[None, :]
+    query = tl.load(
+        queries_ptr + row * stride_query_row + heads[:, None] * stride_query_head + lane[None, :],
+        mask=query_mask,
+        other=0.0,
+    )  # [G, D]
+    if FP32:
+        query = query.to(tl.float32)
+
+    # 2. Tiles of the split, in position order, with a running maximum.
+    running_max = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((GROUP_PADDED,), tl.float32)
+    output = tl.zeros((GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
+    # The trip count is fixed: a tile behind the row's position loads nothing and changes no bit.
+    for tile in tl.range(0, SPLIT, TILE):
+        at = start + tile + tl.arange(0, TILE)
+        inside = at <= position
+        block = tl.load(tables_ptr + sequence * stride_table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)  # [N]
+        slot = (at % BLOCK_SIZE).to(tl.int64)
+        tile_mask = inside[:, None] & (lane < HEAD_DIM)[None, :]
+        key_rows = block * stride_key_block + slot * stride_key_slot + kv_head * stride_key_head
+        key = tl.load(keys_ptr + key_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
+        if FP32:
+            scores = tl.dot(query, tl.trans(key.to(tl.float32)), input_precision="ieee") * scale_log2  # [G, N]
+        else:
+            scores = tl.dot(query, tl.trans(key)) * scale_log2  # [G, N]
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+
+        # The first tile always holds a position inside, so the maximum is finite from there on.
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_max[:, None])
+        decay = tl.exp2(running_max - new_max)
+        running_sum = running_sum * decay + tl.sum(weights, axis=1)
+        running_max = new_max
+
+        value_rows = block * stride_value_block + slot * stride_value_slot + kv_head * stride_value_head
+        value = tl.load(values_ptr + value_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
+        if FP32:
+            output = output * decay[:, None] + tl.dot(weights, value.to(tl.float32), input_precision="ieee")
+        else:
+            output = output * decay[:, None] + tl.dot(weights.to(value.dtype), value)
+
+    # 3. The partial result of the split.
+    partial_rows = (row * splits + split) * HEADS + heads
+    tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + lane[None, :], output, mask=query_mask)
+    tl.store(maxima_ptr + partial_rows, running_max, mask=in_group < GROUP)
+    tl.store(sums_ptr + partial_rows, running_sum, mask=in_group < GROUP)
+
+
+@triton.jit
+def _combine_splits(
+    # pointers
+    partial_ptr,  # [R, P, H, D] fp32
+    maxima_ptr,  # [R, P, H] fp32, in powers of two
+    sums_ptr,  # [R, P, H] fp32
+    positions_ptr,  # [R]
+    output_ptr,  # [R, H, D]
+    # sizes
+    splits,
+    # strides
+    stride_output_row,
+    stride_output_head,
+    # constants
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    # A row without a position (-1: padding) has no split; its output is zero.
+    filled = (tl.load(positions_ptr + row) + SPLIT) // SPLIT
+    lane = tl.arange(0, HEAD_DIM_PADDED)
+    running_max = tl.full((), float("-inf"), tl.float32)
+    running_sum = tl.full((), 0.0, tl.float32)
+    output = tl.zeros((HEAD_DIM_PADDED,), tl.float32)
+
+    # Chunks of CHUNK splits in order. A chunk's sum has the same shape however many of its splits exist.
+    chunk = tl.full((), 0, tl.int32)
+    while chunk < filled:
+        split = chunk + tl.arange(0, CHUNK)
+        exists = split < filled
+        at = (row * splits + split) * HEADS + head
+        maxima = tl.load(maxima_ptr + at, mask=exists, other=float("-inf"))  # [CHUNK]
+        sums = tl.load(sums_ptr + at, mask=exists, other=0.0)  # [CHUNK]
+        mask = exists[:, None] & (lane < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + at[:, None] * HEAD_DIM + lane[None, :], mask=mask, other=0.0)  # [CHUNK, D]
+        new_max = tl.maximum(running_max, tl.max(maxima, axis=0))
+        weights = tl.exp2(maxima - new_max)
+        decay = tl.exp2(running_max - new_max)
+        running_sum = running_sum * decay + tl.sum(sums * weights, axis=0)
+        output = output * decay + tl.sum(partial * weights[:, None], axis=0)
+        running_max = new_max
+        chunk += CHUNK
+
+    output = tl.where(running_sum > 0.0, output / running_sum, 0.0)
+    target = output_ptr + row * stride_output_row + head * stride_output_head + lane
+    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=lane < HEAD_DIM)

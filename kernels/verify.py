@@ -1,0 +1,187 @@
+"""`python -m kernels.verify [--json FILE]`: every Triton kernel against its reference, on whatever device is here.
+
+On a GPU: serving shapes, with the time of each kernel (CUDA events, median, caches flushed before each run) and its share
+of what the machine was measured to do in the same run: the time that moving the bytes at copy bandwidth and doing the
+arithmetic at matmul rate would take, over the time it took. Elsewhere: small shapes in Triton's interpreter, whose times mean
+nothing and are left out. Exit status 1 when any result is wrong.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from kernels.cases import Case
+
+REPETITIONS = 20
+# Larger than any L2 cache, so that a timed kernel finds nothing of its own there.
+FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One row of the table. `error` is None when the kernel raised; times are None where they would mean nothing."""
+
+    name: str
+    shape: str
+    ok: bool
+    error: float | None
+    time_us: float | None
+    bytes: int
+    flops: int
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this GPU was measured to do: bytes per second of a copy (read plus written), flops per second of a matmul."""
+
+    copy_bytes_per_s: float
+    matmul_flops_per_s: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.verify", description="Check every Triton kernel against its reference.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
+    options = parser.parse_args(arguments)
+    # Triton reads this when a kernel is defined, so it stands before the import of the cases.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    from kernels.cases import serving_cases, small_cases
+    from kernels.launch import INTERPRETED
+
+    torch.manual_seed(0)
+    if INTERPRETED:
+        device, machine, cases = f"Triton interpreter on {platform.machine()}", None, small_cases("cpu")
+    else:
+        device, machine, cases = torch.cuda.get_device_name(), measure_machine(), serving_cases("cuda")
+    print(f"{device}; {', '.join(f'{name} {version}' for name, version in versions().items())}")
+    if machine:
+        print(f"copy {machine.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {machine.matmul_flops_per_s / 1e12:.0f} Tflop/s")
+
+    results = []
+    print(_line("kernel", "shape", "ok", "error", "time us", "MB", "share"))
+    for case in cases:
+        results.append(verify(case, machine))
+        print(_line(*_cells(results[-1])), flush=True)
+    if options.json:
+        report = {"device": device, "versions": versions(), "kernels": [asdict(result) for result in results]}
+        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    wrong = sum(not result.ok for result in results)
+    print(f"{len(results)} checks, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+def verify(case: "Case", machine: Machine | None) -> Verified:
+    """Check one case; with a `machine`, time it too. A kernel that raises is a wrong result, its trace on stderr."""
+    error: float | None = None
+    time_us = share = None
+    try:
+        with nan_filled_memory():
+            error = case.error()
+        if machine and case.timed:
+            time_us = median_time_us(case.run)
+            ideal_s = max(case.bytes / machine.copy_bytes_per_s, case.flops / machine.matmul_flops_per_s)
+            share = ideal_s * 1e6 / time_us
+    except Exception:
+        print(f"{case.name} ({case.shape}) raised:", file=sys.stderr)
+        traceback.print_exc()
+        error = None
+    ok = error is not None and error <= case.tolerance
+    # JSON knows no NaN or infinity.
+    finite = error if error is not None and math.isfinite(error) else None
+    return Verified(case.name, case.shape, ok, finite, time_us, case.bytes, case.flops, share)
+
+
+@contextmanager
+def nan_filled_memory() -> Iterator[None]:
+    """New tensors start as NaN (integers at their maximum), so that an element no kernel wrote is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1])
+
+
+def measure_machine() -> Machine:
+    """Copy bandwidth over 1 GiB and bf16 matmul rate at 8192^3, timed like the kernels."""
+    source = torch.empty(1 << 29, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = median_time_us(lambda: target.copy_(source))
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    matmul_us = median_time_us(lambda: torch.mm(a, b))
+    return Machine(2 * source.nbytes / copy_us * 1e6, 2 * size**3 / matmul_us * 1e6)
+
+
+def median_time_us(call: Callable[[], Any]) -> float:
+    """Median device time of `call`, each run with a flushed L2 cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        call()
+    times_us = []
+    for _ in range(REPETITIONS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The flush also keeps the device busy while the host prepares the launches behind it.
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times_us.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times_us)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on, and when it was taken."""
+    import triton
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found | {"commit": _commit(), "date": datetime.now(UTC).date().isoformat()}
+
+
+def _commit() -> str:
+    """The commit of this tree, with `+` when files differ from it; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _cells(result: Verified) -> tuple[str, ...]:
+    error = "-" if result.error is None else f"{result.error:.1e}"
+    time_us = "-" if result.time_us is None else f"{result.time_us:.1f}"
+    share = "-" if result.share is None else f"{result.share:.0%}"
+    megabytes = f"{result.bytes / 1e6:.3g}"
+    return result.name, result.shape, "yes" if result.ok else "NO", error, time_us, megabytes, share
+
+
+def _line(name: str, shape: str, ok: str, error: str, time_us: str, megabytes: str, share: str) -> str:
+    return f"{name:<28}{shape:<62}{ok:<4}{error:>8}{time_us:>10}{megabytes:>9}{share:>7}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
