@@ -1,0 +1,67 @@
+// The C ABI: what decoder.py calls. Every name begins with mill_; everything else is hidden.
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "model.hpp"
+
+#define MILL_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+void tell(const std::string& what, char* message, int32_t capacity) {
+  const size_t length = std::min(what.size(), size_t(capacity) - 1);
+  std::memcpy(message, what.data(), length);
+  message[length] = 0;
+}
+
+}  // namespace
+
+// The instruction set the library was compiled for.
+MILL_EXPORT const char* mill_instructions() {
+#if MILL_AVX2
+  return "avx2";
+#else
+  return "portable";
+#endif
+}
+
+// A model, to be closed by mill_close; null with a message when memory is short.
+MILL_EXPORT void* mill_open(const mill_config* config, const mill_tensor* tensors, char* message, int32_t capacity) {
+  try {
+    return new mill::Model(*config, tensors);
+  } catch (const std::exception& error) {
+    tell(error.what(), message, capacity);
+    return nullptr;
+  }
+}
+
+MILL_EXPORT void mill_close(void* model) { delete static_cast<mill::Model*>(model); }
+
+// Fills `tokens`, or `logits` when that is not null. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
+MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, int32_t* tokens, float* logits, char* message, int32_t capacity) {
+  try {
+    auto& decoder = *static_cast<mill::Model*>(model);
+    const std::string complaint = decoder.complaint(*inputs);
+    if (!complaint.empty()) {
+      tell(complaint, message, capacity);
+      return 1;
+    }
+    if (decoder.step(*inputs, tokens, logits)) return 0;
+    tell("no token can be chosen: some logits are not finite, so the weights are broken", message, capacity);
+  } catch (const std::exception& error) {
+    tell(error.what(), message, capacity);
+  }
+  return 2;
+}
+
+// One choice from given logits, exactly as a step makes it; -1 when they hold NaN or +inf, or every id is masked.
+MILL_EXPORT int32_t mill_choose(const float* logits, int32_t count, float temperature, int32_t top_k, float top_p, float min_p,
+                                uint64_t seed, uint64_t position) {
+  const mill::Sampling sampling{temperature, top_p, min_p, top_k, seed, position};
+  bool finite = true;
+  const mill::Choice choice = sampling.masked() ? mill::choose_masked(logits, count, sampling, finite)
+                                                : mill::choose(logits, 0, count, sampling, finite);
+  return finite ? choice.token : -1;
+}

@@ -1,0 +1,73 @@
+// Weight matrices as panels of sixteen outputs, and their products with rows of activations.
+//
+// A panel holds the weights of 16 consecutive outputs for all inputs, group after group of 32 inputs, so outputs are
+// lanes and no sum ever crosses lanes. The checkpoint's own numbers are only moved, never widened:
+//     Q4   per group: 16 fp16 scales, 16 fp16 minima, 4 lines of 64 bytes. Byte 4n+j of line i belongs to output n;
+//          low nibble: input 8i+j, high nibble: input 8i+4+j (j = 0..3).   Q4_0 is Q4 with minimum -8 * scale.
+//     Q8   all scales first (16 fp16 per group, padded to 64 bytes), then per group 8 lines of 64 bytes:
+//          byte 4n+j of line i is output n, input 4i+j.
+//     F32, F16, BF16   per input 16 numbers.
+// Each thread's panels of all matrices lie in execution order in one region: a step is one stream per thread.
+//
+// Arithmetic, per output and for every number of rows: groups in ascending order,
+//     acc = fma(scale * row_scale, float(exact int32 dot), acc), and for Q4   acc = fma(minimum, row_scale * sum(q), acc);
+//     float kinds: inputs in ascending order, acc = fma(weight, x, acc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "lanes.hpp"
+
+namespace mill {
+
+constexpr int kGroup = 32;
+constexpr int kPassRows = 64;  // rows that go through the layers together; more rows go in several passes
+
+enum class Kind : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q8 = 8, BF16 = 30 };  // the numbers of GGUF
+
+// Rows of activations: int8 with a scale per group of 32 for quantised weights, and as they were for float weights.
+struct Activations {
+  int rows = 0;
+  std::vector<int8_t> q;       // [inputs / 32][rows][32]
+  std::vector<float> scale;    // [inputs / 32][rows]   largest magnitude / 127
+  std::vector<float> sum;      // [inputs / 32][rows]   scale * sum of q
+  std::vector<float> plain;    // [rows][inputs], empty unless a float matrix reads it
+
+  void reserve(int inputs, bool keep_plain);
+  // Takes the 32 numbers of one group of one row.
+  void set_group(int row, int group, int inputs, const float* values);
+};
+
+struct Matrix {
+  Kind kind = Kind::F32;
+  int outputs = 0, inputs = 0;
+  int panels_per_unit = 1;  // a unit is what is never split between threads
+  size_t panel_bytes = 0;
+  size_t unit_stride = 0;   // bytes from one unit of this matrix to the next in a thread's region
+
+  struct Share {
+    size_t offset = 0;  // of its first unit in the thread's region
+    int first = 0, last = 0;  // panels
+    uint8_t* base = nullptr;  // where the first unit lies
+  };
+  std::vector<Share> shares;  // one per thread
+
+  void describe(int32_t ggml_type, int outputs, int inputs, int panels_per_unit);
+  int panels() const { return (outputs + kLanes - 1) / kLanes; }
+  bool is_float() const { return kind != Kind::Q4 && kind != Kind::Q8; }
+  uint8_t* panel(const Share& share, int index) const {
+    const int ahead = index - share.first;
+    return share.base + size_t(ahead / panels_per_unit) * unit_stride + size_t(ahead % panels_per_unit) * panel_bytes;
+  }
+  // Moves one thread's share from the checkpoint's rows into panels in that thread's region.
+  void repack(int thread, uint8_t* region, const void* source, int32_t ggml_type);
+  // One row of weights as float32, for embeddings: scale * q, or fma(scale, q, minimum).
+  void row(int index, float* values) const;
+};
+
+// acc[row][16] for all rows of `x` = the product with one panel.
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc);
+
+}  // namespace mill

@@ -1,0 +1,432 @@
+// The step: what the threads of the team do together, phase by phase.
+//
+// Rule: a number's value depends on its row alone. Rows are independent in every phase; which thread computes an output,
+// how many rows go together, and in how many passes a step is cut, changes who does the work and never its order.
+//
+// Phases of a layer, with a meeting of the threads after each:
+//     1. normalise, quantise      at most two rows: every thread for itself, which saves the meeting
+//     2. queries, keys, values    a thread's own panels
+//     3. rotate keys, write the KV cache
+//     4. attention                by (row, KV head), taken as threads become free
+//     5. quantise                 as 1
+//     6. output projection, added to the residual stream
+//     7. normalise, quantise      as 1
+//     8. gate and up, SiLU, quantise   in units of 32 outputs, so a thread has whole groups
+//     9. down projection, added to the residual stream
+#include "model.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <stdexcept>
+
+namespace mill {
+
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr int kRowsEachThreadPrepares = 2;
+
+// x * weight / root mean square; squares are summed in 16 lanes (lane i % 16, ascending), then by sum_of.
+void rms_norm(const float* x, const float* weight, int width, float epsilon, float* out) {
+  Lanes squares = splat(0.0f);
+  for (int i = 0; i < width; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+  const Lanes scale = splat(1.0f / std::sqrt(sum_of(squares) / float(width) + epsilon));
+  for (int i = 0; i < width; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+MILL_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
+
+std::pair<int, int> share_of(int count, int thread, int threads) {
+  return {int(int64_t(count) * thread / threads), int(int64_t(count) * (thread + 1) / threads)};
+}
+
+}  // namespace
+
+Region::Region(size_t bytes) : bytes_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
+  void* const at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(at);
+}
+
+Region::~Region() {
+  if (data_) munmap(data_, bytes_);
+}
+
+// Some consecutive rows of a step, at most kPassRows, and where each of them stands.
+struct Model::Pass {
+  const mill_inputs& inputs;
+  int first, rows;
+  int first_sample, samples;
+  std::vector<const int32_t*> tables;  // [rows] the block table of the row's sequence
+  float* logits;                       // [samples][vocabulary]
+  int32_t* tokens;                     // [samples], or null
+  std::vector<Choice> choices;         // [threads][samples]
+  std::atomic<bool> finite{true};
+
+  int position(int row) const { return inputs.positions[first + row]; }
+  Sampling sampling(int sample) const {
+    const int at = first_sample + sample;
+    return {inputs.temperature[at], inputs.top_p[at], inputs.min_p[at], inputs.top_k[at], inputs.seeds[at],
+            uint64_t(inputs.positions[inputs.sample_rows[at]]) + 1};
+  }
+};
+
+Model::Model(const mill_config& config, const mill_tensor* tensors)
+    : config_(config),
+      frequencies_(config.frequencies, config.frequencies + config.rope_dims / 2),
+      layers_(size_t(config.layers)),
+      scratch_(size_t(config.threads)),
+      team_(config.threads) {
+  place_weights(tensors);
+
+  cache_.layers = config.layers;
+  cache_.heads = config.kv_heads;
+  cache_.head_dim = config.head_dim;
+  cache_memory_ = Region(cache_.block_bytes() * size_t(config.blocks));
+  cache_.base = cache_memory_.data();
+
+  const int attention_width = config.heads * config.head_dim;
+  qkv_width_ = attention_width + 2 * config.kv_heads * config.head_dim;
+  residual_.resize(size_t(kPassRows) * size_t(config.hidden));
+  qkv_.resize(size_t(kPassRows) * size_t(qkv_width_));
+  attended_.resize(size_t(kPassRows) * size_t(attention_width));
+  rotation_.resize(size_t(kPassRows) * size_t(config.rope_dims));
+  logits_ = Region(size_t(kPassRows) * size_t(config.vocabulary) * sizeof(float));
+
+  bool normed_plain = head_.is_float(), attended_plain = false, down_plain = false;
+  for (const Layer& layer : layers_) {
+    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up})
+      normed_plain = normed_plain || matrix->is_float();
+    attended_plain = attended_plain || layer.output.is_float();
+    down_plain = down_plain || layer.down.is_float();
+  }
+  normed_input_.reserve(config.hidden, normed_plain);
+  head_input_.reserve(config.hidden, normed_plain);
+  attended_input_.reserve(attention_width, attended_plain);
+  down_input_.reserve(config.feed_forward, down_plain);
+  for (Scratch& scratch : scratch_) {
+    scratch.normed.reserve(config.hidden, normed_plain);
+    scratch.attended.reserve(attention_width, attended_plain);
+    scratch.acc.resize(size_t(kPassRows) * kGroup);
+    scratch.other_acc.resize(size_t(kPassRows) * kGroup);
+    scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
+    scratch.scores = Region(size_t(kHeadsTogether) * size_t(config.context + kBlockTokens) * sizeof(float));
+  }
+}
+
+// One region per thread, filled in the order in which a step reads it.
+void Model::place_weights(const mill_tensor* tensors) {
+  struct Part {
+    Matrix* matrix;
+    const mill_tensor* tensor;
+  };
+  std::vector<std::vector<Part>> stretches;  // the parts of a stretch take turns, unit by unit
+  const auto part = [](Matrix& matrix, const mill_tensor& tensor, int panels_per_unit) {
+    matrix.describe(tensor.type, tensor.outputs, tensor.inputs, panels_per_unit);
+    return Part{&matrix, &tensor};
+  };
+  const auto norm = [](const mill_tensor& tensor) {
+    const float* const values = static_cast<const float*>(tensor.data);
+    return std::vector<float>(values, values + tensor.inputs);
+  };
+  const mill_tensor* next = tensors;
+  for (Layer& layer : layers_) {
+    layer.attention_norm = norm(*next++);
+    for (Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output})
+      stretches.push_back({part(*matrix, *next++, 1)});
+    layer.feed_forward_norm = norm(*next++);
+    const mill_tensor *gate = next++, *up = next++;
+    stretches.push_back({part(layer.gate, *gate, kGroup / kLanes), part(layer.up, *up, kGroup / kLanes)});
+    stretches.push_back({part(layer.down, *next++, 1)});
+  }
+  const mill_tensor& embedding = *next++;
+  final_norm_ = norm(*next++);
+  const mill_tensor& head = *next++;
+  tied_ = head.data == nullptr;
+  stretches.push_back({part(head_, tied_ ? embedding : head, 1)});
+  if (!tied_) stretches.push_back({part(embedding_, embedding, 1)});
+
+  std::vector<size_t> sizes;
+  for (int thread = 0; thread < team_.size(); thread++) {
+    size_t offset = 0;
+    for (const auto& stretch : stretches) {
+      const Matrix& leader = *stretch[0].matrix;
+      const int per_unit = leader.panels_per_unit;
+      const auto [first, last] = share_of((leader.panels() + per_unit - 1) / per_unit, thread, team_.size());
+      size_t stride = 0;
+      for (const Part& each : stretch) stride += each.matrix->panel_bytes * size_t(per_unit);
+      size_t within = offset;
+      for (const Part& each : stretch) {
+        Matrix& matrix = *each.matrix;
+        matrix.unit_stride = stride;
+        matrix.shares.push_back({within, first * per_unit, std::min(last * per_unit, matrix.panels())});
+        within += matrix.panel_bytes * size_t(per_unit);
+      }
+      offset += stride * size_t(last - first);
+    }
+    sizes.push_back(offset);
+  }
+  for (const size_t size : sizes) weights_.emplace_back(size);
+  team_.run([&](int thread) {  // whoever reads a page later is the first to touch it
+    for (const auto& stretch : stretches)
+      for (const Part& each : stretch) each.matrix->repack(thread, weights_[size_t(thread)].data(), each.tensor->data, each.tensor->type);
+  });
+}
+
+std::string Model::complaint(const mill_inputs& inputs) const {
+  const auto number = [](int64_t value) { return std::to_string(value); };
+  if (inputs.sequence_starts[0] != 0 || inputs.sequence_starts[inputs.sequences] != inputs.rows)
+    return "sequence_starts must begin with 0 and end with the number of rows, " + number(inputs.rows);
+  for (int row = 0; row < inputs.rows; row++) {
+    if (inputs.tokens[row] < 0 || inputs.tokens[row] >= config_.vocabulary)
+      return "row " + number(row) + ": token " + number(inputs.tokens[row]) + " is outside the vocabulary of " + number(config_.vocabulary);
+    if (inputs.positions[row] < 0 || inputs.positions[row] >= config_.context)
+      return "row " + number(row) + ": position " + number(inputs.positions[row]) + " is outside the context of " + number(config_.context);
+  }
+  for (int sequence = 0; sequence < inputs.sequences; sequence++) {
+    const int first = inputs.sequence_starts[sequence], last = inputs.sequence_starts[sequence + 1];
+    if (first < 0 || last < first || last > inputs.rows) return "sequence_starts must not decrease";
+    for (int row = first + 1; row < last; row++)
+      if (inputs.positions[row] <= inputs.positions[row - 1])
+        return "row " + number(row) + ": the rows of a sequence must stand in ascending position order";
+    if (last == first) continue;
+    const int blocks = inputs.positions[last - 1] / kBlockTokens + 1;
+    if (blocks > inputs.table_width)
+      return "sequence " + number(sequence) + " needs " + number(blocks) + " blocks; its table has " + number(inputs.table_width);
+    for (int at = 0; at < blocks; at++) {
+      const int block = inputs.block_tables[int64_t(sequence) * inputs.table_width + at];
+      if (block < 0 || block >= config_.blocks)
+        return "sequence " + number(sequence) + ": block id " + number(block) + " is outside 0.." + number(config_.blocks - 1);
+    }
+  }
+  for (int sample = 0; sample < inputs.samples; sample++) {
+    const int row = inputs.sample_rows[sample];
+    if (row < 0 || row >= inputs.rows || (sample > 0 && row <= inputs.sample_rows[sample - 1]))
+      return "sample_rows must be ascending row numbers below " + number(inputs.rows);
+    if (!(inputs.temperature[sample] >= 0) || !(inputs.top_p[sample] >= 0) || !(inputs.min_p[sample] >= 0) || inputs.top_k[sample] < 0)
+      return "sample " + number(sample) + ": temperature, top_k, top_p and min_p must not be negative or NaN";
+  }
+  return "";
+}
+
+bool Model::step(const mill_inputs& inputs, int32_t* tokens, float* logits) {
+  int sequence = 0, sample = 0;
+  for (int first = 0; first < inputs.rows; first += kPassRows) {
+    const int rows = std::min(kPassRows, inputs.rows - first);
+    int samples = 0;
+    while (sample + samples < inputs.samples && inputs.sample_rows[sample + samples] < first + rows) samples++;
+    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, {}};
+    pass.logits = logits ? logits + size_t(sample) * size_t(config_.vocabulary) : reinterpret_cast<float*>(logits_.data());
+    pass.tokens = logits ? nullptr : tokens + sample;
+    pass.choices.resize(size_t(team_.size()) * size_t(samples));
+    for (int row = first; row < first + rows; row++) {
+      while (inputs.sequence_starts[sequence + 1] <= row) sequence++;
+      pass.tables.push_back(inputs.block_tables + int64_t(sequence) * inputs.table_width);
+    }
+    normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
+    head_input_.rows = samples;
+    team_.run([&](int thread) { run_pass(pass, thread); });
+    if (!pass.finite) return false;
+    sample += samples;
+  }
+  return true;
+}
+
+void Model::run_pass(Pass& pass, int thread) {
+  Scratch& scratch = scratch_[size_t(thread)];
+  const int hidden = config_.hidden, attention_width = config_.heads * config_.head_dim, rows = pass.rows;
+  embed(pass, thread);
+  team_.meet();
+  for (int index = 0; index < config_.layers; index++) {
+    const Layer& layer = layers_[size_t(index)];
+    const auto normed = [&](const std::vector<float>& norm) {
+      return [&](int row) {
+        rms_norm(residual(row), norm.data(), hidden, config_.norm_epsilon, scratch.row.data());
+        return scratch.row.data();
+      };
+    };
+    const Activations& x = prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.attention_norm));
+    project(layer.query, x, thread, queries(0), qkv_width_, false);
+    project(layer.key, x, thread, keys(0), qkv_width_, false);
+    project(layer.value, x, thread, values(0), qkv_width_, false);
+    team_.meet();
+    write_cache(pass, index, thread);
+    if (thread == 0) next_item_.store(0, std::memory_order_relaxed);
+    team_.meet();
+    attend_all(pass, index, thread);
+    team_.meet();
+    const Activations& attended = prepare(attended_input_, scratch.attended, rows, attention_width, thread, [&](int row) {
+      return attended_.data() + size_t(row) * size_t(attention_width);
+    });
+    project(layer.output, attended, thread, residual(0), hidden, true);
+    team_.meet();
+    gate_and_up(layer, prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.feed_forward_norm)), scratch, thread);
+    team_.meet();
+    project(layer.down, down_input_, thread, residual(0), hidden, true);
+    team_.meet();
+  }
+  if (pass.samples > 0) sample(pass, thread);
+}
+
+// Token embeddings into the residual stream; cosines and sines of each row's position, in float64, rounded once.
+void Model::embed(const Pass& pass, int thread) {
+  const auto [first, last] = share_of(pass.rows, thread, team_.size());
+  for (int row = first; row < last; row++) {
+    (tied_ ? head_ : embedding_).row(pass.inputs.tokens[pass.first + row], residual(row));
+    float* const rotation = rotation_.data() + size_t(row) * size_t(config_.rope_dims);
+    for (size_t pair = 0; pair < frequencies_.size(); pair++) {
+      const double angle = double(pass.position(row)) * frequencies_[pair];
+      rotation[2 * pair] = float(std::cos(angle));
+      rotation[2 * pair + 1] = float(std::sin(angle));
+    }
+  }
+}
+
+// Quantises the rows given by values(row). A few rows every thread prepares for itself; more are shared out.
+template <typename Row>
+const Activations& Model::prepare(Activations& shared, Activations& own, int rows, int width, int thread, Row values) {
+  const bool each = rows <= kRowsEachThreadPrepares;
+  Activations& to = each ? own : shared;
+  if (each) own.rows = rows;
+  const auto [first, last] = each ? std::pair(0, rows) : share_of(rows, thread, team_.size());
+  for (int row = first; row < last; row++) {
+    const float* const numbers = values(row);
+    for (int group = 0; group < width / kGroup; group++) to.set_group(row, group, width, numbers + group * kGroup);
+  }
+  if (!each) team_.meet();
+  return to;
+}
+
+// out[row][outputs] = or += matrix * x, for this thread's share of the outputs.
+void Model::project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add) {
+  const Matrix::Share& share = matrix.shares[size_t(thread)];
+  float* const acc = scratch_[size_t(thread)].acc.data();
+  for (int index = share.first; index < share.last; index++) {
+    multiply_panel(matrix, matrix.panel(share, index), x, acc);
+    const int count = std::min(kLanes, matrix.outputs - index * kLanes);
+    for (int row = 0; row < x.rows; row++) {
+      float* const to = out + size_t(row) * size_t(stride) + size_t(index) * kLanes;
+      const float* const from = acc + row * kLanes;
+      if (count == kLanes)
+        store(to, add ? load(to) + load(from) : load(from));
+      else
+        for (int i = 0; i < count; i++) to[i] = add ? to[i] + from[i] : from[i];
+    }
+  }
+}
+
+// Rotates the pairs of one head: (a cos - b sin, a sin + b cos), every operation rounded.
+void Model::rotate(const float* from, float* to, int row) const {
+  const float* const rotation = rotation_.data() + size_t(row) * size_t(config_.rope_dims);
+  const int pairs = config_.rope_dims / 2;
+  const int step = config_.rope_interleaved ? 2 : 1, apart = config_.rope_interleaved ? 1 : pairs;
+  for (int pair = 0; pair < pairs; pair++) {
+    const int i = pair * step, j = i + apart;
+    const float a = from[i], b = from[j], cosine = rotation[2 * pair], sine = rotation[2 * pair + 1];
+    to[i] = a * cosine - b * sine;
+    to[j] = a * sine + b * cosine;
+  }
+  std::copy(from + config_.rope_dims, from + config_.head_dim, to + config_.rope_dims);
+}
+
+void Model::write_cache(const Pass& pass, int layer, int thread) {
+  const int dim = config_.head_dim;
+  const auto [first, last] = share_of(pass.rows * config_.kv_heads, thread, team_.size());
+  float* const key = scratch_[size_t(thread)].row.data();
+  for (int item = first; item < last; item++) {
+    const int row = item / config_.kv_heads, head = item % config_.kv_heads, position = pass.position(row);
+    rotate(keys(row) + head * dim, key, row);
+    cache_.put(pass.tables[size_t(row)][position / kBlockTokens], layer, head, position % kBlockTokens, key, values(row) + head * dim);
+  }
+}
+
+void Model::attend_all(const Pass& pass, int layer, int thread) {
+  Scratch& scratch = scratch_[size_t(thread)];
+  const int items = pass.rows * config_.kv_heads, group = config_.heads / config_.kv_heads;
+  if (items < 4 * team_.size()) {  // too few to even out by themselves: split the query heads
+    const auto [first, last] = share_of(config_.heads, thread, team_.size());
+    for (int row = 0; row < pass.rows; row++)
+      for (int head = first; head < last; head = (head / group + 1) * group)
+        attend_heads(pass, layer, row, head, std::min(last, (head / group + 1) * group), scratch);
+    return;
+  }
+  // KV heads outside, so that neighbouring rows of a sequence find the same keys and values in the cache.
+  for (int item; (item = next_item_.fetch_add(1, std::memory_order_relaxed)) < items;) {
+    const int head = item / pass.rows * group;
+    attend_heads(pass, layer, item % pass.rows, head, head + group, scratch);
+  }
+}
+
+// Query heads first_head..last_head-1, all of one KV head.
+void Model::attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch) {
+  const int dim = config_.head_dim;
+  const Lanes scale = splat(float(1.0 / std::sqrt(double(dim))));
+  float* const rotated = scratch.row.data();
+  for (int head = first_head; head < last_head; head++) {
+    float* const to = rotated + (head - first_head) * dim;
+    rotate(queries(row) + head * dim, to, row);
+    for (int i = 0; i < dim; i += kLanes) store(to + i, load(to + i) * scale);
+  }
+  const AttentionPlace place{pass.tables[size_t(row)], pass.position(row), layer, first_head / (config_.heads / config_.kv_heads)};
+  attend(cache_, place, rotated, last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
+         attended_.data() + (size_t(row) * size_t(config_.heads) + size_t(first_head)) * size_t(dim));
+}
+
+// down_input_ = silu(gate) * up, quantised as soon as a group of 32 is there.
+void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread) {
+  const Matrix::Share &gate = layer.gate.shares[size_t(thread)], &up = layer.up.shares[size_t(thread)];
+  constexpr int per_unit = kGroup / kLanes;
+  const size_t half = size_t(x.rows) * kLanes;
+  float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
+  for (int index = gate.first; index < gate.last; index += per_unit) {
+    for (int i = 0; i < per_unit; i++) multiply_panel(layer.gate, layer.gate.panel(gate, index + i), x, gates + size_t(i) * half);
+    for (int i = 0; i < per_unit; i++) multiply_panel(layer.up, layer.up.panel(up, index + i), x, ups + size_t(i) * half);
+    for (int row = 0; row < x.rows; row++) {
+      float group[kGroup];
+      for (int i = 0; i < per_unit; i++) {
+        const size_t at = size_t(i) * half + size_t(row) * kLanes;
+        store(group + i * kLanes, silu(load(gates + at)) * load(ups + at));
+      }
+      down_input_.set_group(row, index / per_unit, config_.feed_forward, group);
+    }
+  }
+}
+
+// The head for the rows whose next token is wanted, and the choice.
+void Model::sample(Pass& pass, int thread) {
+  Scratch& scratch = scratch_[size_t(thread)];
+  const int vocabulary = config_.vocabulary;
+  const Activations& x = prepare(head_input_, scratch.normed, pass.samples, config_.hidden, thread, [&](int sample) {
+    const int row = pass.inputs.sample_rows[pass.first_sample + sample] - pass.first;
+    rms_norm(residual(row), final_norm_.data(), config_.hidden, config_.norm_epsilon, scratch.row.data());
+    return scratch.row.data();
+  });
+  project(head_, x, thread, pass.logits, vocabulary, false);
+  if (!pass.tokens) return;
+
+  const Matrix::Share& share = head_.shares[size_t(thread)];
+  bool finite = true;
+  for (int sample = 0; sample < pass.samples; sample++) {
+    const Sampling sampling = pass.sampling(sample);
+    if (sampling.masked()) continue;
+    pass.choices[size_t(thread * pass.samples + sample)] =
+        choose(pass.logits + size_t(sample) * size_t(vocabulary), share.first * kLanes, std::min(share.last * kLanes, vocabulary), sampling, finite);
+  }
+  team_.meet();
+  for (int sample = thread; sample < pass.samples; sample += team_.size()) {
+    const Sampling sampling = pass.sampling(sample);
+    Choice best{0, -1};
+    if (sampling.masked())
+      best = choose_masked(pass.logits + size_t(sample) * size_t(vocabulary), vocabulary, sampling, finite);
+    else
+      for (int other = 0; other < team_.size(); other++) best = better(best, pass.choices[size_t(other * pass.samples + sample)]);
+    pass.tokens[sample] = best.token;
+    if (best.token < 0) finite = false;
+  }
+  if (!finite) pass.finite = false;
+}
+
+}  // namespace mill

@@ -1,0 +1,122 @@
+// A Llama decoder on the CPU: the weights, the KV cache, and one step over them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.hpp"
+#include "linear.hpp"
+#include "sampling.hpp"
+#include "team.hpp"
+
+// The C structs below are mirrored in decoder.py.
+extern "C" {
+
+struct mill_config {
+  int32_t layers, hidden, heads, kv_heads, head_dim, rope_dims, feed_forward, vocabulary, context, blocks, threads;
+  int32_t rope_interleaved;  // 1: element 2i turns with 2i + 1; 0: i with i + rope_dims / 2
+  float norm_epsilon;
+  const double* frequencies;  // [rope_dims / 2] radians per position of each pair
+};
+
+struct mill_tensor {
+  const void* data;  // null: there is none (an untied head only)
+  int32_t type;      // as numbered in GGUF
+  int32_t outputs, inputs;
+};
+
+// Every row as kernels/step.py describes it.
+struct mill_inputs {
+  int32_t rows, sequences, table_width, samples;
+  const int32_t *tokens, *positions, *sequence_starts, *block_tables, *sample_rows;
+  const float* temperature;
+  const int32_t* top_k;
+  const float *top_p, *min_p;
+  const uint64_t* seeds;
+};
+}
+
+namespace mill {
+
+// Zeroed memory that becomes resident only as it is touched.
+class Region {
+ public:
+  Region() = default;
+  explicit Region(size_t bytes);
+  ~Region();
+  Region(Region&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
+  Region& operator=(Region&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class Model {
+ public:
+  // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down; then token_embd, output_norm, output.
+  // Copies what it needs. Throws std::runtime_error.
+  Model(const mill_config& config, const mill_tensor* tensors);
+
+  // What is wrong with the inputs; empty when nothing is.
+  std::string complaint(const mill_inputs& inputs) const;
+
+  // Fills `tokens` [samples], or `logits` [samples][vocabulary] when that is given instead.
+  // False when a row's logits are not finite: nothing can be chosen from them.
+  bool step(const mill_inputs& inputs, int32_t* tokens, float* logits);
+
+ private:
+  struct Layer {
+    std::vector<float> attention_norm, feed_forward_norm;
+    Matrix query, key, value, output, gate, up, down;
+  };
+  struct Scratch {  // one thread's own
+    Activations normed, attended;
+    std::vector<float> acc, other_acc, row;
+    Region scores;
+  };
+  struct Pass;
+
+  void place_weights(const mill_tensor* tensors);
+  void run_pass(Pass& pass, int thread);
+  void embed(const Pass& pass, int thread);
+  template <typename Row>
+  const Activations& prepare(Activations& shared, Activations& own, int rows, int width, int thread, Row values);
+  void project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add);
+  void write_cache(const Pass& pass, int layer, int thread);
+  void attend_all(const Pass& pass, int layer, int thread);
+  void attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch);
+  void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
+  void sample(Pass& pass, int thread);
+  void rotate(const float* from, float* to, int row) const;
+  float* queries(int row) { return qkv_.data() + size_t(row) * size_t(qkv_width_); }
+  float* keys(int row) { return queries(row) + config_.heads * config_.head_dim; }
+  float* values(int row) { return keys(row) + config_.kv_heads * config_.head_dim; }
+  float* residual(int row) { return residual_.data() + size_t(row) * size_t(config_.hidden); }
+
+  mill_config config_;
+  std::vector<double> frequencies_;
+  int qkv_width_ = 0;
+  std::vector<Layer> layers_;
+  Matrix embedding_, head_;
+  bool tied_ = true;
+  std::vector<float> final_norm_;
+  std::vector<Region> weights_;  // one per thread
+  KvCache cache_;
+  Region cache_memory_;
+
+  std::vector<float> residual_, qkv_, attended_, rotation_;  // [kPassRows][...]
+  Activations normed_input_, attended_input_, down_input_, head_input_;
+  Region logits_;
+  std::vector<Scratch> scratch_;
+  std::atomic<int> next_item_{0};
+  Team team_;
+};
+
+}  // namespace mill

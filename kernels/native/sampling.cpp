@@ -1,0 +1,184 @@
+// Greedy, noisy and masked choice. See sampling.hpp for the rule.
+#include "sampling.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.hpp"
+
+namespace mill {
+
+namespace {
+
+constexpr int kChunk = 256;
+
+struct PhiloxKeys {
+  uint32_t low[10], high[10];
+  explicit PhiloxKeys(uint64_t seed) {
+    for (uint32_t round = 0; round < 10; round++) {
+      low[round] = uint32_t(seed) + round * 0x9E3779B9u;
+      high[round] = uint32_t(seed >> 32) + round * 0xBB67AE85u;
+    }
+  }
+};
+
+// v of 16 consecutive ids. Plain loops over integers: any vectorisation gives the same bits.
+void uniform(const PhiloxKeys& keys, uint64_t position, int first, float v[kLanes]) {
+  uint32_t a[kLanes], b[kLanes], c[kLanes], d[kLanes];
+  for (int i = 0; i < kLanes; i++) {
+    a[i] = uint32_t(first + i);
+    b[i] = uint32_t(position);
+    c[i] = uint32_t(position >> 32);
+    d[i] = 0;
+  }
+  for (int round = 0; round < 10; round++)
+    for (int i = 0; i < kLanes; i++) {
+      const uint64_t one = uint64_t(a[i]) * 0xD2511F53u, two = uint64_t(c[i]) * 0xCD9E8D57u;
+      a[i] = uint32_t(two >> 32) ^ b[i] ^ keys.low[round];
+      b[i] = uint32_t(two);
+      c[i] = uint32_t(one >> 32) ^ d[i] ^ keys.high[round];
+      d[i] = uint32_t(one);
+    }
+  for (int i = 0; i < kLanes; i++) {
+    const float exact = (float(int32_t(a[i] >> 8)) + 0.5f) * 0x1p-24f;
+    v[i] = exact < 1.0f - 0x1p-24f ? exact : 1.0f - 0x1p-24f;
+  }
+}
+
+inline float log_estimate(float x) {  // normal x; relative error of the exponent's share aside, below 2e-7
+  const uint32_t bits = float_to_bits(x) - 0x3F3504F3;  // mantissa in [0.707, 1.414)
+  const int32_t exponent = int32_t(bits) >> 23;
+  const float m = bits_to_float((bits & 0x7FFFFF) + 0x3F3504F3);
+  const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  return float(exponent) * 0.69314718f + 2.0f * s * (1.0f + z * (1.0f / 3 + z * (0.2f + z * (1.0f / 7 + z * (1.0f / 9)))));
+}
+
+inline float gumbel_estimate(float v) {
+  const float series = v * (1.0f + v * (0.5f + v * (1.0f / 3)));
+  const float logarithm = -log_estimate(1.0f - v);
+  return -log_estimate(v < 0.01f ? series : logarithm);
+}
+
+float gumbel(float v) { return float(-std::log(-std::log1p(-double(v)))); }
+
+// The largest value, lowest id first. A vector maximum per chunk; the id is looked up only in the chunk that wins.
+Choice choose_greedy(const float* values, int first, int last) {
+  float best = -INFINITY;
+  int where = -1;
+  for (int start = first; start < last; start += kChunk) {
+    const int end = std::min(start + kChunk, last);
+    float peak = -INFINITY;
+    if (end - start == kChunk) {
+      Lanes lanes = load(values + start);
+      for (int i = kLanes; i < kChunk; i += kLanes) lanes = largest(lanes, load(values + start + i));
+      peak = largest_of(lanes);
+    } else {
+      for (int i = start; i < end; i++) peak = std::max(peak, values[i]);
+    }
+    if (peak > best) {
+      best = peak;
+      where = start;
+    }
+  }
+  if (where < 0) return {best, -1};
+  while (values[where] != best) where++;
+  return {best, where};
+}
+
+Choice choose_noisy(const float* logits, int first, int last, const Sampling& sampling) {
+  const PhiloxKeys keys(sampling.seed);
+  struct Candidate {
+    float scaled, v, estimate;
+    int32_t token;
+  };
+  std::vector<Candidate> candidates;
+  float best = -INFINITY;
+  // Sums of float32 numbers round to a part in 2^23 of their size; the estimate adds 1e-5.
+  const auto margin = [](float value) { return 1e-3f + 1e-6f * std::fabs(value); };
+  for (int start = first; start < last; start += kLanes) {
+    float v[kLanes], scaled[kLanes], sums[kLanes];
+    const int count = std::min(kLanes, last - start);
+    uniform(keys, sampling.position, start, v);
+    for (int i = 0; i < kLanes; i++) scaled[i] = i < count ? logits[start + i] : -INFINITY;
+    for (int i = 0; i < kLanes; i++) scaled[i] = scaled[i] / sampling.temperature;
+    for (int i = 0; i < kLanes; i++) sums[i] = scaled[i] + gumbel_estimate(v[i]);
+    const float peak = largest_of(load(sums));
+    if (!(peak > best - margin(best)) && best != -INFINITY) continue;
+    best = std::max(best, peak);
+    for (int i = 0; i < count; i++)
+      if (sums[i] > -INFINITY && sums[i] >= best - margin(best)) candidates.push_back({scaled[i], v[i], sums[i], start + i});
+  }
+  Choice choice{-INFINITY, -1};
+  for (const Candidate& candidate : candidates)
+    if (candidate.estimate >= best - margin(best))
+      choice = better(choice, {candidate.scaled + gumbel(candidate.v), candidate.token});
+  return choice;
+}
+
+// False for NaN and plus infinity; minus infinity marks an id that may not be chosen.
+bool all_finite(const float* values, int first, int last) {
+  uint32_t special = 0;
+  for (int i = first; i < last; i++) special |= uint32_t((float_to_bits(values[i]) & 0x7F800000) == 0x7F800000);
+  return !special || std::all_of(values + first, values + last, [](float x) { return x < INFINITY; });
+}
+
+}  // namespace
+
+Choice choose(const float* logits, int first, int last, const Sampling& sampling, bool& finite) {
+  if (!all_finite(logits, first, last)) finite = false;
+  return sampling.greedy() ? choose_greedy(logits, first, last) : choose_noisy(logits, first, last, sampling);
+}
+
+Choice choose_masked(const float* logits, int count, const Sampling& sampling, bool& finite) {
+  if (!all_finite(logits, 0, count)) {
+    finite = false;
+    return {-INFINITY, -1};
+  }
+  std::vector<float> scaled(static_cast<size_t>(count));
+  for (int i = 0; i < count; i++) scaled[size_t(i)] = logits[i] / sampling.temperature;
+
+  std::vector<int32_t> ranked;  // a heap: the next rank is popped off its top
+  for (int32_t i = 0; i < count; i++)
+    if (scaled[size_t(i)] > -INFINITY) ranked.push_back(i);
+  if (ranked.empty()) return {-INFINITY, -1};
+  const auto ranks_after = [&](int32_t a, int32_t b) {
+    return scaled[size_t(a)] != scaled[size_t(b)] ? scaled[size_t(a)] < scaled[size_t(b)] : a > b;
+  };
+  const bool limited = sampling.top_k > 0 && size_t(sampling.top_k) < ranked.size();
+  if (limited) {
+    std::nth_element(ranked.begin(), ranked.begin() + sampling.top_k - 1, ranked.end(),
+                     [&](int32_t a, int32_t b) { return ranks_after(b, a); });
+    ranked.resize(size_t(sampling.top_k));
+    std::sort(ranked.begin(), ranked.end());  // nth_element's order is the library's own; sums must not depend on it
+  }
+
+  float peak = -INFINITY;
+  for (int32_t id : ranked) peak = std::max(peak, scaled[size_t(id)]);
+  const auto relative = [&](int32_t id) { return std::exp(double(scaled[size_t(id)]) - double(peak)); };
+
+  std::vector<float> kept(static_cast<size_t>(count), -INFINITY);
+  if (sampling.top_p < 1.0f) {
+    double total = 0;
+    for (int32_t id : ranked) total += relative(id);
+    const double wanted = double(sampling.top_p) * total;
+    std::make_heap(ranked.begin(), ranked.end(), ranks_after);
+    double before = 0;
+    for (bool first = true; !ranked.empty() && (first || before < wanted); first = false) {
+      std::pop_heap(ranked.begin(), ranked.end(), ranks_after);
+      const int32_t id = ranked.back();
+      ranked.pop_back();
+      const double share = relative(id);
+      if (!first && share < double(sampling.min_p)) break;
+      before += share;
+      kept[size_t(id)] = scaled[size_t(id)];
+    }
+  } else {
+    for (int32_t id : ranked)
+      if (relative(id) >= double(sampling.min_p)) kept[size_t(id)] = scaled[size_t(id)];
+  }
+  Sampling plain = sampling;
+  plain.temperature = 1.0f;
+  return choose_noisy(kept.data(), 0, count, plain);
+}
+
+}  // namespace mill

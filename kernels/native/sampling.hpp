@@ -1,0 +1,44 @@
+// Choosing a token: the largest of  logits / temperature + keyed Gumbel noise.
+//
+// The noise of a token id is a function of (seed, position, id) alone: Philox4x32-10, key = seed, counter = (id, position
+// low, position high, 0), word 0 = x, v = min((float(x >> 8) + 0.5) * 2^-24, 1 - 2^-24), g = -log(-log1p(-v)) in float64
+// rounded once to float32. Evaluating two float64 logarithms per id would take longer than a layer, so ids are first
+// ranked by a float32 estimate (error below 1e-5) and only those within a wide margin of the best are evaluated exactly:
+// the choice is that of the exact rule, on every instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace mill {
+
+constexpr float kGreedyBelow = 1e-5f;
+
+struct Choice {
+  float value;
+  int32_t token;  // -1: no id had a finite value
+};
+
+// Larger values win; of equal ones the lower id.
+inline Choice better(Choice a, Choice b) {
+  if (a.token < 0 || b.token < 0) return a.token < 0 ? b : a;
+  if (a.value != b.value) return a.value > b.value ? a : b;
+  return a.token < b.token ? a : b;
+}
+
+struct Sampling {
+  float temperature, top_p, min_p;
+  int32_t top_k;
+  uint64_t seed, position;
+
+  bool greedy() const { return temperature < kGreedyBelow; }
+  bool masked() const { return !greedy() && (top_k > 0 || top_p < 1.0f || min_p > 0.0f); }
+};
+
+// The best of ids first..last-1, masks ignored; `finite` becomes false when one of their logits is NaN or infinite above.
+Choice choose(const float* logits, int first, int last, const Sampling& sampling, bool& finite);
+
+// The best of all ids after top_k, top_p and min_p (in this order, each on what the one before left).
+Choice choose_masked(const float* logits, int count, const Sampling& sampling, bool& finite);
+
+}  // namespace mill

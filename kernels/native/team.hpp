@@ -1,0 +1,123 @@
+// The threads of a step: the caller is one of them, the others wait for it.
+//
+// Rule: idle is idle. A helper spins for a short time after a step (the next one usually follows at once), then sleeps.
+// Inside a step threads meet at barriers that spin, and yield the core when the partner does not come soon.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mill {
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {
+    for (int index = 1; index < size; index++) helpers_.emplace_back([this, index] { help(index); });
+  }
+
+  ~Team() {
+    stopping_.store(true);
+    announce();
+    for (auto& helper : helpers_) helper.join();
+  }
+
+  int size() const { return size_; }
+
+  // Runs work(thread) on every thread of the team and returns when all are done. One call at a time.
+  void run(const std::function<void(int)>& work) {
+    work_ = &work;
+    announce();
+    in_plain_rounding(work, 0);
+    meet();
+  }
+
+  // Nobody passes before everybody has arrived.
+  void meet() {
+    if (size_ == 1) return;
+    const uint32_t round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int tries = 0; round_.load(std::memory_order_acquire) == round; tries++) {
+      if (tries < kSpinsBeforeYield)
+        pause_briefly();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr int kSpinsBeforeYield = 4000;                   // some 60 us: longer than any healthy phase's imbalance
+  static constexpr auto kSpinAfterStep = std::chrono::microseconds(200);  // a wake-up costs about 50
+
+  void announce() {
+    epoch_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> hold(lock_);
+      wake_.notify_all();
+    }
+  }
+
+  void help(int index) {
+    uint32_t seen = 0;
+    while (true) {
+      const auto start = std::chrono::steady_clock::now();
+      while (epoch_.load() == seen && std::chrono::steady_clock::now() - start < kSpinAfterStep)
+        for (int i = 0; i < 16; i++) pause_briefly();
+      if (epoch_.load() == seen) {
+        std::unique_lock<std::mutex> hold(lock_);
+        sleepers_.fetch_add(1);
+        wake_.wait(hold, [&] { return epoch_.load() != seen; });
+        sleepers_.fetch_sub(1);
+      }
+      seen++;
+      if (stopping_.load()) return;
+      in_plain_rounding(*work_, index);
+      meet();
+    }
+  }
+
+  // Other libraries may have left this thread flushing denormals or rounding elsewhere; a step must not notice.
+  static void in_plain_rounding(const std::function<void(int)>& work, int index) {
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(0x1F80);
+    work(index);
+    _mm_setcsr(before);
+#else
+    work(index);
+#endif
+  }
+
+  const int size_;
+  std::vector<std::thread> helpers_;
+  const std::function<void(int)>* work_ = nullptr;
+  std::atomic<bool> stopping_{false};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::mutex lock_;
+  std::condition_variable wake_;
+};
+
+}  // namespace mill
