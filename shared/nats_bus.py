@@ -18,6 +18,7 @@ not come back.
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import random
 import secrets
@@ -120,6 +121,8 @@ class NatsSubscription:
         self.queue = queue
         self.handler = handler
         self.active = True
+        # handlers run as their subscriber, not as whoever connected: log fields and traces of services keep apart
+        self.context = contextvars.copy_context()
         self.standing: Any = None  # the subscription of nats-py
 
     async def unsubscribe(self) -> None:
@@ -129,7 +132,7 @@ class NatsSubscription:
 
     def receive(self, subject: str, data: bytes, headers: bytes | None) -> None:
         if self.active:
-            self._bus._deliver(self.handler, subject, data, headers)
+            self.context.run(self._bus._deliver, self.handler, subject, data, headers)
 
 
 class NatsBus:
@@ -166,11 +169,13 @@ class NatsBus:
             async with asyncio.timeout(timeout_s):
                 await bus._open()
         except TimeoutError:
+            bus._closed = True
             await bus._part()
             why = f": {bus._last_error}" if bus._last_error else ""
             raise BusUnavailable(f"no NATS server took a connection at {_without_secrets(url)} within {timeout_s:g} s"
                                  f"{why}. Start one, or point --nats or TOKENMILL_NATS at it") from bus._last_error
         except BaseException:
+            bus._closed = True
             await bus._part()
             raise
         bus._watchdog = asyncio.create_task(bus._watch(), name=f"nats-watchdog-{name}")
@@ -255,8 +260,7 @@ class NatsBus:
     async def _stand(self, subscription: NatsSubscription) -> None:
         async def late(message: Any) -> None:
             # only for what arrives before the line below ran
-            if subscription.active:
-                self._deliver(subscription.handler, message.subject, message.data, None)
+            subscription.receive(message.subject, message.data, None)
 
         subscription.standing = await self._client.subscribe(subscription.subject, subscription.queue or "", cb=late)
         self._client.receivers[subscription.standing._id] = subscription.receive

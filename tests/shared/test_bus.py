@@ -1,6 +1,7 @@
 """What every Bus promises: each test runs on the memory bus and on a real nats-server."""
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -11,6 +12,9 @@ from shared.nats_bus import NatsBus
 from tests.nats_server import NatsServer, nats_server
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
+
+who = contextvars.ContextVar("who", default="nobody")
 
 
 class Broker:
@@ -190,6 +194,22 @@ async def test_a_handler_that_raises_is_counted_and_hears_the_next_message(broke
     assert await ear.hears(3) == [b"1", b"2", b"3"]
     counted = bus.broker if isinstance(bus, MemoryBus) else bus
     assert counted.handler_errors == 3
+
+
+async def test_a_handler_runs_in_the_context_of_its_subscriber(broker):
+    bus, sender = await broker.bus("a"), await broker.bus("b")
+    ear, seen = Ear(), []
+
+    async def subscribe_as(name):
+        who.set(name)
+        await bus.subscribe("a", lambda delivery: (seen.append(who.get()), ear(delivery)))
+
+    for name in ("first", "second"):
+        await asyncio.create_task(subscribe_as(name))
+    who.set("sender")
+    await sender.publish("a", b"")
+    await ear.hears(2)
+    assert sorted(seen) == ["first", "second"]
 
 
 async def test_an_unheard_callback_that_raises_harms_nothing(broker):

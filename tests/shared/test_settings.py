@@ -43,7 +43,7 @@ def error(argv, environ=None, kind: type[Settings] = RouterSettings):
 
 
 def test_a_wrong_value_is_traced_to_its_flag_variable_or_key(tmp_path):
-    assert error(["--heartbeat-s=soon"]) == "bad setting for router: --heartbeat-s = 'soon': Expected `float`, got `str`"
+    assert "router: --heartbeat-s = 'soon': Expected `float`" in error(["--heartbeat-s=soon"])
     assert "TOKENMILL_METRICS_PORT" in error([], {"TOKENMILL_METRICS_PORT": "x"})
     path = tmp_path / "mill.toml"
     path.write_text("[router]\nmax_queue_s = [1]\n")
