@@ -1,0 +1,39 @@
+"""A stream as the simplest loop gives it: one row at a time, blocks in order, nothing shared. The truth for law 1."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kernels.step import Decoder, StepInputs
+from shared.messages import Sampling
+
+
+def plain_stream(
+    decoder: Decoder, prompt: Sequence[int], sampling: Sampling, max_tokens: int, stop_token_ids: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The tokens of one request, ended by a stop token (delivered) or `max_tokens`."""
+    tokens = list(prompt)
+    table = np.arange(decoder.blocks, dtype=np.int32)[None, :]
+    made: list[int] = []
+    position = 0
+    while len(made) < max_tokens and not (made and made[-1] in stop_token_ids):
+        wanted = position == len(tokens) - 1
+        chosen = decoder.step(
+            StepInputs(
+                tokens=np.array([tokens[position]], np.int32),
+                positions=np.array([position], np.int32),
+                sequence_starts=np.array([0, 1], np.int32),
+                block_tables=table,
+                sample_rows=np.arange(int(wanted), dtype=np.int32),
+                temperature=np.full(int(wanted), sampling.temperature, np.float32),
+                top_k=np.full(int(wanted), sampling.top_k, np.int32),
+                top_p=np.full(int(wanted), sampling.top_p, np.float32),
+                min_p=np.full(int(wanted), sampling.min_p, np.float32),
+                seeds=np.full(int(wanted), sampling.seed, np.uint64),
+            )
+        )
+        position += 1
+        if wanted:
+            tokens.append(int(chosen[0]))
+            made.append(int(chosen[0]))
+    return tuple(made)
