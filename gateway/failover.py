@@ -125,8 +125,12 @@ class StreamState:
         self._enter("submitted", now_s)
         return [Submit(self.request)]
 
-    def hear(self, reply: Reply, sender: str, epoch: int, now_s: float) -> list[Action]:
-        """One reply about this request, from whatever attempt and sender."""
+    def hear(self, reply: Reply, sender: str, epoch: int, now_s: float, from_worker: bool = False) -> list[Action]:
+        """One reply about this request, from whatever attempt and sender.
+
+        `from_worker`: the sender is known for a worker. What one worker refuses (its queue is full, it is leaving)
+        another may take; what a router refuses is refused.
+        """
         if self.state == "ended":
             return []
         if reply.attempt != self.attempt:
@@ -139,7 +143,7 @@ class StreamState:
             case Finished():
                 return self._on_finished(reply, sender, now_s)
             case Failed():
-                return self._on_failed(reply, sender, now_s)
+                return self._on_failed(reply, sender, now_s, from_worker)
 
     def unheard(self, attempt: int, now_s: float) -> list[Action]:
         """Nobody listens where `attempt` was published, or there is no bus: try again, for a while."""
@@ -204,10 +208,9 @@ class StreamState:
     # --- replies of the current attempt -------------------------------------------------------------------------------
 
     def _on_accepted(self, reply: Accepted, sender: str, epoch: int, now_s: float) -> list[Action]:
-        extra = self._own(sender, epoch, now_s)
-        if not extra:
-            self.cached_tokens = max(self.cached_tokens, reply.cached_tokens)
-        return extra
+        if not self._accepted_once:
+            self.cached_tokens = reply.cached_tokens
+        return self._own(sender, epoch, now_s)
 
     def _on_tokens(self, reply: Tokens, sender: str, epoch: int, now_s: float) -> list[Action]:
         actions = self._own(sender, epoch, now_s)
@@ -232,11 +235,12 @@ class StreamState:
             return []
         return self._resubmit("cancelled" if reply.reason == "cancelled" else "gap", now_s)
 
-    def _on_failed(self, reply: Failed, sender: str, now_s: float) -> list[Action]:
+    def _on_failed(self, reply: Failed, sender: str, now_s: float, from_worker: bool) -> list[Action]:
         if self.worker and sender != self.worker:
             return []  # a second copy of the request was refused elsewhere
         error = from_code(reply.code, reply.message, reply.retry_after_s or None)
-        if reply.retryable and (self.worker or not isinstance(error, Overloaded)):
+        local = bool(self.worker) or from_worker or not isinstance(error, Overloaded)
+        if reply.retryable and local and (self._tries < self.limits.max_attempts or not isinstance(error, Overloaded)):
             return self._resubmit("worker_failed", now_s, exclude=sender, cancel=False)
         if isinstance(error, NoEligibleWorker) and self._excluded:
             self._excluded = ()  # better the worker that failed once than none

@@ -5,19 +5,18 @@ buckets, because 10 ms per token is slow here; worker gauges are read from the f
 One registry per gateway, so that several can live in one process.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shared.messages import WorkerStatus
+from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_DURATION_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-_PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _FINE_FIRST_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 1.0, 1.5,
                        2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
 _FINE_PER_TOKEN_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0065, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.03,
@@ -61,11 +60,11 @@ class Metrics:
         self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
         served = ["gen_ai_operation_name", "gen_ai_request_model"]
         self._duration = Histogram("gen_ai_server_request_duration_seconds", "Whole requests.",
-                                   [*served, "error_type"], buckets=_DURATION_S, registry=own)
+                                   [*served, "error_type"], buckets=REQUEST_DURATION_BUCKETS, registry=own)
         self._first_token = Histogram("gen_ai_server_time_to_first_token_seconds", "Request to first token.", served,
-                                      buckets=_FIRST_TOKEN_S, registry=own)
+                                      buckets=TIME_TO_FIRST_TOKEN_BUCKETS, registry=own)
         self._per_token = Histogram("gen_ai_server_time_per_output_token_seconds", "Per token after the first.",
-                                    served, buckets=_PER_TOKEN_S, registry=own)
+                                    served, buckets=TIME_PER_OUTPUT_TOKEN_BUCKETS, registry=own)
         self._fine_first_token = Histogram("mill_time_to_first_token_seconds", "Request to first token.",
                                            buckets=_FINE_FIRST_TOKEN_S, registry=own)
         self._fine_per_token = Histogram("mill_time_per_output_token_seconds", "Per token after the first.",
@@ -84,6 +83,20 @@ class Metrics:
             per_token_s = (last_token_s - first_token_s) / (tokens - 1)
             self._per_token.labels(operation, model).observe(per_token_s)
             self._fine_per_token.observe(per_token_s)
+
+    @contextlib.contextmanager
+    def served(self, port: int, host: str) -> Iterator[None]:
+        """A port of its own for these figures while the block runs; 0: none. Raises OSError when it is taken."""
+        if not port:
+            yield
+            return
+        server, thread = start_http_server(port, host, self.registry)
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join(5.0)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -54,4 +54,6 @@ class Choice:
         if self._stops is None:
             return Piece(text, [])
         text, stopped = self._stops.push(text)
-        return Piece(text if stopped else text + self._stops.flush(), [], stopped)
+        if not stopped:
+            text += self._stops.flush()
+        return Piece(text, [], self._stops.stopped is not None)

@@ -15,10 +15,10 @@ import structlog
 
 from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit
 from gateway.metrics import Metrics
-from gateway.peers import Peers
 from shared import subjects
 from shared.clock import Clock
 from shared.errors import MillError, TooLarge
+from shared.fleet import Fleet
 from shared.messages import Accepted, Cancel, Finished, Generate, Reply, StepReplies, Tokens, WorkerStatus, encode
 
 _REMEMBERED_CANCELS = 4096
@@ -59,6 +59,20 @@ class Stream:
         """Whether a worker has shown that it works on this."""
         return self.state.state == "running" or bool(self.state.delivered)
 
+    @property
+    def worker(self) -> str:
+        """Who works on it, or ended it; empty while nobody does."""
+        if isinstance(self.ended, Finished) and self.ended.worker:
+            return self.ended.worker
+        return self.state.worker
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the first worker did not have to compute; what later attempts found does not count."""
+        if isinstance(self.ended, Finished) and self.state.attempt == 1:
+            return max(self.state.cached_tokens, self.ended.cached_tokens)
+        return self.state.cached_tokens
+
     def take(self) -> list[int]:
         """The tokens that came since the last call."""
         taken, self.pending = self.pending, []
@@ -68,7 +82,7 @@ class Stream:
 class Streams:
     """The streams under way, by request id."""
 
-    def __init__(self, gateway: str, limits: Limits, silence_s: float, clock: Clock, peers: Peers,
+    def __init__(self, gateway: str, limits: Limits, silence_s: float, clock: Clock, fleet: Fleet,
                  metrics: Metrics) -> None:
         self.outbox: asyncio.Queue[Outgoing] = asyncio.Queue()  # bounded by the streams admitted
         self.some = asyncio.Event()  # set while there are streams
@@ -76,7 +90,7 @@ class Streams:
         self._limits = limits
         self._silence_s = silence_s
         self._clock = clock
-        self._peers = peers
+        self._fleet = fleet
         self._metrics = metrics
         self._streams: dict[str, Stream] = {}
         self._senders = Senders()
@@ -119,12 +133,13 @@ class Streams:
                 self._lost(sender, now_s)
             case "restarted":
                 self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
+        known = self._fleet.worker(sender)
         for reply in message.replies:
             stream = self._streams.get(reply.request_id)
             if stream is None:
                 self._stop_stranger(reply, sender)
             else:
-                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s))
+                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None))
                 stream.changed.set()
 
     def status(self, status: WorkerStatus) -> None:
@@ -148,14 +163,17 @@ class Streams:
             self._blind_until_s = now_s + self._silence_s
         for stream in list(self._streams.values()):
             state = stream.state
-            status = self._peers.worker(state.worker) if state.worker else None
-            if state.worker and now_s >= self._blind_until_s and self._peers.silent(state.worker, now_s):
+            status = self._fleet.worker(state.worker) if state.worker else None
+            if status is not None and now_s >= self._blind_until_s and self._silent(status, now_s):
                 self._perform(stream, state.worker_died(state.worker, now_s))
             self._perform(stream, state.tick(now_s, queueing=status is not None and status.waiting > 0))
         if not self._streams:
             self._ticked_s = None
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _silent(self, status: WorkerStatus, now_s: float) -> bool:
+        return (self._fleet.silent_s(status, now_s) or 0.0) > self._silence_s
 
     def _lost(self, sender: str, now_s: float) -> None:
         self._metrics.lost_messages.inc()

@@ -7,7 +7,7 @@ Pure. Field order is the order on the wire.
 
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from gateway.openai.common import Usage, encode
 from gateway.openai.parameters import Options, Parameters, options, refuse
@@ -16,14 +16,9 @@ from shared.errors import BadRequest
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
-class Part(Struct):
-    type: str
-    text: str | None = None
-
-
 class Message(Struct, kw_only=True):
     role: str
-    content: str | list[Part] | None = None
+    content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -33,6 +28,8 @@ class ChatRequest(Parameters, kw_only=True):
     messages: list[Message]
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     # not supported yet
     top_logprobs: int | None = None
     tools: list[Any] | None = None
@@ -43,15 +40,12 @@ class ChatRequest(Parameters, kw_only=True):
     audio: Any = None
     web_search_options: Any = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    continue_final_message: bool | None = None
     echo: bool | None = None
 
 
 def chat_options(body: ChatRequest) -> Options:
     """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`."""
-    for name in ("top_logprobs", "tools", "functions", "audio", "web_search_options", "chat_template",
-                 "chat_template_kwargs", "continue_final_message", "echo"):
+    for name in ("top_logprobs", "tools", "functions", "audio", "web_search_options", "chat_template", "echo"):
         if getattr(body, name):
             raise refuse(name)
     for name in ("tool_choice", "function_call"):
@@ -65,34 +59,16 @@ def chat_options(body: ChatRequest) -> Options:
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """The messages as a chat template reads them: text only, `developer` spoken as `system`.
+    """The messages as a chat template takes them; fields that were absent or null stay out.
 
-    Raises BadRequest for a role that does not exist and for parts that are not text.
+    Raises BadRequest for a role that does not exist.
     """
-    if not messages:
-        raise BadRequest("messages must hold at least one message", param="messages")
-    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _template_message(message: Message, where: str) -> dict[str, Any]:
-    if message.role not in ROLES:
-        raise BadRequest(f"{where}.role must be one of {', '.join(ROLES)}; got {message.role!r}", param=where)
-    found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role,
-                             "content": _text(message.content, where)}
-    for name in ("name", "tool_calls", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            found[name] = value
-    return found
-
-
-def _text(content: str | list[Part] | None, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    for part in content:
-        if part.type != "text" or part.text is None:
-            raise BadRequest(f"{where}.content holds a part of type {part.type!r}: this model reads text parts only",
-                             param=f"{where}.content")
-    return "\n".join(part.text or "" for part in content)
+    for i, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}; got {message.role!r}",
+                             param=f"messages[{i}].role")
+    return [{name: value for name, value in structs.asdict(message).items() if value is not None or name == "content"}
+            for message in messages]
 
 
 # --- replies ---------------------------------------------------------------------------------------------------------
@@ -153,6 +129,7 @@ class ChatReply:
     id_prefix = "chatcmpl-"
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
+        self.id = id
         self._head = (id, "chat.completion.chunk", created, model, fingerprint)
         self._no_usage: UnsetType | None = None if include_usage else UNSET
 

@@ -75,6 +75,7 @@ class CompletionReply:
     id_prefix = "cmpl-"
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
+        self.id = id
         self._head = (id, "text_completion", created, model, fingerprint)
         self._no_usage: UnsetType | None = None if include_usage else UNSET
 

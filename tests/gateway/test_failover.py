@@ -216,6 +216,17 @@ def test_an_overloaded_mesh_refuses_before_the_first_token() -> None:
     assert fail.error.retry_after_s == 3.0
 
 
+def test_what_one_worker_refuses_is_offered_to_others_and_at_last_refused() -> None:
+    state = stream()
+    for attempt in (1, 2, 3):
+        refusal = Failed("r", attempt, "overloaded", "leaving", True, 1.0)
+        (submit,) = state.hear(refusal, f"w{attempt}", 1, 0.1, from_worker=True)
+        assert isinstance(submit, Submit)
+        assert submit.message.exclude_workers[-1] == f"w{attempt}"
+    (fail,) = state.hear(Failed("r", 4, "overloaded", "full", True, 1.0), "w4", 1, 0.2, from_worker=True)
+    assert isinstance(fail, Fail) and isinstance(fail.error, Overloaded)
+
+
 def test_an_overloaded_mesh_is_asked_again_more_and_more_slowly_after_the_first_token() -> None:
     state = running(7)
     state.worker_died("w1", 2.0)

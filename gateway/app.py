@@ -1,0 +1,189 @@
+"""The HTTP face: routes, small endpoints, and what every response has.
+
+Rule: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`.
+
+    POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /tokenize, /detokenize
+    GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
+"""
+
+import re
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.detokenize import Detokenizer
+from gateway.generation import Chat, ClientLeft, Generation, TextCompletion, error_headers, read_body
+from gateway.metrics import CONTENT_TYPE
+from gateway.openai.chat import template_messages
+from gateway.openai.common import BodyDecoder, encode, error_json
+from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
+from shared.errors import BadRequest, MillError
+
+if TYPE_CHECKING:
+    from gateway.service import Gateway
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_UNKNOWN_ROUTE = "other"
+_CLIENT_LEFT = 499
+
+log = structlog.get_logger("gateway.app")
+
+
+def build_app(gateway: "Gateway") -> ASGIApp:
+    """The application of one gateway; the caller keeps `gateway.running()`."""
+    api = _Api(gateway)
+    routes = [
+        Route("/v1/chat/completions", Generation(gateway, Chat()), methods=["POST"]),
+        Route("/v1/completions", Generation(gateway, TextCompletion()), methods=["POST"]),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{model:path}", api.model),
+        Route("/tokenize", api.tokenize, methods=["POST"]),
+        Route("/detokenize", api.detokenize, methods=["POST"]),
+        Route("/health", api.health),
+        Route("/ready", api.ready),
+        Route("/metrics", api.metrics),
+    ]
+    return Starlette(routes=routes, middleware=[Middleware(_Envelope, gateway=gateway)],
+                     exception_handlers={HTTPException: _http_error})
+
+
+class _Api:
+    """The endpoints that do not generate."""
+
+    def __init__(self, gateway: "Gateway") -> None:
+        self._gateway = gateway
+        self._created = int(gateway.clock.wall())
+        self._decode_tokenize = BodyDecoder(TokenizeRequest)
+        self._decode_detokenize = BodyDecoder(DetokenizeRequest)
+
+    async def models(self, request: Request) -> Response:
+        return _json(ModelList([self._model()] if self._gateway.model else []))
+
+    async def model(self, request: Request) -> Response:
+        self._gateway.model_named(request.path_params["model"])
+        return _json(self._model())
+
+    async def tokenize(self, request: Request) -> Response:
+        raw = await read_body(request, self._gateway.settings.max_body_bytes)
+        body: TokenizeRequest = self._decode_tokenize(raw)
+        model = self._gateway.model_named(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise BadRequest("send either prompt or messages", param="prompt")
+        now_s = self._gateway.clock.wall()
+
+        def work() -> list[int]:
+            if body.messages is None:
+                return model.text(body.prompt or "", body.add_special_tokens is not False)
+            return model.chat(template_messages(body.messages), now_s=now_s,
+                              add_generation_prompt=body.add_generation_prompt is not False)
+
+        tokens = await self._gateway.aside(len(raw), work)
+        return _json(TokenizeReply(len(tokens), model.card.context_length, tokens))
+
+    async def detokenize(self, request: Request) -> Response:
+        raw = await read_body(request, self._gateway.settings.max_body_bytes)
+        body: DetokenizeRequest = self._decode_detokenize(raw)
+        model = self._gateway.model_named(body.model)
+        if any(not 0 <= token < model.card.vocabulary_size for token in body.tokens):
+            raise BadRequest(f"tokens holds an id outside 0..{model.card.vocabulary_size - 1}", param="tokens")
+
+        def work() -> str:
+            detokenizer = Detokenizer(model.tokenizer, skip_special=False)
+            return detokenizer.push(body.tokens) + detokenizer.flush()
+
+        return _json(DetokenizeReply(await self._gateway.aside(len(raw), work)))
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        reasons = self._gateway.not_ready()
+        found = {"ready": not reasons, "reasons": reasons, "gateway": self._gateway.id,
+                 "workers": [_status(worker) for worker in self._gateway.workers()],
+                 "routers": [_status(router) for router in self._gateway.routers()]}
+        return _json(found, 503 if reasons else 200, {"retry-after": "1"} if reasons else None)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._gateway.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+
+    def _model(self) -> Model:
+        model = self._gateway.model_named(None)
+        return Model(model.name, self._created, model.card.name, model.card.context_length)
+
+
+class _Envelope:
+    """Around every request: its id, its errors, its figures."""
+
+    def __init__(self, app: ASGIApp, gateway: "Gateway") -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s = self._gateway.clock.now()
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        client_id = given if _REQUEST_ID.fullmatch(given) else None
+        request_id = client_id or secrets.token_hex(12)
+        scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id)
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                taken_ms = round(1000 * (self._gateway.clock.now() - began_s))
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()),
+                                      (b"openai-processing-ms", str(taken_ms).encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_on)
+            except MillError as error:
+                log.info("request_refused", path=scope["path"], code=error.code, reason=error.message)
+                await _send_error(send_on, error)
+            except ClientLeft:
+                status = _CLIENT_LEFT
+                log.info("client_left", path=scope["path"])
+            except Exception:
+                log.exception("request_broke", path=scope["path"])
+                if status:
+                    raise  # the answer has begun: all that can be done is to cut it off
+                await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"))
+            finally:
+                route = scope.get("route")
+                self._gateway.metrics.requests.labels(getattr(route, "path", _UNKNOWN_ROUTE), str(status)).inc()
+
+
+async def _send_error(send: Send, error: MillError) -> None:
+    body = error_json(error)
+    await send({"type": "http.response.start", "status": error.status, "headers": error_headers(error)})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the shape of all other errors."""
+    assert isinstance(error, HTTPException)
+    shown = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
+    shown.code = "not_found" if error.status_code == 404 else "method_not_allowed"
+    return Response(error_json(shown), error.status_code,
+                    {**(error.headers or {}), "content-type": "application/json"})
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(encode(body), status, {"content-type": "application/json", **(headers or {})})
+
+
+def _status(status: msgspec.Struct) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(status).items() if name != "replies_sent"}

@@ -1,0 +1,451 @@
+"""One HTTP request that generates: from its body to its last byte.
+
+Rules: errors before the first byte have their real status, so headers of a stream wait for a sign of life from the
+mesh, a few seconds at most; all tokens of one wake-up leave in one write; a client that leaves stops its workers at
+once; whoever reads too slowly is taken for gone. Every stream opened here is ended here.
+"""
+
+import asyncio
+import contextlib
+import math
+import secrets
+from collections.abc import Awaitable, Callable
+from functools import partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import structlog
+from opentelemetry.trace import SpanKind
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from gateway import sse
+from gateway.openai import chat, common, completions
+from gateway.openai.parameters import Options, Parameters
+from gateway.prompt import Prompt, ServedModel
+from gateway.streams import Stream
+from shared import telemetry
+from shared import trace_names as names
+from shared.errors import MillError, TooLarge
+from shared.messages import Finished, Generate
+from shared.noise import choice_seed
+
+if TYPE_CHECKING:
+    from gateway.service import Gateway
+
+HEADERS_WITHIN_S = 3.0  # a client in a long queue gets its headers by then; later refusals come as events
+WRITE_S = 30.0  # for a client to take what was written
+
+log = structlog.get_logger("gateway.generation")
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What one wake-up added to choice `index`; `reason` when it ended with that."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    reason: str | None
+
+
+class Endpoint:
+    """What differs between the generating endpoints. `operation` is the convention's name for the span."""
+
+    operation: str
+    route: str
+    reply: type[chat.ChatReply] | type[completions.CompletionReply]
+    decode: common.BodyDecoder
+
+    def options(self, body: Any) -> Options:
+        raise NotImplementedError
+
+    def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+        """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
+        raise NotImplementedError
+
+
+class Chat(Endpoint):
+    operation, route, reply = "chat", "/v1/chat/completions", chat.ChatReply
+    decode = common.BodyDecoder(chat.ChatRequest)
+
+    def options(self, body: chat.ChatRequest) -> Options:
+        return chat.chat_options(body)
+
+    def prompts(self, body: chat.ChatRequest, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+        messages = chat.template_messages(body.messages)
+        continues = bool(body.continue_final_message)
+        opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
+                                   continue_final_message=continues, variables=body.chat_template_kwargs)]
+
+
+class TextCompletion(Endpoint):
+    operation, route, reply = "text_completion", "/v1/completions", completions.CompletionReply
+    decode = common.BodyDecoder(completions.CompletionRequest)
+
+    def options(self, body: completions.CompletionRequest) -> Options:
+        return completions.completion_options(body)
+
+    def prompts(self, body: completions.CompletionRequest, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
+        return [partial(_tokens, prompt, model) for prompt in completions.prompts(body)]
+
+
+def _tokens(prompt: str | list[int], model: ServedModel) -> list[int]:
+    return model.text(prompt) if isinstance(prompt, str) else prompt
+
+
+class Generation:
+    """The ASGI application of one generating endpoint."""
+
+    def __init__(self, gateway: "Gateway", endpoint: Endpoint) -> None:
+        self._gateway = gateway
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, endpoint = self._gateway, self._endpoint
+        gateway.check_open()
+        began_s = gateway.clock.now()
+        raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
+        body: Parameters = endpoint.decode(raw)
+        model = gateway.model_named(body.model)
+        options = endpoint.options(body)
+        texts = endpoint.prompts(body, model, gateway.clock.wall())
+        with gateway.places(len(texts) * options.choices):
+            prompts = await gateway.aside(len(raw), lambda: [
+                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt)
+                for tokens in texts])
+            answer = Answer(gateway, endpoint, model, options, prompts, scope, began_s)
+            await answer.give(receive, send)
+
+
+class Answer:
+    """The streams of one request, and their way to the client."""
+
+    def __init__(self, gateway: "Gateway", endpoint: Endpoint, model: ServedModel, options: Options,
+                 prompts: list[Prompt], scope: Scope, began_s: float) -> None:
+        self._gateway = gateway
+        self._endpoint = endpoint
+        self._model = model
+        self._options = options
+        self._prompts = prompts
+        self._scope = scope
+        self._began_s = began_s
+        self._changed = asyncio.Event()
+        self._client_left = False
+        count = len(prompts) * options.choices
+        self._choices = [model.choice(options) for _ in range(count)]
+        self._reasons: list[str | None] = [None] * count
+        self._error: MillError | None = None
+        self._streams: list[Stream] = []
+        self._id = secrets.token_hex(12)
+        self._reply = endpoint.reply(
+            endpoint.reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
+            fingerprint(model, gateway.recipe()), options.include_usage)
+
+    async def give(self, receive: Receive, send: Send) -> None:
+        """Open the streams, answer, end what is left. Raises MillError while the answer has not begun."""
+        span = self._open_span()
+        watching: asyncio.Task[None] | None = None
+        error = ""
+        try:
+            self._open_streams(telemetry.inject(span.context))
+            watching = asyncio.create_task(self._watch(receive))
+            await (self._stream(send) if self._options.stream else self._whole(send))
+            error = self._error.code if self._error else ""
+        except MillError as failed:
+            error = failed.code
+            raise
+        except ClientLeft:
+            error = "client_left"
+            raise
+        except asyncio.CancelledError:
+            error = "cancelled"
+            raise
+        finally:
+            if watching is not None:
+                watching.cancel()
+            for stream in self._streams:
+                self._gateway.streams.cancel(stream)
+            self._account(span, error)
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    def _open_streams(self, headers: dict[str, str]) -> None:
+        gateway, options = self._gateway, self._options
+        timeout_s = gateway.settings.request_timeout_s
+        seed = self._seed()
+        for index in range(len(self._choices)):
+            prompt = self._prompts[index // options.choices]
+            request = Generate(
+                request_id=f"{self._id}-{index}", attempt=1, gateway=gateway.id, model=self._model.name,
+                tokens=prompt.packed, max_tokens=prompt.max_tokens, deadline=gateway.clock.wall() + timeout_s,
+                sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
+                cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
+                stop_token_ids=self._model.end_tokens(options), priority=options.priority,
+                cache_hint=options.cache_hint)
+            self._streams.append(gateway.streams.open(request, headers, self._changed,
+                                                      gateway.clock.now() + timeout_s))
+
+    def _seed(self) -> int:
+        """The client's; or one that follows from its request id, so that asking again gives the same; or any."""
+        if self._options.seed is not None:
+            return self._options.seed
+        if (given := self._scope["state"].get("client_request_id")) is not None:
+            return int.from_bytes(blake2b(given.encode(), digest_size=8).digest(), "little")
+        return secrets.randbits(64)
+
+    async def _watch(self, receive: Receive) -> None:
+        """Wait until the client hangs up, and stop everything then."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_left = True
+        for stream in self._streams:
+            self._gateway.streams.cancel(stream)
+        self._changed.set()
+
+    async def _wait(self, timeout_s: float | None) -> bool:
+        """Until something changed; False when nothing did in time. Raises ClientLeft."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        self._changed.clear()
+        if self._client_left:
+            raise ClientLeft
+        return True
+
+    def _advance(self) -> list[Piece]:
+        """What has come since the last call, by choice. The first failure lands in `_error`."""
+        pieces = []
+        for index, stream in enumerate(self._streams):
+            if self._reasons[index] is not None or not (stream.pending or stream.ended):
+                continue
+            ended = stream.ended
+            choice = self._choices[index]
+            added = choice.push(stream.take())
+            text, reason = added.text, None
+            if added.stopped:
+                reason = "stop"
+                self._gateway.streams.cancel(stream)
+            elif isinstance(ended, MillError):
+                self._error = self._error or ended
+            elif ended is not None:
+                rest = choice.flush()
+                text += rest.text
+                reason = "stop" if rest.stopped else ended.reason
+            self._reasons[index] = reason
+            pieces.append(Piece(index, text, added.tokens, reason))
+        return pieces
+
+    # --- one piece ----------------------------------------------------------------------------------------------------
+
+    async def _whole(self, send: Send) -> None:
+        texts: list[list[str]] = [[] for _ in self._choices]
+        tokens: list[list[int]] = [[] for _ in self._choices]
+        while None in self._reasons:
+            await self._wait(None)
+            for piece in self._advance():
+                texts[piece.index].append(piece.text)
+                tokens[piece.index] += piece.tokens
+            if self._error is not None:
+                raise self._error
+        ids = self._options.return_token_ids
+        document = self._reply.whole(
+            [("".join(texts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
+              self._prompt_of(i).tokens if ids else None) for i in range(len(self._choices))], self._usage())
+        await self._start(send, 200, [(b"content-type", b"application/json"),
+                                      (b"content-length", str(len(document)).encode())])
+        await self._write(send, document, last=True)
+
+    # --- a stream -----------------------------------------------------------------------------------------------------
+
+    async def _stream(self, send: Send) -> None:
+        await self._first_sign()
+        await self._start(send, 200, list(sse.HEADERS))
+        opened = [False] * len(self._choices)
+        while True:
+            documents = self._documents(opened)
+            if self._error is not None:
+                log.warning("stream_failed", code=self._error.code, reason=self._error.message)
+                await self._write(send, sse.events([*documents, common.error_json(self._error)]), last=True)
+                return
+            if None not in self._reasons:
+                if self._options.include_usage:
+                    documents.append(self._reply.totals(self._usage()))
+                await self._write(send, sse.events(documents) + sse.DONE, last=True)
+                return
+            if documents:
+                await self._write(send, sse.events(documents))
+            if not await self._wait(self._gateway.settings.keep_alive_s):
+                await self._write(send, sse.KEEP_ALIVE)
+
+    async def _first_sign(self) -> None:
+        """Until a worker works on some choice, a few seconds at most. Raises the MillError of a choice that failed."""
+        give_way_s = self._gateway.clock.now() + HEADERS_WITHIN_S
+        while True:
+            for stream in self._streams:
+                if isinstance(stream.ended, MillError) and not stream.state.delivered:
+                    raise stream.ended
+            left_s = give_way_s - self._gateway.clock.now()
+            if left_s <= 0 or any(stream.alive or stream.ended for stream in self._streams):
+                return
+            await self._wait(left_s)
+
+    def _documents(self, opened: list[bool]) -> list[bytes]:
+        documents = []
+        ids, usage = self._options.return_token_ids, None
+        pieces = self._advance()
+        if self._options.continuous_usage and pieces:
+            usage = self._usage()
+        for piece in pieces:
+            if not opened[piece.index]:
+                opened[piece.index] = True
+                opening = self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None)
+                documents += [opening] if opening is not None else []
+            if piece.text or (ids and piece.tokens):
+                documents.append(self._reply.content(piece.index, piece.text, piece.tokens if ids else None, usage))
+            if piece.reason is not None:
+                documents.append(self._reply.closing(piece.index, piece.reason, usage))
+        return documents
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    async def _start(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        worker = self._streams[0].worker
+        if worker:
+            headers.append((b"x-mill-worker", worker.encode()))
+        await _within_write_time(send({"type": "http.response.start", "status": status, "headers": headers}))
+
+    async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
+        await _within_write_time(send({"type": "http.response.body", "body": data, "more_body": not last}))
+
+    # --- figures ------------------------------------------------------------------------------------------------------
+
+    def _prompt_of(self, index: int) -> Prompt:
+        return self._prompts[index // self._options.choices]
+
+    def _ends(self) -> list[Finished]:
+        return [stream.ended for stream in self._streams if isinstance(stream.ended, Finished)]
+
+    def _usage(self) -> common.Usage:
+        """Counts of all choices; a prompt with several choices counts once."""
+        ends = self._ends()
+        firsts = self._streams[::self._options.choices]
+        drafters = [end.drafter for end in ends if end.drafter]
+        return common.usage(
+            sum(len(prompt.tokens) for prompt in self._prompts),
+            sum(choice.completion_tokens for choice in self._choices),
+            sum(stream.cached_tokens for stream in firsts),
+            common.MillUsage(
+                worker=self._streams[0].worker, drafter=drafters[0] if drafters else "",
+                draft_tokens=sum(end.draft_tokens for end in ends),
+                accepted_draft_tokens=sum(end.accepted_draft_tokens for end in ends),
+                attempts=max(stream.state.attempt for stream in self._streams)))
+
+    def _open_span(self) -> telemetry.OpenSpan:
+        options, sampling = self._options, self._options.sampling
+        carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._scope["headers"]
+                   if name in (b"traceparent", b"tracestate")}
+        attributes: dict[str, telemetry.Attribute] = {
+            names.OPERATION_NAME: self._endpoint.operation, names.PROVIDER_NAME: names.PROVIDER,
+            names.REQUEST_MODEL: self._model.name, names.REQUEST_ID: self._scope["state"]["request_id"],
+            names.REQUEST_MAX_TOKENS: self._prompts[0].max_tokens, names.REQUEST_TEMPERATURE: sampling.temperature,
+            names.REQUEST_TOP_P: sampling.top_p, names.REQUEST_TOP_K: sampling.top_k,
+            names.REQUEST_CHOICE_COUNT: options.choices, names.REQUEST_STREAM: options.stream,
+            names.HTTP_ROUTE: self._endpoint.route, names.GATEWAY: self._gateway.id}
+        return telemetry.open_span(f"{self._endpoint.operation} {self._model.name}", self._unix(self._began_s),
+                                   telemetry.extract(carried), attributes, SpanKind.SERVER)
+
+    def _account(self, span: telemetry.OpenSpan, error: str) -> None:
+        """Everything that is known at the end: metrics, span, log."""
+        gateway, operation, model = self._gateway, self._endpoint.operation, self._model.name
+        now_s = gateway.clock.now()
+        usage = self._usage()
+        mill = usage.mill if isinstance(usage.mill, common.MillUsage) else common.MillUsage()
+        cached = usage.prompt_tokens_details.cached_tokens
+        metrics = gateway.metrics
+        metrics.ended(operation, model, now_s - self._began_s, error)
+        metrics.completion_tokens.inc(usage.completion_tokens)
+        metrics.draft_tokens.inc(mill.draft_tokens)
+        metrics.accepted_draft_tokens.inc(mill.accepted_draft_tokens)
+        if not error:
+            metrics.prompt_tokens.inc(usage.prompt_tokens)
+            metrics.cached_tokens.inc(cached)
+        attributes: dict[str, telemetry.Attribute] = {
+            names.RESPONSE_ID: self._reply.id, names.RESPONSE_MODEL: model, names.WORKER: mill.worker,
+            names.RESPONSE_FINISH_REASONS: [reason or "error" for reason in self._reasons],
+            names.USAGE_INPUT_TOKENS: usage.prompt_tokens, names.USAGE_OUTPUT_TOKENS: usage.completion_tokens,
+            names.USAGE_CACHE_READ_TOKENS: cached, names.DRAFT_TOKENS: mill.draft_tokens,
+            names.DRAFT_ACCEPTED_TOKENS: mill.accepted_draft_tokens, names.ATTEMPT: mill.attempts,
+            names.LATENCY_END_TO_END: now_s - self._began_s}
+        firsts = [stream.first_token_s for stream in self._streams if stream.first_token_s is not None]
+        if firsts:
+            last_s = max(stream.last_token_s for stream in self._streams)
+            attributes[names.LATENCY_FIRST_TOKEN] = min(firsts) - self._began_s
+            span.event("first_token", self._unix(min(firsts)))
+            span.event("last_token", self._unix(last_s))
+        for stream, choice in zip(self._streams, self._choices, strict=False):
+            if stream.first_token_s is not None and not error:
+                metrics.stream_ended(operation, model, stream.first_token_s - self._began_s,
+                                     stream.last_token_s - self._began_s, choice.completion_tokens)
+        if ends := self._ends():
+            attributes |= {names.LATENCY_IN_QUEUE: ends[0].queue_s, names.LATENCY_PREFILL: ends[0].prefill_s,
+                           names.LATENCY_DECODE: ends[0].decode_s}
+        span.end(self._unix(now_s), attributes, error)
+        log.info("request_ended", operation=operation, prompt_tokens=usage.prompt_tokens, cached_tokens=cached,
+                 completion_tokens=usage.completion_tokens, worker=mill.worker, attempts=mill.attempts,
+                 seconds=round(now_s - self._began_s, 4), error=error or None)
+
+    def _unix(self, monotonic_s: float) -> float:
+        return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)
+
+
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be, ClientLeft when it never ends."""
+    too_large = TooLarge(f"the body is larger than {most_bytes} bytes: shorten it, or raise --max-body-bytes")
+    with contextlib.suppress(ValueError):
+        if int(request.headers.get("content-length", "0")) > most_bytes:
+            raise too_large
+    parts, size = [], 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most_bytes:
+            raise too_large
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def fingerprint(model: ServedModel, recipe: str) -> str:
+    """Equal for two answers exactly when the same seed gives the same tokens: model, vocabulary and numeric recipe."""
+    digest = blake2b("\0".join((model.name, model.card.vocabulary, recipe)).encode(), digest_size=6)
+    return f"fp_{digest.hexdigest()}"
+
+
+def error_headers(error: MillError) -> list[tuple[bytes, bytes]]:
+    """When to come back, in both units that clients read; and when not to."""
+    headers = [(b"content-type", b"application/json")]
+    if error.retry_after_s is not None:
+        headers += [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()),
+                    (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]
+    if error.status >= 500 and not error.retryable:
+        headers.append((b"x-should-retry", b"false"))
+    return headers
+
+
+async def _within_write_time(sending: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(WRITE_S):
+            await sending
+    except (TimeoutError, OSError) as error:
+        raise ClientLeft from error

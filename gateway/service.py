@@ -1,0 +1,281 @@
+"""The gateway: HTTP in, tokens out, SSE back.
+
+Rules: it owns a request until its last token (law 5); what arrives on the bus is decoded, decided on and handed over in
+one go; one task publishes, in order. `Gateway` is everything but the socket, so that tests run it on the memory bus
+behind `gateway.app.build_app` alone.
+
+    HTTP -> app, generation -> streams -> outbox -> generate.<model>, worker.<id>.cancel
+    replies.<id>, status.>  -> streams, fleet
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+import uvicorn
+
+from gateway.admission import Admission
+from gateway.app import build_app
+from gateway.failover import Limits
+from gateway.metrics import Metrics
+from gateway.prompt import ServedModel
+from gateway.streams import Streams
+from shared import subjects, telemetry
+from shared.blocks import tenant_salt
+from shared.bus import Bus, BusUnavailable, Delivery
+from shared.clock import Clock
+from shared.errors import MeshUnavailable, ModelNotFound, Overloaded
+from shared.fleet import Fleet
+from shared.ids import new_epoch, new_id
+from shared.messages import GatewayStatus, RouterStatus, Status, StepReplies, WorkerStatus, decode, encode
+from shared.settings import GatewaySettings
+
+T = TypeVar("T")
+
+TICK_S = 0.1  # how finely deadlines and silence are noticed
+FORGET_S = 60.0
+LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
+CLOSE_S = 5.0  # for HTTP connections to end once nothing runs
+
+log = structlog.get_logger("gateway")
+
+
+class Gateway:
+    """One gateway's parts and its place in the mesh. `model` None: it serves none, and says so."""
+
+    def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock, model: ServedModel | None) -> None:
+        self.id = subjects.check_id(settings.id or new_id("gateway"))
+        self.epoch = new_epoch(clock)
+        self.bus = bus
+        self.settings = settings
+        self.clock = clock
+        self.model = model
+        self.fleet = Fleet()
+        self.metrics = Metrics(self.workers)
+        self.admission = Admission(settings.max_active)
+        limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
+        self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics)
+        self.cache_salt = tenant_salt(settings.cache_secret.encode(), "default")
+        self.draining = False
+        self.url = ""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changed = asyncio.Event()
+
+    # --- what handlers ask -------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raises Overloaded while this gateway is leaving."""
+        if self.draining:
+            raise Overloaded("this gateway is leaving: send the request again", retry_after_s=1.0)
+
+    def model_named(self, name: str | None) -> ServedModel:
+        """The served model under its mesh name or its own; absent means the one there is. Raises ModelNotFound."""
+        if self.model is None:
+            raise ModelNotFound("this gateway serves no model: start it with --model", param="model")
+        if name not in (None, self.model.name, self.model.card.name):
+            raise ModelNotFound(f"the model {name!r} does not exist here: this gateway serves {self.model.name!r}",
+                                param="model")
+        return self.model
+
+    @contextlib.contextmanager
+    def places(self, streams: int) -> Iterator[None]:
+        """Room for so many streams while the block runs. Raises Overloaded."""
+        self.admission.enter(streams, self.clock.now())
+        self.metrics.active.set(self.admission.active)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.admission.leave(streams, self.clock.now())
+            self.metrics.active.set(self.admission.active)
+            if not self.admission.active:
+                self._idle.set()
+
+    async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
+        """`work()`, in a thread when the body it works on is long."""
+        return await asyncio.to_thread(work) if size_bytes > LONG_BYTES else work()
+
+    def workers(self) -> list[WorkerStatus]:
+        """The workers heard lately."""
+        return [status for status in self.fleet.workers() if self._alive(status)]
+
+    def routers(self) -> list[RouterStatus]:
+        """The routers heard lately."""
+        return [status for status in self.fleet.routers() if self._alive(status)]
+
+    def not_ready(self) -> list[str]:
+        """Why a request would not be served now; empty when it would."""
+        reasons = []
+        if self.draining:
+            reasons.append("this gateway is leaving")
+        if self.model is None:
+            reasons.append("no model is configured: start with --model")
+        if not self.bus.connected:
+            reasons.append("the bus is not connected")
+        if not any(router.state == "ready" for router in self.routers()):
+            reasons.append("no router is ready")
+        if self.model is not None and not self._servers(self.model.name):
+            reasons.append(f"no worker is ready with the model {self.model.name}")
+        return reasons
+
+    def recipe(self) -> str:
+        """The numeric recipe that answers come from, as workers say it."""
+        servers = self._servers(self.model.name) if self.model else []
+        return servers[0].recipe if servers else ""
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Listen, publish, keep time and beat while the block runs."""
+        replies = await self.bus.subscribe(subjects.replies(self.id), self._on_replies)
+        statuses = await self.bus.subscribe(subjects.ALL_STATUS, self._on_status)
+        async with asyncio.TaskGroup() as tasks:
+            loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
+                     for loop in (self._send, self._keep_time, self._beat)]
+            try:
+                yield
+            finally:
+                for task in loops:
+                    task.cancel()
+                await replies.unsubscribe()
+                await statuses.unsubscribe()
+
+    async def drain(self) -> None:
+        """Take nothing new and let what runs end, for `drain_s` at most; then end it with an error."""
+        self.draining = True
+        self._changed.set()
+        log.info("draining", active=self.admission.active)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_s):
+                await self._idle.wait()
+        self.streams.give_up(MeshUnavailable("this gateway had to stop before the answer was complete: send the "
+                                             "request again", retry_after_s=1.0))
+
+    async def _send(self) -> None:
+        while True:
+            out = await self.streams.outbox.get()
+            try:
+                await self.bus.publish(out.subject, out.data, out.headers, out.unheard)
+            except BusUnavailable:
+                if out.unheard is not None:
+                    out.unheard()
+            except ValueError as error:
+                if out.too_large is None:
+                    raise
+                out.too_large(error)
+
+    async def _keep_time(self) -> None:
+        while True:
+            await self.streams.some.wait()
+            await self.clock.sleep(TICK_S)
+            self.streams.tick(self.bus.connected)
+
+    async def _beat(self) -> None:
+        while True:
+            status = GatewayStatus(self.id, self.epoch, "draining" if self.draining else "ready",
+                                   self.admission.active, self.url)
+            with contextlib.suppress(BusUnavailable):  # silence is what an outage looks like
+                await self.bus.publish(subjects.status("gateway", self.id), encode(status))
+            self.fleet.forget_silent(self.clock.now(), FORGET_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.heartbeat_s):
+                    await self._changed.wait()
+            self._changed.clear()
+
+    def _on_replies(self, delivery: Delivery) -> None:
+        message: StepReplies | None = self._decoded(delivery, StepReplies)
+        if message is not None:
+            self.streams.hear(message)
+
+    def _on_status(self, delivery: Delivery) -> None:
+        status = self._decoded(delivery, Status)
+        if isinstance(status, WorkerStatus | RouterStatus):
+            self.fleet.fold(status, self.clock.now())
+            if isinstance(status, WorkerStatus):
+                self.streams.status(status)
+
+    def _decoded(self, delivery: Delivery, kind: Any) -> Any:
+        """The message, or None when it is none."""
+        try:
+            return decode(delivery.data, kind)
+        except msgspec.DecodeError as error:
+            self.metrics.bad_messages.inc()
+            log.warning("message_unreadable", subject=delivery.subject, error=str(error))
+            return None
+
+    def _alive(self, status: WorkerStatus | RouterStatus) -> bool:
+        silent_s = self.fleet.silent_s(status, self.clock.now())
+        return silent_s is not None and silent_s <= self.settings.silence_s
+
+    def _servers(self, model: str) -> list[WorkerStatus]:
+        return [worker for worker in self.workers() if worker.model == model and worker.state == "ready"]
+
+
+async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asyncio.Event | None = None) -> None:
+    """Serve HTTP until cancelled; then drain, close and end.
+
+    `ready` is set once the port answers. Raises OSError with one clear sentence when the port is taken, UnusableModel
+    when the model's folder is not usable.
+    """
+    model = ServedModel.load(settings.model, settings.model_name) if settings.model else None
+    listener = _listen(settings.host, settings.port)
+    with contextlib.closing(listener):
+        gateway = Gateway(bus, settings, clock, model)
+        host, port = listener.getsockname()[:2]
+        gateway.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        structlog.contextvars.bind_contextvars(service="gateway", id=gateway.id)
+        tracing = telemetry.configure_tracing("gateway", gateway.id, settings.otlp)
+        try:
+            with gateway.metrics.served(settings.metrics_port, settings.metrics_host):
+                async with gateway.running():
+                    await _serve_http(gateway, listener, ready)
+        finally:
+            await asyncio.to_thread(tracing.shutdown)
+
+
+async def _serve_http(gateway: Gateway, listener: socket.socket, ready: asyncio.Event | None) -> None:
+    server = _Server(uvicorn.Config(
+        build_app(gateway), http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(CLOSE_S)), ready)
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(server.serve(sockets=[listener]), name=f"{gateway.id}-http")
+        log.info("gateway_serving", id=gateway.id, url=gateway.url, model=gateway.model and gateway.model.name)
+        try:
+            await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            await gateway.drain()
+            server.should_exit = True
+            await asyncio.shield(serving)
+            raise
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without hands on the process's signals."""
+
+    def __init__(self, config: uvicorn.Config, ready: asyncio.Event | None) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._ready is not None:
+            self._ready.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host}:{port} ({error.strerror}): end what uses that port or "
+                                   "choose another with --port") from None
