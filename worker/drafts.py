@@ -61,7 +61,7 @@ class DraftBook:
     def best(self, key: Key, committed: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that a proposal has behind exactly `committed`. May be empty.
 
-        Of several, one whose condition came true goes before one that still guesses it, then the youngest.
+        Of several the youngest; of one age, one whose condition came true before one that still guesses it.
         """
         drafts = self._streams.get(key)
         if not drafts:
@@ -69,15 +69,15 @@ class DraftBook:
         length = len(committed)
         kept = []
         chosen: Draft | None = None
-        rank = (False, -1)
+        rank = (-1, False)
         for draft in drafts:
             behind = length - draft.base
             if behind < 0:
                 kept.append(draft)
             elif behind < len(draft.tokens) and committed[draft.base:] == draft.tokens[:behind]:
                 kept.append(draft)
-                if (behind >= draft.assumed, draft.base) > rank:
-                    chosen, rank = draft, (behind >= draft.assumed, draft.base)
+                if (draft.base, behind >= draft.assumed) > rank:
+                    chosen, rank = draft, (draft.base, behind >= draft.assumed)
         self.stale += len(drafts) - len(kept)
         self._streams[key] = kept
         if chosen is None:

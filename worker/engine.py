@@ -9,6 +9,7 @@ A step that raises never ends the loop: its sequences run again one by one, and 
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from shared.clock import Clock
 from shared.errors import WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
 from worker.batch import Batch
+from worker.draft_wait import DraftWait
 from worker.runner import Runner
 from worker.scheduler import Advanced, Event, Scheduler, Step, Work
 
@@ -88,6 +90,7 @@ class Engine:
         self.failed_steps = 0
         self.repairs = 0
         self.rate = TokenRate()
+        self.draft_wait = DraftWait()
         self.idle = asyncio.Event()  # nothing lives and all is published
         self._batch = batch
         self._runner = runner
@@ -97,12 +100,17 @@ class Engine:
         self._wake = asyncio.Event()
         self._audited_at = clock.now()
         self._kept: list[Event] = []  # events not yet published
+        self._told_at = clock.now()  # when the drafter last heard of a step
+        self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox
 
     def submit(self, command: Command) -> bool:
         """Hand over for the next gap between steps. False when the inbox is full and this was only a wish."""
         if len(self._inbox) >= INBOX_LIMIT and isinstance(command, Arrival | Drafts):
             return False
         self._inbox.append(command)
+        if isinstance(command, Drafts) and self._is_fresh(command):
+            self.draft_wait.answered(self._clock.now() - self._told_at)
+            self._fresh.set()
         self.idle.clear()
         self._wake.set()
         return True
@@ -110,6 +118,8 @@ class Engine:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            started, tokens = self._clock.now(), self.rate.total
+            await self._wait_for_drafts()
             self._take_inbox()
             step = self.scheduler.plan(self._clock.now())
             self._keep(self.scheduler.take_events())
@@ -119,8 +129,28 @@ class Engine:
             chosen = await self._execute(step)
             if chosen is None:
                 await self._run_one_by_one(step)
-            else:
-                self._keep(self.scheduler.commit(step, chosen, self._clock.now()))
+                continue
+            self._keep(self.scheduler.commit(step, chosen, self._clock.now()))
+            self.draft_wait.observe(len(step.works), self.rate.total - tokens, self._clock.now() - started)
+
+    async def _wait_for_drafts(self) -> None:
+        """Hold the next step back where that has paid so far."""
+        scheduler = self.scheduler
+        streams = len(scheduler.running)
+        seconds = self.draft_wait.seconds(streams, scheduler.cost.expected_s(streams))
+        if seconds:
+            self._fresh.clear()
+            await self._publish_kept()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._fresh.wait()
+
+    def _is_fresh(self, drafts: Drafts) -> bool:
+        """Whether the drafter knew all that is committed. Its proposals of one message are of one age."""
+        if not drafts.proposals:
+            return False
+        first = drafts.proposals[0]
+        return self.scheduler.length_of(first.request_id) == first.base_length
 
     def _take_inbox(self) -> None:
         scheduler, now = self.scheduler, self._clock.now()
@@ -207,4 +237,6 @@ class Engine:
 
     async def _publish_kept(self) -> None:
         events, self._kept = self._kept, []
+        if events:
+            self._told_at = self._clock.now()
         await self._publish(events)

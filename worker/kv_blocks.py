@@ -110,8 +110,8 @@ class BlockPool:
                 self._link(block)
 
     def store(self, block: int, name: bytes, content: bytes) -> bool:
-        """Name a held block whose tokens are all computed. False when another block has the name already."""
-        if name in self._by_name:
+        """Name a held block whose tokens are all computed. False when the name is taken or the block has one."""
+        if name in self._by_name or self._names[block]:
             return False
         self._names[block] = name
         self._contents[block] = content

@@ -216,6 +216,11 @@ class Scheduler:
     def live(self) -> Iterable[Sequence]:
         return self._live.values()
 
+    def length_of(self, request_id: str) -> int | None:
+        """Committed tokens of a live request, prompt included."""
+        sequence = self._live.get(request_id)
+        return None if sequence is None else len(sequence.tokens)
+
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens still to compute, running and waiting."""

@@ -89,9 +89,9 @@ class Bench:
                     self.ends.setdefault((generate.request_id, generate.attempt), []).append(reply)
 
 
-def plain(generate: Generate) -> list[int]:
+def plain(generate: Generate, decoder: MockDecoder | None = None) -> list[int]:
     """The stream of a request alone: no cache, no batch, no drafts, whole prompt in one step."""
-    bench = Bench(mock_decoder(), step_tokens=512, max_draft_tokens=0)
+    bench = Bench(decoder or mock_decoder(), step_tokens=512, max_draft_tokens=0)
     bench.add(generate)
     bench.finish()
     return bench.streams.get((generate.request_id, generate.attempt), [])

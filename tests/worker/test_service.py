@@ -28,7 +28,7 @@ from shared.messages import (
 )
 from shared.tokens import pack, unpack
 from tests.virtual_time import run_virtual
-from tests.worker.builders import BLOCK, VOCABULARY, plain, request
+from tests.worker.builders import BLOCK, VOCABULARY, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
 
 DEADLINE = WALL_S + 1000.0
@@ -279,14 +279,14 @@ def test_drafts_make_a_stream_faster_and_lies_change_nothing() -> None:
             seconds[lie] = mesh.clock.now()
             assert isinstance(end, Finished)
             assert end.drafter == "d1" and end.draft_tokens > 0
-            assert (end.accepted_draft_tokens == 0) is lie
+            assert (end.accepted_draft_tokens < 0.5 * end.draft_tokens) is lie
             assert mesh.stream("r") == plain(one)
 
         mesh = play(scenario)
         last = mesh.follows[-1].events[-1]
         assert isinstance(last, Close)
         assert mesh.statuses[-1].drafter == "d1"
-    assert seconds[False] < 0.5 * seconds[True]
+    assert seconds[False] < 0.6 * seconds[True]
 
 
 def test_a_drafter_hears_a_stream_without_gaps_and_from_its_start_after_a_restart() -> None:
@@ -383,3 +383,41 @@ def test_the_status_tells_what_steps_cost() -> None:
         assert status.prefill_tok_s > 0 and status.decode_tok_s > 0
 
     play(scenario, mock_step_s=0.02, mock_row_s=0.001, mock_token_s=0.0005)
+
+
+def stream_with_drafter(answer_s: float | None, **settings: object) -> tuple[float, int]:
+    """Seconds for a long stream whose drafter is right and answers after `answer_s` (None: never); and steps."""
+    one = request(deadline=DEADLINE, max_tokens=1000)
+    whole = plain(one, mock_decoder(300, 1200))
+    result: list[tuple[float, int]] = []
+
+    async def scenario(mesh: Mesh) -> None:
+        answer = oracle(mesh, {"r": whole})
+        loop = asyncio.get_running_loop()
+        if answer_s is not None:
+            mesh.on_follow = lambda follow: loop.call_later(answer_s, answer, follow) and None
+        async def beat() -> None:
+            while True:
+                await mesh.send(mesh.drafter())
+                await asyncio.sleep(0.5)
+        beating = asyncio.ensure_future(beat())
+        await mesh.send(one)
+        end = await mesh.ended("r")
+        beating.cancel()
+        assert isinstance(end, Finished)
+        assert mesh.stream("r") == whole
+        await mesh.until(lambda: mesh.statuses[-1].tokens_total == 1000)
+        result.append((end.decode_s, mesh.statuses[-1].steps_total))
+
+    play(scenario, Mesh(mock_decoder(300, 1200), **settings))
+    return result[0]
+
+
+def test_a_step_waits_for_a_quick_drafter_and_not_for_a_slow_or_silent_one() -> None:
+    alone_s, alone_steps = stream_with_drafter(None)
+    quick_s, quick_steps = stream_with_drafter(0.001)
+    slow_s, _ = stream_with_drafter(0.5)
+    assert alone_steps == 1000
+    assert quick_steps < 1000 / 6
+    assert quick_s < alone_s / 5
+    assert slow_s < 1.02 * alone_s

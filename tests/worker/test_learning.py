@@ -1,0 +1,94 @@
+"""What a worker learns from its own steps: their cost, and whether waiting pays."""
+
+import random
+
+import pytest
+
+from worker.draft_wait import MOST_STREAMS, DraftWait
+from worker.step_cost import StepCost
+
+
+def test_the_cost_of_a_step_is_learned_from_steps_of_many_sizes() -> None:
+    rng = random.Random(1)
+    cost = StepCost()
+    for _ in range(300):
+        rows, prefill = rng.randint(1, 64), rng.choice([0, 0, 100, 200])
+        cost.observe(rows, prefill, (0.006 + 0.0012 * rows + 0.0004 * prefill) * rng.uniform(0.95, 1.05))
+    assert cost.base_s == pytest.approx(0.006, rel=0.25)
+    assert cost.row_s == pytest.approx(0.0012, rel=0.1)
+    assert cost.token_s == pytest.approx(0.0004, rel=0.1)
+    assert cost.prefill_tok_s(256) == pytest.approx(256 / (0.006 + 256 * 0.0004), rel=0.1)
+
+
+def test_steps_that_are_all_alike_leave_the_prior_ratio() -> None:
+    cost = StepCost()
+    for _ in range(1000):
+        cost.observe(1, 0, 0.011)
+    assert cost.expected_s(1) == pytest.approx(0.011, rel=0.01)
+    assert 0.0 < cost.row_s < 0.3 * cost.base_s
+
+
+def test_one_pause_of_the_machine_does_not_upset_the_cost() -> None:
+    cost = StepCost()
+    for number in range(200):
+        cost.observe(1 + number % 8, 0, 0.01 + 0.001 * (1 + number % 8))
+    before = cost.expected_s(4)
+    cost.observe(4, 0, 10.0)
+    assert cost.expected_s(4) < 1.2 * before
+
+
+def test_no_cost_is_ever_negative_or_known_without_a_step() -> None:
+    cost = StepCost()
+    assert cost.expected_s(5, 5) == cost.prefill_tok_s(256) == 0.0
+    for rows in (64, 1, 64, 1):
+        cost.observe(rows, 0, 1.0 / rows)
+        assert min(cost.base_s, cost.row_s, cost.token_s) >= 0.0
+    cost = StepCost()
+    cost.observe(1, 0, 0.0)
+    assert cost.expected_s(1) == 0.0
+
+
+def run(wait: DraftWait, steps: int, tokens_waiting: float, tokens_plain: float, latency_s: float,
+        streams: int = 1) -> float:
+    """Tokens a second over `steps` of 10 ms."""
+    tokens = seconds = 0.0
+    for _ in range(steps):
+        held = wait.seconds(streams, 0.010)
+        hit = held >= latency_s
+        got = tokens_waiting if held and hit else tokens_plain
+        took = 0.010 + (min(held, latency_s) if held else 0.0)
+        wait.answered(latency_s)
+        wait.observe(streams, round(got * 1000), took)
+        tokens, seconds = tokens + got, seconds + took
+    return tokens / seconds
+
+
+def test_waiting_is_kept_where_it_pays() -> None:
+    wait = DraftWait()
+    assert run(wait, 2000, 5.0, 3.0, 0.001) > 0.97 * 5.0 / 0.011
+    assert wait.waiting
+
+
+def test_waiting_that_does_not_pay_costs_less_than_two_percent() -> None:
+    wait = DraftWait()
+    assert run(wait, 2000, 1.0, 1.0, 0.008) > 0.98 * 1.0 / 0.010
+    assert not wait.waiting
+
+
+def test_waiting_is_given_up_when_it_stops_paying() -> None:
+    wait = DraftWait()
+    run(wait, 500, 5.0, 3.0, 0.001)
+    assert wait.waiting
+    run(wait, 3000, 3.0, 3.0, 0.005)
+    assert not wait.waiting
+
+
+def test_nobody_waits_without_a_drafter_or_with_many_streams() -> None:
+    wait = DraftWait()
+    for _ in range(100):
+        assert wait.seconds(1, 0.01) == 0.0
+        wait.observe(1, 1, 0.01)
+    wait.waiting = True
+    wait.answered(0.001)
+    assert wait.seconds(1, 0.01) == 0.002
+    assert wait.seconds(MOST_STREAMS + 1, 0.01) == wait.seconds(0, 0.01) == 0.0

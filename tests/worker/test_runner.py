@@ -1,0 +1,59 @@
+"""Which engine runs, and on which thread."""
+
+import threading
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kernels.step import StepInputs
+from shared.clock import LoopClock
+from shared.settings import WorkerSettings
+from tests.worker.test_mock_decoder import inputs
+from worker.mock_decoder import MockDecoder
+from worker.runner import ThreadRunner, TimedRunner, engine_of, load_decoder, runner_for
+
+
+class WatchedDecoder(MockDecoder):
+    threads: set[int]
+
+    def step(self, inputs: StepInputs) -> NDArray[np.int32]:
+        self.threads.add(threading.get_ident())
+        return super().step(inputs)
+
+
+async def test_a_real_decoder_runs_on_one_thread_of_its_own() -> None:
+    decoder = WatchedDecoder(blocks=4)
+    decoder.threads = set()
+    runner = ThreadRunner(decoder)
+    try:
+        expected = MockDecoder(blocks=4).step(inputs([70], [0])).tolist()
+        for _ in range(5):
+            assert await runner.execute(inputs([70], [0])) == expected
+    finally:
+        runner.close()
+    assert len(decoder.threads) == 1
+    assert threading.get_ident() not in decoder.threads
+
+
+async def test_what_the_device_raises_arrives() -> None:
+    runner = ThreadRunner(MockDecoder(blocks=4))
+    try:
+        with pytest.raises(ValueError, match="hole"):
+            await runner.execute(inputs([70], [7]))
+    finally:
+        runner.close()
+
+
+async def test_the_mock_runs_in_imagined_time() -> None:
+    settings = WorkerSettings(engine="mock", kv_blocks=8, mock_vocabulary=500)
+    decoder = load_decoder(settings)
+    assert (decoder.blocks, decoder.vocabulary_size) == (8, 500)
+    assert isinstance(runner_for(decoder, settings, LoopClock()), TimedRunner)
+
+
+def test_an_unknown_engine_and_a_missing_model_are_named() -> None:
+    with pytest.raises(ValueError, match="engine is 'gpu': choose one of auto, cpu"):
+        engine_of(WorkerSettings(engine="gpu"))
+    with pytest.raises(ValueError, match="engine cpu needs a model"):
+        load_decoder(WorkerSettings(engine="cpu"))
