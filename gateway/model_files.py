@@ -171,9 +171,9 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASED_WORD = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LOWER_WORD, _UPPER_WORD = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{case}" for case in (rf"*{_LOWER}+", rf"+{_LOWER}*")
 )
 
 
@@ -202,8 +202,12 @@ _SPLITS: Mapping[str, _Split] = {
     "qwen2": _Split(
         rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}", compose=True
     ),
+    "gpt-4o": _Split(
+        rf"{_LOWER_WORD}{_ENGLISH}?|{_UPPER_WORD}{_ENGLISH}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",
+        whole_words=True,
+    ),
     "tekken": _Split(
-        rf"{_CASED_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}", whole_words=True, add_bos=True
+        rf"{_LOWER_WORD}|{_UPPER_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}", whole_words=True, add_bos=True
     ),
 }
 
