@@ -16,8 +16,6 @@ server_name: tokenmill
 max_payload: 8MB
 write_deadline: "5s"
 ping_interval: "20s"
-lame_duck_duration: "3s"
-lame_duck_grace_period: "1s"
 jetstream {{
   store_dir: "{store}"
   max_memory_store: 64MB
