@@ -1,0 +1,215 @@
+"""A decoder of the Llama family in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
+
+    embed | per layer: norm, q k v, rotary, write KV, attention, o | norm, gate up, swiglu, down | norm, head, mask, sample
+
+Rule: one path for prefill, decode and verification; a step is rows, whatever they are for. Only sample rows meet the head.
+
+Weights are dequantised when loaded: 4 bytes per weight in float32 (538 MB for the default model of 135 million), shared
+between embedding and a tied head. Matrix products are the library's, and it rounds differently for different numbers of
+rows: this decoder's logits agree between batches to about 1e-5 of their size, not to the bit. The native CPU step is exact.
+"""
+
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.checkpoint import Checkpoint, open_checkpoint
+from kernels.ops import Ops, table
+from kernels.reference import rotary_tables
+from kernels.step import StepInputs
+
+KV_BYTES = 512 << 20
+
+
+class Layer(NamedTuple):
+    """Weights of one layer; matrices that read the same input are one, rows below each other."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    o: Tensor  # [hidden, heads * head_dim]
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 ffn, hidden]
+    down: Tensor  # [hidden, ffn]
+
+
+class StepTensors(NamedTuple):
+    """The rows of a step on the device."""
+
+    tokens: Tensor  # [R] int64
+    positions: Tensor  # [R] int64
+    sequences: Tensor  # [R] int64, the table row of each row
+    tables: Tensor  # [S, B] int32
+    sample_rows: Tensor  # [L] int64
+    longest: int  # positions that the furthest row sees
+
+
+class TorchDecoder:
+    """A `kernels.step.Decoder`. Not thread-safe: one call at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        blocks: int | None = None,
+        kv_bytes: int = KV_BYTES,
+        block_size_tokens: int = 16,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
+    ) -> None:
+        """Load all weights. The KV cache has `blocks`, or as many as fit in `kv_bytes`; its memory fills with use."""
+        self.config = config = checkpoint.config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.ops = ops or table(self.device.type)
+        self.recipe = str(dtype).removeprefix("torch.") + ("" if self.ops.name == "torch" else f"-{self.ops.name}")
+        self.vocabulary_size = config.vocabulary
+        self.context_length = config.context_length
+        self.block_size_tokens = block_size_tokens
+        self.blocks = blocks or kv_bytes // (config.kv_bytes_per_token(dtype.itemsize) * block_size_tokens)
+        if self.blocks < 1:
+            needed = config.kv_bytes_per_token(dtype.itemsize) * block_size_tokens
+            raise ValueError(f"{kv_bytes} bytes hold no KV block; one of {block_size_tokens} tokens takes {needed}")
+
+        self.embedding = self._matrix(checkpoint, "embedding")  # [vocabulary, hidden]
+        self.head = self.embedding if config.tied_head else self._matrix(checkpoint, "head")
+        self.norm = self._vector(checkpoint, "norm")
+        self.layers = [self._layer(checkpoint, f"layers.{layer}.") for layer in range(config.layers)]
+        cache = (config.layers, self.blocks, block_size_tokens, config.kv_heads, config.head_dim)
+        self.keys = torch.empty(cache, dtype=dtype, device=self.device)
+        self.values = torch.empty(cache, dtype=dtype, device=self.device)
+        self.cosines, self.sines = rotary_tables(config.rope_frequencies(), config.context_length, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        model_path: Path,
+        *,
+        blocks: int | None = None,
+        kv_bytes: int = KV_BYTES,
+        block_size_tokens: int = 16,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        ops: Ops | None = None,
+    ) -> Self:
+        """Open and load a GGUF file or a Hugging Face folder. Raises CheckpointError where it cannot be used."""
+        checkpoint = open_checkpoint(model_path)
+        return cls(
+            checkpoint,
+            blocks=blocks,
+            kv_bytes=kv_bytes,
+            block_size_tokens=block_size_tokens,
+            device=device,
+            dtype=dtype,
+            ops=ops,
+        )
+
+    def step(self, inputs: StepInputs) -> NDArray[np.int32]:
+        """Run one step; the chosen token of each of the L sample rows. Raises ValueError for a step that is malformed."""
+        with torch.inference_mode():
+            logits = self._logits(inputs)
+            temperatures, top_k, top_p, min_p = (
+                torch.from_numpy(values).to(self.device)
+                for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+            )
+            seeds = torch.from_numpy(inputs.seeds.view(np.int64)).to(self.device)
+            new_positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1).to(self.device)
+            masked = self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p)
+            chosen: NDArray[np.int32] = self.ops.sample(masked, temperatures, seeds, new_positions).cpu().numpy()
+        return chosen
+
+    def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Run one step; the raw logits [L, V] instead of tokens."""
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self._logits(inputs).float().cpu().numpy()
+        return logits
+
+    def _logits(self, inputs: StepInputs) -> Tensor:
+        rows = self._rows(inputs)
+        hidden, residual = self._forward(rows)
+        sampled = rows.sample_rows
+        normed, _ = self.ops.add_rms_norm(hidden[sampled], residual[sampled], self.norm, self.config.norm_eps)
+        return self.ops.linear(normed, self.head)
+
+    def _forward(self, rows: StepTensors) -> tuple[Tensor, Tensor]:
+        """The last layer's output and the residual it is to be added to, both [R, hidden]."""
+        config, ops = self.config, self.ops
+        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
+        scale = head_dim**-0.5
+        residual = self.embedding[rows.tokens]
+        normed = ops.rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
+        hidden = residual
+        for number, layer in enumerate(self.layers):
+            keys, values = self.keys[number], self.values[number]
+            if number > 0:
+                normed, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, config.norm_eps)
+            qkv = ops.linear(normed, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+            q, k = ops.rotary(q, k, rows.positions, self.cosines, self.sines, config.rope_interleaved)
+            ops.write_kv(k, v, keys, values, rows.tables, rows.sequences, rows.positions)
+            attended = ops.paged_attention(
+                q, keys, values, rows.tables, rows.sequences, rows.positions, scale, rows.longest
+            )
+            hidden = ops.linear(attended.flatten(1), layer.o)
+            normed, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
+            gate, up = ops.linear(normed, layer.gate_up).chunk(2, dim=1)
+            hidden = ops.linear(ops.swiglu(gate, up), layer.down)
+        return hidden, residual
+
+    def _rows(self, inputs: StepInputs) -> StepTensors:
+        check_step(inputs, self)
+        counts = np.diff(inputs.sequence_starts)
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        tokens, positions, tables, sample_rows = (
+            torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+            for values in (inputs.tokens, inputs.positions, inputs.block_tables, inputs.sample_rows)
+        )
+        return StepTensors(
+            tokens=tokens.long(),
+            positions=positions.long(),
+            sequences=torch.from_numpy(sequences).to(self.device),
+            tables=tables,
+            sample_rows=sample_rows.long(),
+            longest=int(inputs.positions.max(initial=0)) + 1,
+        )
+
+    def _layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
+        return Layer(
+            attention_norm=self._vector(checkpoint, prefix + "attention_norm"),
+            qkv=self._matrix(checkpoint, *(f"{prefix}attention.{part}" for part in "qkv")),
+            o=self._matrix(checkpoint, prefix + "attention.o"),
+            mlp_norm=self._vector(checkpoint, prefix + "mlp_norm"),
+            gate_up=self._matrix(checkpoint, prefix + "mlp.gate", prefix + "mlp.up"),
+            down=self._matrix(checkpoint, prefix + "mlp.down"),
+        )
+
+    def _matrix(self, checkpoint: Checkpoint, *names: str) -> Tensor:
+        parts = [checkpoint.tensor(f"{name}.weight").to(self.dtype) for name in names]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+
+    def _vector(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        return checkpoint.tensor(f"{name}.weight").to(self.device)
+
+
+def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
+    """Raise ValueError where a step would read or write what is not there: the scheduler's mistakes, caught before harm."""
+    starts, tables = inputs.sequence_starts, inputs.block_tables
+    rows, sequences = len(inputs.tokens), len(starts) - 1
+    if starts[0] != 0 or starts[-1] != rows or (np.diff(starts) < 1).any() or len(tables) != sequences:
+        raise ValueError(f"sequence starts {starts.tolist()} do not divide {rows} rows among {len(tables)} sequences")
+    if rows == 0:
+        raise ValueError("a step has at least one row")
+    if ((inputs.tokens < 0) | (inputs.tokens >= decoder.vocabulary_size)).any():
+        raise ValueError(f"a token id lies outside 0..{decoder.vocabulary_size - 1}")
+    if ((inputs.positions < 0) | (inputs.positions >= decoder.context_length)).any():
+        raise ValueError(f"a position lies outside the context of {decoder.context_length} tokens")
+    needed = np.maximum.reduceat(inputs.positions, starts[:-1]) // decoder.block_size_tokens  # [S]
+    if needed.max() >= tables.shape[1]:
+        raise ValueError(f"a block table of {tables.shape[1]} blocks is too short: {needed.max() + 1} are needed")
+    used = np.arange(tables.shape[1]) <= needed[:, None]
+    if (used & ((tables < 0) | (tables >= decoder.blocks))).any():
+        raise ValueError(f"a block that is needed lies outside 0..{decoder.blocks - 1}")

@@ -1,0 +1,68 @@
+"""The one table of operators that a decoder runs on, and the only switch between Triton and plain torch.
+
+Rule: every operator is specified by its namesake in `kernels.reference`; an entry may be faster, never mean something else.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+
+class Ops(NamedTuple):
+    """One implementation of each operator; signatures as in `kernels.reference`."""
+
+    name: str  # goes into a decoder's recipe
+    linear: Callable[[Tensor, Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None], Tensor]
+    mask_logits: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    count_accepted: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+REFERENCE = Ops(
+    name="torch",
+    linear=reference.linear,
+    rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
+    rotary=reference.rotary,
+    swiglu=reference.swiglu,
+    write_kv=reference.write_kv,
+    paged_attention=reference.paged_attention,
+    mask_logits=reference.mask_logits,
+    sample=reference.sample,
+    count_accepted=reference.count_accepted,
+)
+
+
+@cache
+def table(device_type: str) -> Ops:
+    """The operators for "cuda" or "cpu", the same ones for the life of the process."""
+    return triton() if device_type == "cuda" and torch.cuda.is_available() else REFERENCE
+
+
+@cache
+def triton() -> Ops:
+    """The Triton kernels, and the reference where there is none: matrix products are cuBLAS's, masks sort by torch."""
+    from kernels import triton_attention, triton_kv, triton_norm, triton_rotary, triton_sampling, triton_swiglu
+
+    return REFERENCE._replace(
+        name="triton",
+        rms_norm=triton_norm.rms_norm,
+        add_rms_norm=triton_norm.add_rms_norm,
+        rotary=triton_rotary.rotary,
+        swiglu=triton_swiglu.swiglu,
+        write_kv=triton_kv.write_kv,
+        paged_attention=triton_attention.paged_attention,
+        sample=triton_sampling.sample,
+        count_accepted=triton_sampling.count_accepted,
+    )
