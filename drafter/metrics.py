@@ -1,0 +1,47 @@
+"""What Prometheus sees of a drafter.
+
+One registry per drafter, so that several can live in one process.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from shared.telemetry import start_metrics_server
+
+
+class Metrics:
+    """All figures of one drafter."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self.followed = Counter("mill_drafter_followed", "Follow messages taken in.", registry=own)
+        self.proposals = Counter("mill_drafter_proposals", "Proposals sent.", registry=own)
+        self.proposed_tokens = Counter("mill_drafter_proposed_tokens", "Tokens in them.", registry=own)
+        self.judged_tokens = Counter("mill_drafter_judged_tokens", "Guessed tokens that met the real one.",
+                                     registry=own)
+        self.right_tokens = Counter("mill_drafter_right_tokens", "Of those, equal to it.", registry=own)
+        self.streams_ended = Counter("mill_drafter_streams_ended", "Streams no longer followed, by reason.", ["why"],
+                                     registry=own)
+        self.bad_messages = Counter("mill_drafter_bad_messages", "Messages that could not be decoded.", registry=own)
+        self.lost = Counter("mill_drafter_lost", "Messages that could not be handled.", ["cause"], registry=own)
+        self.gaps = Gauge("mill_drafter_follow_gaps_total", "Times that Follow messages were missing.", registry=own)
+        self.following = Gauge("mill_drafter_following", "Streams followed.", registry=own)
+        self.context_tokens = Gauge("mill_drafter_context_tokens", "Tokens in these streams.", registry=own)
+        self.recent_tokens = Gauge("mill_drafter_recent_tokens", "Tokens of recent outputs.", registry=own)
+
+    @contextmanager
+    def served(self, port: int) -> Iterator[None]:
+        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
+        server = start_metrics_server(port)
+        if server is None:
+            yield
+            return
+        REGISTRY.register(self.registry)
+        try:
+            yield
+        finally:
+            REGISTRY.unregister(self.registry)
+            server.close()
