@@ -8,9 +8,6 @@ A pulled model is a folder. Its weights are either `model.gguf` (or one other *.
 
 Reading a vocabulary out of GGUF takes seconds (2.8 s for 49,152 tokens), these two take milliseconds; hence once.
 Both are written under another name and renamed, so that a reader finds them whole or not at all.
-
-A GGUF names its pre-tokeniser and leaves the meaning to the reader. `_SPLITS` holds the names whose original tokenizer
-is known; for another one `prepare` refuses rather than produce tokens the model was not trained on.
 """
 
 import hashlib
@@ -23,6 +20,8 @@ from typing import Any
 import msgspec
 import tokenizers
 from msgspec import Struct
+
+from gateway.gguf_tokenizer import CONTROL, SPLITS, tokenizer_document
 
 FORMAT = 1  # of what `prepare` writes; a card of another format is written anew
 
@@ -166,51 +165,6 @@ def _write(path: Path, content: bytes) -> None:
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
-# gguf token types
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LOWER_WORD, _UPPER_WORD = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}{case}" for case in (rf"*{_LOWER}+", rf"+{_LOWER}*")
-)
-
-
-class _Split(Struct, frozen=True):
-    """How text is cut before merges apply. No `pattern`: the one GPT-2 came with, built into the library."""
-
-    pattern: str = ""
-    single_digits: bool = False
-    compose: bool = False  # normalise to NFC first
-    whole_words: bool = False  # a piece that is a token is taken as it is, merges or not
-    add_bos: bool = False  # where the metadata does not say
-
-
-_LLAMA3 = _Split(
-    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}",
-    whole_words=True,
-    add_bos=True,
-)
-_SPLITS: Mapping[str, _Split] = {
-    "gpt-2": _Split(),
-    "gpt2": _Split(),
-    "smollm": _Split(single_digits=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _Split(
-        rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_TAIL}", compose=True
-    ),
-    "gpt-4o": _Split(
-        rf"{_LOWER_WORD}{_ENGLISH}?|{_UPPER_WORD}{_ENGLISH}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",
-        whole_words=True,
-    ),
-    "tekken": _Split(
-        rf"{_LOWER_WORD}|{_UPPER_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}", whole_words=True, add_bos=True
-    ),
-}
-
 
 def _from_gguf(path: Path, name: str, identity: str) -> tuple[bytes, ModelCard]:
     from gguf import GGUFReader  # here: only `prepare` pays for it
@@ -224,58 +178,25 @@ def _from_gguf(path: Path, name: str, identity: str) -> tuple[bytes, ModelCard]:
         return fields[key].contents() if key in fields else default
 
     kind, pre = read("tokenizer.ggml.model", "none"), read("tokenizer.ggml.pre", "")
-    if kind != "gpt2" or pre not in _SPLITS:
+    if kind != "gpt2" or pre not in SPLITS:
         what = f"tokenizer {kind!r}" if kind != "gpt2" else f"pre-tokeniser {pre or 'unnamed'!r}"
         raise UnusableModel(
             f"{path.name} has the {what}, which is not supported from GGUF (supported: gpt2 with "
-            f"{', '.join(sorted(_SPLITS))}): use the Hugging Face folder of this model"
+            f"{', '.join(sorted(SPLITS))}): use the Hugging Face folder of this model"
         )
-    tokens: list[str] = read("tokenizer.ggml.tokens")
+    tokens: list[str] = read("tokenizer.ggml.tokens", [])
     types: list[int] = read("tokenizer.ggml.token_type", [1] * len(tokens))
     architecture = str(read("general.architecture", ""))
     context_length = read(f"{architecture}.context_length")
-    if not context_length:
-        raise UnusableModel(f"{path.name} does not say {architecture}.context_length: convert the model again")
+    for key, value in ((f"{architecture}.context_length", context_length), ("tokenizer.ggml.tokens", tokens)):
+        if not value:
+            raise UnusableModel(f"{path.name} does not say {key}: convert the model again")
     bos, eos = read("tokenizer.ggml.bos_token_id"), read("tokenizer.ggml.eos_token_id")
-    split = _SPLITS[pre]
+    split = SPLITS[pre]
     add_bos = bos is not None and bool(read("tokenizer.ggml.add_bos_token", split.add_bos))
-    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
-    special = {token: i for token, i in vocabulary.items() if types[i] == _CONTROL}
+    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
     ends = [read(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": types[i] == _CONTROL,
-            }
-            for token, i in vocabulary.items()
-            if types[i] in (_CONTROL, _USER_DEFINED)
-        ],
-        "normalizer": {"type": "NFC"} if split.compose else None,
-        "pre_tokenizer": _pre_tokenizer(split),
-        "post_processor": _bos_first(tokens[bos], bos) if add_bos else None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": split.whole_words,
-            "vocab": vocabulary,
-            "merges": [merge.split(" ") for merge in read("tokenizer.ggml.merges", [])],
-        },
-    }
+    document = tokenizer_document(tokens, types, read("tokenizer.ggml.merges", []), split, bos if add_bos else None)
     content = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     return content, ModelCard(
         name=name,
@@ -291,29 +212,6 @@ def _from_gguf(path: Path, name: str, identity: str) -> tuple[bytes, ModelCard]:
         chat_template=read("tokenizer.chat_template", ""),
         source=identity,
     )
-
-
-def _pre_tokenizer(split: _Split) -> dict[str, Any]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not split.pattern}
-    first: list[dict[str, Any]] = []
-    if split.single_digits:
-        first.append({"type": "Digits", "individual_digits": True})
-    if split.pattern:
-        first.append(
-            {"type": "Split", "pattern": {"Regex": split.pattern}, "behavior": "Isolated", "invert": False}
-        )
-    return {"type": "Sequence", "pretokenizers": [*first, byte_level]} if first else byte_level
-
-
-def _bos_first(token: str, id: int) -> dict[str, Any]:
-    bos = {"SpecialToken": {"id": token, "type_id": 0}}
-    one, two = ({"Sequence": {"id": which, "type_id": 0}} for which in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, one],
-        "pair": [bos, one, bos, two],
-        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
-    }
 
 
 # --- Hugging Face files ----------------------------------------------------------------------------------------------

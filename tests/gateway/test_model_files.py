@@ -247,6 +247,18 @@ def test_a_gguf_that_was_cut_off_is_told_as_such(folder: Path, length: int) -> N
     assert [file.name for file in folder.iterdir()] == ["model.gguf"]
 
 
+def test_a_gguf_without_a_vocabulary_is_told_as_such(folder: Path) -> None:
+    writer = GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_context_length(4096)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnusableModel, match="tokens"):
+        prepare(folder / "model.gguf", folder)
+
+
 def test_a_folder_without_a_model_says_what_is_missing(folder: Path) -> None:
     with pytest.raises(UnusableModel, match=r"config\.json"):
         prepare(folder, folder)
