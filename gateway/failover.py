@@ -35,6 +35,7 @@ from shared.tokens import pack, unpack
 _PAUSE_S = 0.1  # first pause before a publish is repeated; doubles each time
 _MAX_PAUSE_S = 2.0
 _RETRY_AFTER_S = 1.0
+_MAX_EARLY = 64  # messages that came before their turn
 
 
 class Limits(Struct, frozen=True):
@@ -45,6 +46,9 @@ class Limits(Struct, frozen=True):
     # An accepted stream may queue this long for its first token: longer than routers let anybody queue, because sending
     # waiting streams again is what turns an overload into a collapse.
     queue_s: float = 90.0
+    # A message may be overtaken by the next: what is early waits so long for what is missing. NATS keeps the order of
+    # one sender, so there this only delays the repair of a loss.
+    reorder_s: float = 0.2
     suspect_s: float = 1.0  # after a lost reply, for the stream to show that it lives
     max_attempts: int = 4
     max_deaths: int = 2  # workers that may die under one stream and it is still sent on
@@ -89,9 +93,10 @@ Action = Deliver | Submit | SendCancel | Finish | Fail
 class StreamState:
     """One stream. `request` is its first attempt; `deadline_s` is on the caller's monotonic clock."""
 
-    __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_excluded", "_first_of_attempt", "_pause_s",
-                 "_progress_s", "_prompt_hashes", "_resume_s", "_since_s", "_suspect_s", "_tries", "_unheard_since_s",
-                 "attempt", "cached_tokens", "deadline_s", "delivered", "epoch", "limits", "request", "state", "worker")
+    __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded", "_first_of_attempt",
+                 "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s", "_suspect_s", "_tries",
+                 "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered", "epoch", "limits", "request",
+                 "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
@@ -115,6 +120,9 @@ class StreamState:
         self._progress_s = 0.0  # when a token last came, or the stream began
         self._resume_s = 0.0  # waiting: when to publish
         self._suspect_s: float | None = None
+        self._early: dict[int, list[int]] = {}  # index -> tokens that wait for the ones before them
+        self._early_end: Finished | None = None
+        self._gap_s: float | None = None  # when waiting for the missing ends
         self._unheard_since_s: float | None = None
 
     # --- inputs ------------------------------------------------------------------------------------------------------
@@ -195,6 +203,8 @@ class StreamState:
         if self.state == "waiting":
             return self._publish("unheard" if self._unheard_since_s is not None else "refused", now_s) \
                 if now_s >= self._resume_s else []
+        if self._gap_s is not None and now_s >= self._gap_s:
+            return self._resubmit("gap", now_s)
         waited_s = now_s - self._since_s
         if self.state == "submitted":
             return self._resubmit("not_accepted", now_s) if waited_s >= self.limits.accept_s else []
@@ -215,25 +225,51 @@ class StreamState:
     def _on_tokens(self, reply: Tokens, sender: str, epoch: int, now_s: float) -> list[Action]:
         actions = self._own(sender, epoch, now_s)
         if reply.index > len(self.delivered):
-            return actions or self._resubmit("gap", now_s)
-        fresh = unpack(reply.tokens)[len(self.delivered) - reply.index:]
-        fresh = fresh[:self.request.max_tokens - len(self.delivered)]
+            return actions or self._hold(now_s, reply.index, unpack(reply.tokens))
+        fresh = self._in_turn(reply.index, unpack(reply.tokens))
         if not fresh:
             return actions
         self.delivered += fresh
         self._progress_s = self._since_s = now_s
         self._pause_s = _PAUSE_S
+        if not self._early:
+            self._gap_s = None
         # its last word should be in the same message: if it got lost, do not wait for a stall
         self._suspect_s = now_s + self.limits.suspect_s if self._end_reason() else None
+        if self._early_end is not None and self._early_end.completion_tokens == len(self.delivered):
+            return [Deliver(fresh), *actions, *self._finish(self._early_end)]
         return [Deliver(fresh), *actions]
 
+    def _in_turn(self, index: int, tokens: list[int]) -> list[int]:
+        """What of `tokens`, and of early ones that follow them, is new; never more than was asked for."""
+        have = len(self.delivered)
+        fresh = tokens[have - index:]
+        for early in sorted(self._early):
+            if early > have + len(fresh):
+                break
+            fresh += self._early.pop(early)[have + len(fresh) - early:]
+        return fresh[:self.request.max_tokens - have]
+
+    def _hold(self, now_s: float, index: int, tokens: list[int]) -> list[Action]:
+        """Keep what came too early, for as long as a message may be late."""
+        self._early[index] = tokens
+        if len(self._early) > _MAX_EARLY:
+            return self._resubmit("gap", now_s)
+        if self._gap_s is None:
+            self._gap_s = now_s + self.limits.reorder_s
+        return []
+
     def _on_finished(self, reply: Finished, sender: str, now_s: float) -> list[Action]:
-        whole = reply.completion_tokens == len(self.delivered) and reply.reason != "cancelled"
-        if whole:
+        if reply.reason != "cancelled" and reply.completion_tokens == len(self.delivered):
             return self._finish(reply)
         if self.worker and sender != self.worker:
             return []
-        return self._resubmit("cancelled" if reply.reason == "cancelled" else "gap", now_s)
+        if reply.reason == "cancelled" or reply.completion_tokens < len(self.delivered):
+            return self._resubmit("cancelled" if reply.reason == "cancelled" else "gap", now_s)
+        self._early_end = reply
+        if self._gap_s is None:
+            self._gap_s = now_s + self.limits.reorder_s
+        return []
 
     def _on_failed(self, reply: Failed, sender: str, now_s: float, from_worker: bool) -> list[Action]:
         if self.worker and sender != self.worker:
@@ -294,6 +330,8 @@ class StreamState:
         self.worker = ""
         self._first_of_attempt = len(self.delivered)
         self._unheard_since_s = None
+        self._gap_s = self._early_end = None
+        self._early.clear()
 
     def _publish(self, cause: str, now_s: float) -> list[Action]:
         self._enter("submitted", now_s)

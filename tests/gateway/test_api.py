@@ -10,7 +10,7 @@ import pytest
 from gateway.service import Gateway
 from shared import subjects
 from shared.blocks import hash_chain, join_hashes, tenant_salt
-from shared.messages import Accepted, Failed, Finished, Generate, GatewayStatus, Reply, Tokens, decode
+from shared.messages import Accepted, Failed, Finished, GatewayStatus, Generate, Reply, Tokens, decode
 from shared.noise import choice_seed
 from shared.tokens import pack, unpack
 from tests.gateway.fake_mesh import END, MODEL, START, FakeMesh, gateway_and_mesh, refusal, tiny_model
@@ -338,7 +338,7 @@ async def test_no_eligible_worker_says_that_a_retry_is_no_use() -> None:
 
 
 async def test_no_router_at_all_is_503_soon_and_a_router_that_comes_back_in_time_is_enough() -> None:
-    async with gateway_and_mesh() as (client, mesh, gateway):
+    async with gateway_and_mesh() as (client, mesh, _):
         await mesh.bus.close()
         response = await client.post(CHAT, json=chat())
         assert (response.status_code, response.json()["error"]["code"]) == (503, "mesh_unavailable")
@@ -373,7 +373,7 @@ async def test_a_broker_restart_in_mid_stream_is_a_pause_and_nothing_else() -> N
 
 
 async def test_a_gap_in_the_stream_is_mended_without_a_trace_in_the_text() -> None:
-    async with gateway_and_mesh() as (client, mesh, gateway):
+    async with gateway_and_mesh() as (client, mesh, _):
 
         def script(request: Generate) -> list[Reply] | None:
             if request.attempt > 1:

@@ -69,7 +69,9 @@ def test_what_came_before_is_trimmed_by_index() -> None:
 
 def test_a_gap_resubmits_behind_what_was_delivered() -> None:
     state = running(7, 8)
-    cancel, submit = state.hear(tokens(3, 10), "w1", 5, 1.1)
+    assert state.hear(tokens(3, 10), "w1", 5, 1.1) == []
+    assert state.tick(1.25) == []
+    cancel, submit = state.tick(1.3)
     assert cancel == SendCancel("w1", Cancel("r", 1))
     assert isinstance(submit, Submit) and submit.cause == "gap"
     again = submit.message
@@ -83,7 +85,8 @@ def test_a_gap_resubmits_behind_what_was_delivered() -> None:
 def test_hashes_of_a_resubmission_reach_over_blocks_of_delivered_tokens() -> None:
     generated = list(range(40))
     state = running(*generated, max_tokens=100, stop_token_ids=())
-    _, submit = state.hear(tokens(50, 1), "w1", 5, 2.0)
+    state.hear(tokens(50, 1), "w1", 5, 2.0)
+    _, submit = state.tick(2.2)
     assert isinstance(submit, Submit)
     assert submit.message.block_hashes == join_hashes(hash_chain(PROMPT + generated, b"salt"))
 
@@ -196,7 +199,33 @@ def test_a_lost_last_word_ends_the_stream_all_the_same() -> None:
 
 def test_a_last_word_that_counts_otherwise_is_a_gap() -> None:
     state = running(7)
-    assert isinstance(state.hear(finished(3), "w1", 5, 1.1)[-1], Submit)
+    assert state.hear(finished(3), "w1", 5, 1.1) == []
+    assert isinstance(state.tick(1.3)[-1], Submit)
+    assert isinstance(running(7, 8).hear(finished(1), "w1", 5, 1.1)[-1], Submit)
+
+
+def test_what_was_overtaken_is_waited_for_and_put_in_its_place() -> None:
+    state = running(7)
+    assert state.hear(tokens(4, 11), "w1", 5, 1.1) == []
+    assert state.hear(tokens(2, 9, 10), "w1", 5, 1.1) == []
+    assert state.hear(finished(5), "w1", 5, 1.15) == []
+    assert state.hear(tokens(1, 8), "w1", 5, 1.2) == [Deliver([8, 9, 10, 11]), Finish(finished(5))]
+
+
+def test_a_gap_that_closes_leaves_no_timer_behind() -> None:
+    state = running(7)
+    state.hear(tokens(2, 9), "w1", 5, 1.1)
+    assert state.hear(tokens(1, 8), "w1", 5, 1.2) == [Deliver([8, 9])]
+    assert state.tick(5.0) == []
+
+
+def test_what_comes_too_early_is_kept_within_bounds() -> None:
+    state = running(7, max_tokens=1000)
+    actions: list[Action] = []
+    for index in range(2, 100):
+        actions += state.hear(tokens(2 * index, 1), "w1", 5, 1.1)
+    assert [action.cause for action in actions if isinstance(action, Submit)] == ["gap"]
+    assert len(state._early) == 0
 
 
 def test_a_cancel_nobody_asked_for_is_no_end() -> None:
