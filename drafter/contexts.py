@@ -23,9 +23,9 @@ from shared.tokens import unpack
 MEMORY = 0.1
 # the probability that a guessed token is right while nothing is known, by the length of the match it came from
 LONG_MATCH = 8
-FIRST_SHORT, FIRST_LONG = 0.5, 0.85
-# a token that is right less often than this is not worth its place in a message
-LEAST_SURVIVAL = 0.1
+FIRST_SHORT, FIRST_LONG = 0.6, 0.85
+# a token whose proposal comes true less often than this is not worth its place in a message
+LEAST_SURVIVAL = 0.05
 
 
 class Key(NamedTuple):

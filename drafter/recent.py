@@ -5,6 +5,7 @@ another vocabulary, and one zone, because what was said in a zone stays there (l
 Pure.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Recent:
         self._texts.move_to_end(audience)
         texts.add(tokens[max(0, prompt_tokens - LEAD_TOKENS):])
 
-    def longest_match(self, audience: Audience, end: Sequence[int], most: int) -> Match | None:
+    def longest_match(self, audience: Audience, end: "array[int]", most: int) -> Match | None:
         """Up to `most` tokens that followed the longest occurrence of the end of `end` in what this audience said."""
         texts = self._texts.get(audience)
         return texts.longest_match(end, most) if texts is not None else None

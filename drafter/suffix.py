@@ -10,6 +10,8 @@ hash alike, in two flat arrays. Appending costs one table access whatever the te
 `MAX_TRIED` candidates, and a token costs 16 bytes; a suffix automaton finds the same matches for several hundred.
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,25 +61,24 @@ class History:
         else:
             self._link(begin)
 
-    def longest_match(self, end: Sequence[int], most: int) -> Match | None:
+    def longest_match(self, end: array[int], most: int) -> Match | None:
         """Up to `most` tokens that followed the longest earlier occurrence of the end of `end`.
 
         `end` may be this very text, which then does not match itself at its own end: a continuation that reaches that
         end goes on with what it has just said, as repetitive text does.
         """
-        if len(end) < MIN_MATCH or most <= 0:
-            return None
         tokens, length = self.tokens, len(self.tokens)
-        a, b, c = end[-3], end[-2], end[-1]
-        candidate = self._latest[_slot(a, b, c, len(self._latest))]
+        said = _behind_separator(end[-MAX_MATCH:])
+        if len(said) < MIN_MATCH or most <= 0:
+            return None
+        candidate = self._latest[_slot(said[-3], said[-2], said[-1], len(self._latest))]
         longest = 0
         follows: dict[int, list[int]] = {}  # next token -> how often, the latest end before it
         for _ in range(MAX_TRIED):
             if not candidate:
                 break
-            if candidate < length and tokens[candidate] != SEPARATOR and (longest == MAX_MATCH or _could_match(
-                    tokens, candidate, end, longest)):
-                matched = _match_length(tokens, candidate, end)
+            if candidate < length and tokens[candidate] != SEPARATOR:
+                matched = _match_length(tokens, candidate, said)
                 if matched >= MIN_MATCH and matched >= longest:
                     if matched > longest:
                         longest = matched
@@ -138,7 +139,7 @@ class RecentTexts:
             self._old, self._young = self._young, History()
         self._young.extend([SEPARATOR, *tokens[-self._half:]])
 
-    def longest_match(self, end: Sequence[int], most: int) -> Match | None:
+    def longest_match(self, end: array[int], most: int) -> Match | None:
         """As `History.longest_match`; the younger half first."""
         young = self._young.longest_match(end, most)
         old = self._old.longest_match(end, most)
@@ -159,19 +160,19 @@ def _slot(a: int, b: int, c: int, size: int) -> int:
     return hash((a, b, c)) & size - 1
 
 
-def _could_match(tokens: Sequence[int], candidate: int, end: Sequence[int], longest: int) -> bool:
-    """Whether the token that would make the match as long as the longest so far agrees: most candidates stop here."""
-    back = max(longest, 1)
-    return candidate >= back and len(end) >= back and tokens[candidate - back] == end[-back]
+def _behind_separator(tokens: array[int]) -> array[int]:
+    """What stands behind the last separator."""
+    if SEPARATOR not in tokens:
+        return tokens
+    return tokens[len(tokens) - tokens[::-1].index(SEPARATOR):]
 
 
-def _match_length(tokens: Sequence[int], candidate: int, end: Sequence[int]) -> int:
-    """How many tokens before `candidate` equal the end of `end`."""
-    most = min(candidate, len(end), MAX_MATCH)
+def _match_length(tokens: array[int], candidate: int, said: array[int]) -> int:
+    """How many tokens before `candidate` equal the end of `said`."""
+    most = min(candidate, len(said))
+    if tokens[candidate - most:candidate] == said[len(said) - most:]:
+        return most
     length = 0
-    while length < most:
-        token = tokens[candidate - 1 - length]
-        if token != end[-1 - length] or token == SEPARATOR:
-            break
+    while tokens[candidate - 1 - length] == said[-1 - length]:
         length += 1
     return length

@@ -1,6 +1,7 @@
 """What was seen before is found again, and nothing else."""
 
 import random
+from array import array
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,9 +63,9 @@ def test_a_short_match_reaches_less_far_than_a_long_one() -> None:
 
 def test_nothing_is_matched_or_continued_across_a_separator() -> None:
     text = history([SEPARATOR, 1, 2, 3, 4, SEPARATOR, 5, 6, 7, 8, SEPARATOR])
-    assert text.longest_match([9, 2, 3, 4], 9) is None
-    assert text.longest_match([0, 1, 2, 3], 9) == Match(3, [4])
-    assert text.longest_match([3, 4, SEPARATOR], 9) is None
+    assert text.longest_match(array("I", [9, 2, 3, 4]), 9) is None
+    assert text.longest_match(array("I", [0, 1, 2, 3]), 9) == Match(3, [4])
+    assert text.longest_match(array("I", [3, 4, SEPARATOR]), 9) is None
 
 
 def test_a_token_that_is_none_is_refused_and_changes_nothing() -> None:
@@ -127,18 +128,18 @@ def test_recent_texts_are_found_until_they_are_pushed_out() -> None:
     recent = RecentTexts(max_tokens=200)
     first = list(range(1000, 1050))
     recent.add(first)
-    assert recent.longest_match(first[:10], 5) == Match(10, first[10:15])
+    assert recent.longest_match(array("I", first[:10]), 5) == Match(10, first[10:15])
     for number in range(10):
         recent.add(list(range(number * 100, number * 100 + 50)))
         assert len(recent) <= 202
-    assert recent.longest_match(first[:10], 5) is None
-    assert recent.longest_match(list(range(900, 910)), 3) == Match(10, [910, 911, 912])
+    assert recent.longest_match(array("I", first[:10]), 5) is None
+    assert recent.longest_match(array("I", range(900, 910)), 3) == Match(10, [910, 911, 912])
 
 
 def test_of_a_text_too_long_to_remember_the_end_is_remembered() -> None:
     recent = RecentTexts(max_tokens=100)
     recent.add(list(range(1000)))
-    assert recent.longest_match([990, 991, 992], 3) == Match(3, [993, 994, 995])
+    assert recent.longest_match(array("I", [990, 991, 992]), 3) == Match(3, [993, 994, 995])
     assert len(recent) <= 102
 
 
