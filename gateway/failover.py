@@ -93,10 +93,10 @@ Action = Deliver | Submit | SendCancel | Finish | Fail
 class StreamState:
     """One stream. `request` is its first attempt; `deadline_s` is on the caller's monotonic clock."""
 
-    __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded", "_first_of_attempt",
-                 "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s", "_suspect_s", "_tries",
-                 "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered", "epoch", "limits", "request",
-                 "state", "worker")
+    __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded",
+                 "_first_of_attempt", "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s",
+                 "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered",
+                 "epoch", "limits", "request", "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
