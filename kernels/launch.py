@@ -1,7 +1,7 @@
 """Launching a Triton kernel: on a GPU, in the interpreter, or on paper.
 
-Every wrapper launches through `launch`, so that `recording` can ask any of them what it would launch, for which argument
-types, and `kernels.lowering` can compile exactly that for a GPU that is not there.
+Every wrapper launches through `launch`, so that `recording` can ask any of them what it would launch, for which
+argument types, and `kernels.lowering` can compile exactly that for a GPU that is not there.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """Compiling the Triton kernels for a GPU that is not there: `python -m kernels.lowering [--json FILE]`.
 
-The interpreter accepts much that the compiler refuses, and knows neither registers nor shared memory. Here every launch that
-the wrappers make for a Llama-3.1-8B shape is lowered to machine code for Hopper (sm_90) with the assembler inside the
-triton package, and the resources it takes are listed. A kernel that compiles has not thereby run.
+The interpreter accepts much that the compiler refuses, and knows neither registers nor shared memory. Here every launch
+that the wrappers make for a Llama-3.1-8B shape is lowered to machine code for Hopper (sm_90) with the assembler inside
+the triton package, and the resources it takes are listed. A kernel that compiles has not thereby run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Lowered:
 
 
 def lower(name: str, recorded: Recorded) -> Lowered:
-    """Compile one recorded launch for Hopper. Raises what the compiler raises; needs a process that does not interpret."""
+    """Compile one recorded launch for Hopper. Raises what the compiler raises."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; unset it and start again")
     source = _source(recorded)
@@ -68,7 +68,7 @@ def lower(name: str, recorded: Recorded) -> Lowered:
 
 
 def _source(recorded: Recorded) -> ASTSource:
-    """The specialisation that a launch with these arguments would get: 1 is a constant, multiples of 16 are known as such."""
+    """The specialisation that a launch with these arguments gets: 1 is a constant, multiples of 16 are known."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -81,9 +81,12 @@ def _source(recorded: Recorded) -> ASTSource:
         value = next(positional)
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         elif value == 1:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = 1
@@ -102,7 +105,8 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", listing)
     if found is None:
         return None, None

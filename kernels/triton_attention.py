@@ -1,13 +1,14 @@
 """Attention over the paged KV cache, one row (one query token) at a time, in fixed splits of its context.
 
 Rule: what a row gets depends on its own context only, bit for bit: not on the number of rows, not on other rows, not on
-whether it came as a decode, a verify or a prefill row. Splits are aligned to position 0 and have the same length for every
-batch; tiles inside a split and splits inside a row are added in position order.
+whether it came as a decode, a verify or a prefill row. Splits are aligned to position 0 and have the same length for
+every batch; tiles inside a split and splits inside a row are added in position order.
 Reference: `reference.paged_attention`.
 
 Two kernels. `_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum, with the
-query heads that share a KV head packed into one tile so that K and V are read once for all of them. `_combine_splits` adds
-the splits of a (row, query head) in order.
+query heads that share a KV head packed into one tile so that K and V are read once for all of them. `_combine_splits`
+adds the splits of a (row, query head) in order. What varies with the batch is kept out of Triton's specialisation, so
+that one compiled kernel serves every batch.
 
 R rows, H query heads, K KV heads, G = H / K, D head size, N positions of a tile, P splits.
 """
@@ -34,9 +35,10 @@ def paged_attention(
 ) -> torch.Tensor:
     """Each row's attention over positions 0..positions[row] of its sequence, [R, H, D] in the type of `queries`.
 
-    queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table row of
-    each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it; otherwise every
-    row is taken to fill its table. A row with position -1 gets zeros. The last dimension of each tensor must be dense.
+    queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table
+    row of each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it;
+    otherwise every row is taken to fill its table. A row with position -1 gets zeros. The last dimension of each tensor
+    must be dense.
     """
     rows, heads, head_dim = queries.shape
     _, block_size, kv_heads, _ = key_cache.shape
@@ -50,7 +52,7 @@ def paged_attention(
     splits = max(1, -(-longest // split))
     # The tensor cores take queries of the cache's type. The interpreter's 16-bit products are wrong for bf16.
     in_float32 = INTERPRETED or key_cache.dtype == torch.float32
-    choice = tuning.attention(head_dim)
+    choice = tuning.attention(head_dim, key_cache.element_size())
     combine = tuning.ATTENTION_COMBINE
 
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
@@ -65,7 +67,7 @@ def paged_attention(
             (count, kv_heads, splits),
             *(queries[some], key_cache, value_cache, tables, sequences[some], positions[some], partial, maxima, sums),
             *(splits, scale * LOG2_E),
-            *(queries.stride(0), queries.stride(1), *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
+            *(*queries.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
             choice=choice,
             HEADS=heads,
             GROUP=group,
@@ -91,7 +93,9 @@ def paged_attention(
     return output
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["splits", "stride_table"], do_not_specialize_on_alignment=["sequences_ptr", "positions_ptr"]
+)
 def _attend_split(
     # pointers
     queries_ptr,  # [R, H, D]
@@ -157,7 +161,8 @@ def _attend_split(
     for tile in tl.range(0, SPLIT, TILE):
         at = start + tile + tl.arange(0, TILE)
         inside = at <= position
-        block = tl.load(tables_ptr + sequence * stride_table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)  # [N]
+        entry = tables_ptr + sequence * stride_table + at // BLOCK_SIZE
+        block = tl.load(entry, mask=inside, other=0).to(tl.int64)  # [N]
         slot = (at % BLOCK_SIZE).to(tl.int64)
         tile_mask = inside[:, None] & (lane < HEAD_DIM)[None, :]
         key_rows = block * stride_key_block + slot * stride_key_slot + kv_head * stride_key_head
@@ -189,7 +194,7 @@ def _attend_split(
     tl.store(sums_ptr + partial_rows, running_sum, mask=in_group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions_ptr"])
 def _combine_splits(
     # pointers
     partial_ptr,  # [R, P, H, D] fp32
@@ -236,6 +241,6 @@ def _combine_splits(
         running_max = new_max
         chunk += CHUNK
 
-    output = tl.where(running_sum > 0.0, output / running_sum, 0.0)
+    output = output / tl.where(running_sum > 0.0, running_sum, 1.0)
     target = output_ptr + row * stride_output_row + head * stride_output_head + lane
     tl.store(target, output.to(output_ptr.dtype.element_ty), mask=lane < HEAD_DIM)

@@ -32,7 +32,8 @@ def write_kv(
         _write_kv,
         (rows, -(-heads * head_dim // choice.block)),
         *(keys, values, key_cache, value_cache, tables, sequences, positions),
-        *(*keys.stride()[:2], *values.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
+        *(*keys.stride()[:2], *values.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3]),
+        tables.stride(0),
         choice=choice,
         HEADS=heads,
         HEAD_DIM=head_dim,
@@ -41,7 +42,7 @@ def write_kv(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def _write_kv(
     # pointers
     keys_ptr,  # [R, K, D]
@@ -84,8 +85,10 @@ def _write_kv(
     mask = element < HEADS * HEAD_DIM
     head = (element // HEAD_DIM).to(tl.int64)
     lane = element % HEAD_DIM
-    key = tl.load(keys_ptr + row * stride_key_row + head * stride_key_head + lane, mask=mask, other=0.0)  # [BLOCK]
-    value = tl.load(values_ptr + row * stride_value_row + head * stride_value_head + lane, mask=mask, other=0.0)  # [BLOCK]
+    key_source = row * stride_key_row + head * stride_key_head + lane
+    value_source = row * stride_value_row + head * stride_value_head + lane
+    key = tl.load(keys_ptr + key_source, mask=mask, other=0.0)  # [BLOCK]
+    value = tl.load(values_ptr + value_source, mask=mask, other=0.0)  # [BLOCK]
     key_target = block * stride_key_block + slot * stride_key_slot + head * stride_key_cache_head + lane
     value_target = block * stride_value_block + slot * stride_value_slot + head * stride_value_cache_head + lane
     tl.store(key_cache_ptr + key_target, key.to(key_cache_ptr.dtype.element_ty), mask=mask)

@@ -28,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and x + residual itself; the sum is rounded to the type of `residual` before it is normed."""
+    """The norm of x + residual, and x + residual itself, rounded to the type of `residual` before it is normed."""
     rows = x.reshape(-1, x.shape[-1])
     residual_rows = residual.reshape(rows.shape)
     normed = torch.empty_like(rows, memory_format=torch.contiguous_format)

@@ -1,14 +1,13 @@
 """Choosing tokens on the device: keyed Gumbel noise, argmax over a large vocabulary, and the count of accepted drafts.
 
-Rule: token = argmax over ids v of logits[v] / T + G(seed, position, v); T = 0 has no noise; a tie goes to the lowest id.
+Rule: token = argmax over ids v of logits[v] / T + G(seed, position, v); T = 0 has no noise; ties go to the lowest id.
 The noise of a token id depends on the seed, the position the new token will have and the id, never on a row or a tile.
 Masks (top-k, top-p, min-p, grammar) rewrite logits to -inf before this; they do not change anybody's noise.
 Reference: `reference.sample`; `shared/noise.py` is the numpy specification of the noise.
 
-Two kernels for sampling: every (row, tile of ids) finds its best score and id, then every row finds the best of its tiles.
-A maximum is exact, so the tile is free. Noise: u = 1 - v with v = (x >> 8 + 1/2) 2^-24, x the first word of Philox4x32-10
-with counter (id, position low, position high, 0) and key (seed low, seed high); g = -log(-log1p(-v)). v is exact; the error
-of g is stated at `_gumbel`.
+Two kernels for sampling: every (row, tile of ids) finds its best score and id, then every row finds the best of its
+tiles. A maximum is exact, so the tile is free. v matches the specification bit for bit; the error of g is stated at
+`_gumbel`.
 
 L rows to sample, V vocabulary, N ids of a tile, P tiles.
 """
@@ -29,9 +28,9 @@ def sample(
 ) -> torch.Tensor:
     """The token of each row of `logits` [L, V], int32 [L].
 
-    temperatures [L] float32, below 1e-5 greedy; seeds [L] uint64 (or int64 with the same bits); positions [L] int64, that
-    of the new token. Logits of minus infinity are never chosen, unless all of a row are, which gives id 0: like NaN, a case
-    that the caller excludes.
+    temperatures [L] float32, below 1e-5 greedy; seeds [L] uint64 (or int64 with the same bits); positions [L] int64,
+    that of the new token. Logits of minus infinity are never chosen. The caller excludes NaN and rows that are minus
+    infinity throughout.
     """
     rows, vocabulary = logits.shape
     choice = tuning.SAMPLING
@@ -60,10 +59,9 @@ def sample(
 def count_accepted(chosen: torch.Tensor, tokens: torch.Tensor, starts: torch.Tensor, most: int) -> torch.Tensor:
     """How many drafted tokens of each sequence the target would have chosen itself, int32 [S].
 
-    Sequence s owns rows starts[s] .. starts[s + 1] - 1 of a step. `tokens` [L] is what stood in each row: first the last
-    known token, then the draft. `chosen` [L] is what the target chose after each. A draft is accepted while it equals the
-    choice of the row before it; the choice after the last accepted one is the next token. `most` bounds the rows of a
-    sequence.
+    Sequence s owns rows starts[s]..starts[s + 1] - 1, at least one and at most `most`. `tokens` [L] is what stood in
+    each row: first the last known token, then the draft. `chosen` [L] is what the target chose after each. A draft is
+    accepted while it equals the choice of the row before it; the choice after the last accepted one is the next token.
     """
     sequences = starts.shape[0] - 1
     counts = chosen.new_empty((sequences,), dtype=torch.int32)
@@ -107,7 +105,7 @@ def _philox_first_word(token, position_low, position_high, seed_low, seed_high):
 
 @triton.jit
 def _small_uniform(token, position, seed):
-    """v in [2^-25, 1 - 2^-24] for ids `token` (uint32) at one int64 position under one seed (the int64 of its 64 bits)."""
+    """v in [2^-25, 1 - 2^-24] for ids `token` (uint32), at one int64 position, under one seed (64 bits as int64)."""
     word = _philox_first_word(
         token,
         position.to(tl.uint32),
@@ -123,8 +121,8 @@ def _gumbel(v):
     """-log(-log1p(-v)) in float32, with the resolution of v kept where v is small (large noise).
 
     Triton has no log1p outside libdevice. With w = 1 - v rounded, log1p(-v) = log(w) v / (1 - w) up to rounding, since
-    1 - w is exact and the errors of w cancel; where w rounds to 1, log1p(-v) = -v. Over all 2^24 values of v, with a float32
-    logarithm good to 4 ulp: -log1p(-v) within 4.4 ulp, g within 3.3e-7 max(1, |g|).
+    1 - w is exact and the errors of w cancel; where w rounds to 1, log1p(-v) = -v. Over all 2^24 values of v, with
+    numpy's float32 logarithm: -log1p(-v) within 4.4 ulp, g within 3.3e-7 max(1, |g|).
     """
     w = 1.0 - v
     ratio = tl.div_rn(v, tl.where(w == 1.0, v, 1.0 - w))
@@ -154,7 +152,8 @@ def _best_of_tile(
 
     # 1. The scores: logits, with noise unless greedy.
     ids = tile * TILE + tl.arange(0, TILE)
-    scores = tl.load(logits_ptr + row * stride_logits + ids, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)  # [N]
+    source = logits_ptr + row * stride_logits + ids
+    scores = tl.load(source, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)  # [N]
     temperature = tl.load(temperatures_ptr + row)
     if temperature >= GREEDY_BELOW:
         position = tl.load(positions_ptr + row)

@@ -1,9 +1,9 @@
 """`python -m kernels.verify [--json FILE]`: every Triton kernel against its reference, on whatever device is here.
 
-On a GPU: serving shapes, with the time of each kernel (CUDA events, median, caches flushed before each run) and its share
-of what the machine was measured to do in the same run: the time that moving the bytes at copy bandwidth and doing the
-arithmetic at matmul rate would take, over the time it took. Elsewhere: small shapes in Triton's interpreter, whose times mean
-nothing and are left out. Exit status 1 when any result is wrong.
+On a GPU: serving shapes, with the time of each kernel (CUDA events, median, caches flushed before each run) and its
+share of what the machine was measured to do in the same run: the time that moving the bytes at copy bandwidth and doing
+the arithmetic at matmul rate would take, over the time it took. Elsewhere: small shapes in Triton's interpreter, whose
+times mean nothing and are left out. Exit status 1 when any result is wrong.
 """
 
 import argparse
@@ -48,14 +48,16 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What this GPU was measured to do: bytes per second of a copy (read plus written), flops per second of a matmul."""
+    """What this GPU was measured to do; bytes of a copy count read and written."""
 
     copy_bytes_per_s: float
     matmul_flops_per_s: float
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.verify", description="Check every Triton kernel against its reference.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.verify", description="Check every Triton kernel against its reference."
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     options = parser.parse_args(arguments)
     # Triton reads this when a kernel is defined, so it stands before the import of the cases.
@@ -162,10 +164,9 @@ def versions() -> dict[str, str]:
 def _commit() -> str:
     """The commit of this tree, with `+` when files differ from it; `unknown` outside a checkout."""
     here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True, check=True
-        )
+        described = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
