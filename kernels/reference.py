@@ -152,48 +152,46 @@ def _attend(
     scale: float,
     tiles: int,
 ) -> Tensor:
-    """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n]."""
+    """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n]. n G = n * H / K."""
     runs, count, heads, head_dim = queries.shape
     block_size, kv_heads = key_cache.shape[1:3]
     group = heads // kv_heads
     tile = _tile(block_size)
-    last = int(positions.max())
-    wide = queries.float().view(runs, count, kv_heads, group, head_dim) * scale
-    wide = wide.permute(0, 2, 1, 3, 4)  # [N, K, n, G, D]
-    running_max = torch.full(wide.shape[:-1], -torch.inf, device=queries.device)  # [N, K, n, G]
-    running_sum = torch.zeros_like(running_max)
-    output = torch.zeros_like(wide)
+    furthest = positions.amax(0)  # [n]
+    last = int(furthest.max())
+    wide = (queries.float() * scale).view(runs, count, kv_heads, group, head_dim)
+    outputs = torch.zeros_like(wide)  # [N, n, K, G, D]
+    maxima = torch.full(wide.shape[:-1], -torch.inf, device=queries.device)  # [N, n, K, G]
+    sums = torch.zeros_like(maxima)
 
     for start in range(0, tiles * tile, tile):
         # 1. Keys and values of the tile; what lies beyond a run's last position may never have been written.
         end = min(start + tile, last + 1)
-        blocks = tables[:, start // block_size : -(-end // block_size)].clamp(min=0).long()  # [N, blocks of the tile]
-        at = torch.arange(start, start + blocks.shape[1] * block_size, device=queries.device)  # [T]
-        written = at <= positions.amax(1, keepdim=True)  # [N, T]
-        keys = key_cache[blocks].view(runs, -1, kv_heads, head_dim).float()  # [N, T, K, D]
-        values = value_cache[blocks].view(runs, -1, kv_heads, head_dim).float()
-        values = values.masked_fill(~written[:, :, None, None], 0.0)
+        blocks = tables[:, start // block_size : -(-end // block_size)].clamp(min=0).flatten()
+        keys = key_cache.index_select(0, blocks).view(runs, -1, kv_heads, head_dim).float()  # [N, T, K, D]
+        values = value_cache.index_select(0, blocks).view(runs, -1, kv_heads, head_dim).float()
+        at = torch.arange(start, start + keys.shape[1], device=queries.device)  # [T]
+        unwritten = at > positions.amax(1, keepdim=True)  # [N, T]
+        values = values.masked_fill(unwritten[:, :, None, None], 0.0)
 
-        # 2. Scores of the rows that reach the tile.
-        first = int((positions >= start).any(0).int().argmax())
-        seen = at <= positions[:, first:, None]  # [N, n, T]
-        scores = wide[:, :, first:].flatten(2, 3) @ keys.permute(0, 2, 3, 1)  # [N, K, n G, T]
-        scores = scores.view(runs, kv_heads, count - first, group, -1)
-        scores = scores.masked_fill(~seen[:, None, :, None, :], -torch.inf)
+        # 2. The rows that reach the tile; rows before them end in an earlier one.
+        first = int((furthest >= start).int().argmax())
+        unseen = (at > positions[:, first:, None]).repeat_interleave(group, 1)  # [N, n G, T]
+        for head in range(kv_heads):
+            query = wide[:, first:, head].flatten(1, 2)  # [N, n G, D]
+            scores = torch.bmm(query, keys[:, :, head].transpose(1, 2)).masked_fill_(unseen, -torch.inf)  # [N, n G, T]
 
-        # 3. Added to what the tiles before gave.
-        before = running_max[:, :, first:]
-        new_max = torch.maximum(before, scores.amax(-1))
-        finite = new_max.clamp(min=torch.finfo(torch.float32).min)
-        weights = torch.exp(scores - finite.unsqueeze(-1))  # [N, K, n, G, T]
-        decay = torch.exp(before - finite)
-        running_sum[:, :, first:] = running_sum[:, :, first:] * decay + weights.sum(-1)
-        added = (weights.flatten(2, 3) @ values.permute(0, 2, 1, 3)).view_as(wide[:, :, first:])
-        output[:, :, first:] = output[:, :, first:] * decay.unsqueeze(-1) + added
-        running_max[:, :, first:] = new_max
+            # 3. Added to what the tiles before gave. A row that has seen nothing yet keeps a sum of 0.
+            maximum, total, output = maxima[:, first:, head], sums[:, first:, head], outputs[:, first:, head]
+            new_max = torch.maximum(maximum, scores.amax(-1).view_as(maximum)).clamp(min=torch.finfo(torch.float32).min)
+            weights = scores.sub_(new_max.flatten(1, 2).unsqueeze(-1)).exp_()
+            decay = torch.exp(maximum - new_max)
+            total.mul_(decay).add_(weights.sum(-1).view_as(total))
+            output.mul_(decay.unsqueeze(-1)).add_(torch.bmm(weights, values[:, :, head]).view_as(output))
+            maximum.copy_(new_max)
 
-    output = torch.where(running_sum.unsqueeze(-1) > 0.0, output / running_sum.unsqueeze(-1), 0.0)
-    return output.permute(0, 2, 1, 3, 4).reshape(runs, count, heads, head_dim).to(queries.dtype)
+    outputs = torch.where(sums.unsqueeze(-1) > 0.0, outputs / sums.unsqueeze(-1), 0.0)
+    return outputs.flatten(2, 3).to(queries.dtype)
 
 
 def mask_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
