@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import msgspec
 import structlog
 from opentelemetry.trace import SpanKind
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway import sse
 from gateway.openai import chat, common, completions
@@ -138,6 +138,9 @@ class Answer:
         self._began_s = began_s
         self._changed = asyncio.Event()
         self._client_left = False
+        self._writing_s: float | None = None  # since when the client has been taking what was written
+        self._written_s = began_s
+        self._task: asyncio.Task[Any] | None = None
         count = len(prompts) * options.choices
         self._choices = [model.choice(options) for _ in range(count)]
         self._reasons: list[str | None] = [None] * count
@@ -153,6 +156,8 @@ class Answer:
         span = self._open_span()
         watching: asyncio.Task[None] | None = None
         error = ""
+        self._task = asyncio.current_task()
+        self._gateway.answers.add(self)
         try:
             self._open_streams(telemetry.inject(span.context))
             watching = asyncio.create_task(self._watch(receive))
@@ -165,9 +170,12 @@ class Answer:
             error = "client_left"
             raise
         except asyncio.CancelledError:
-            error = "cancelled"
+            error = "client_left" if self._client_left else "cancelled"
+            if self._client_left and self._task is not None and not self._task.uncancel():
+                raise ClientLeft from None
             raise
         finally:
+            self._gateway.answers.discard(self)
             if watching is not None:
                 watching.cancel()
             for stream in self._streams:
@@ -204,22 +212,34 @@ class Answer:
         """Wait until the client hangs up, and stop everything then."""
         while (await receive())["type"] != "http.disconnect":
             pass
+        self._stop()
+
+    def _stop(self) -> None:
         self._client_left = True
         for stream in self._streams:
             self._gateway.streams.cancel(stream)
         self._changed.set()
 
-    async def _wait(self, timeout_s: float | None) -> bool:
-        """Until something changed; False when nothing did in time. Raises ClientLeft."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
+    def tick(self, now_s: float) -> None:
+        """Time has passed: wake a stream that was silent for long, part from a client that does not read.
+
+        Timers of one's own would cost each chunk a third of its CPU time (26 us with, 18 us without).
+        """
+        if self._writing_s is None:
+            if self._options.stream and now_s - self._written_s >= self._gateway.settings.keep_alive_s:
+                self._changed.set()
+        elif now_s - self._writing_s >= WRITE_S and not self._client_left:
+            log.warning("client_too_slow")
+            self._stop()
+            if self._task is not None:
+                self._task.cancel()
+
+    async def _wait(self) -> None:
+        """Until something changed. Raises ClientLeft."""
+        await self._changed.wait()
         self._changed.clear()
         if self._client_left:
             raise ClientLeft
-        return True
 
     def _advance(self) -> list[Piece]:
         """What has come since the last call, by choice. The first failure lands in `_error`."""
@@ -250,7 +270,7 @@ class Answer:
         texts: list[list[str]] = [[] for _ in self._choices]
         tokens: list[list[int]] = [[] for _ in self._choices]
         while None in self._reasons:
-            await self._wait(None)
+            await self._wait()
             for piece in self._advance():
                 texts[piece.index].append(piece.text)
                 tokens[piece.index] += piece.tokens
@@ -283,8 +303,9 @@ class Answer:
                 return
             if documents:
                 await self._write(send, sse.events(documents))
-            if not await self._wait(self._gateway.settings.keep_alive_s):
+            elif self._gateway.clock.now() - self._written_s >= self._gateway.settings.keep_alive_s:
                 await self._write(send, sse.KEEP_ALIVE)
+            await self._wait()
 
     async def _first_sign(self) -> None:
         """Until a worker works on some choice, a few seconds at most. Raises the MillError of a choice that failed."""
@@ -296,7 +317,9 @@ class Answer:
             left_s = give_way_s - self._gateway.clock.now()
             if left_s <= 0 or any(stream.alive or stream.ended for stream in self._streams):
                 return
-            await self._wait(left_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._wait()
 
     def _documents(self, opened: list[bool]) -> list[bytes]:
         documents = []
@@ -321,10 +344,19 @@ class Answer:
         worker = self._streams[0].worker
         if worker:
             headers.append((b"x-mill-worker", worker.encode()))
-        await _within_write_time(send({"type": "http.response.start", "status": status, "headers": headers}))
+        await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
-        await _within_write_time(send({"type": "http.response.body", "body": data, "more_body": not last}))
+        await self._send(send, {"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        self._writing_s = self._written_s = self._gateway.clock.now()
+        try:
+            await send(message)
+        except OSError as error:
+            raise ClientLeft from error
+        finally:
+            self._writing_s = None
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -441,11 +473,3 @@ def error_headers(error: MillError) -> list[tuple[bytes, bytes]]:
     if error.status >= 500 and not error.retryable:
         headers.append((b"x-should-retry", b"false"))
     return headers
-
-
-async def _within_write_time(sending: Awaitable[None]) -> None:
-    try:
-        async with asyncio.timeout(WRITE_S):
-            await sending
-    except (TimeoutError, OSError) as error:
-        raise ClientLeft from error

@@ -21,6 +21,7 @@ import uvicorn
 from gateway.admission import Admission
 from gateway.app import build_app
 from gateway.failover import Limits
+from gateway.generation import Answer
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
 from gateway.streams import Streams
@@ -60,6 +61,7 @@ class Gateway:
         limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics)
         self.cache_salt = tenant_salt(settings.cache_secret.encode(), "default")
+        self.answers: set[Answer] = set()
         self.draining = False
         self.url = ""
         self._idle = asyncio.Event()
@@ -172,9 +174,13 @@ class Gateway:
 
     async def _keep_time(self) -> None:
         while True:
-            await self.streams.some.wait()
+            if not self.answers:
+                await self.streams.some.wait()
             await self.clock.sleep(TICK_S)
             self.streams.tick(self.bus.connected)
+            now_s = self.clock.now()
+            for answer in list(self.answers):
+                answer.tick(now_s)
 
     async def _beat(self) -> None:
         while True:

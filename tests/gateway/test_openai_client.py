@@ -33,10 +33,10 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def served(monkeypatch: pytest.MonkeyPatch, **settings: Any
+async def served(monkeypatch: pytest.MonkeyPatch, context: int = 400, **settings: Any
                  ) -> AsyncIterator[tuple[str, FakeMesh, "asyncio.Task[None]"]]:
     """`serve` on a free port, with a mesh that answers."""
-    monkeypatch.setattr(gateway.service.ServedModel, "load", lambda folder, name: tiny_model())
+    monkeypatch.setattr(gateway.service.ServedModel, "load", lambda folder, name: tiny_model(context_length=context))
     told = GatewaySettings(**({"id": "g1", "port": free_port(), "model": "tiny", "model_name": MODEL, "accept_s": 0.4,
                                "drain_s": 5.0} | settings))
     broker = MemoryBroker()
@@ -148,6 +148,25 @@ async def test_a_client_that_hangs_up_stops_its_worker(
         async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(5):
             while 'status="499"' not in (await client.get(f"{url}/metrics")).text:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_does_not_read_is_parted_from_and_its_worker_stopped(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.generation.WRITE_S", 0.2)
+    async with served(monkeypatch, context=100_000) as (url, mesh, _):
+        mesh.says, mesh.batch = b"x" * 90_000, 1
+        plug = socket.socket()
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plug.connect(("127.0.0.1", httpx.URL(url).port))
+        body = json.dumps({"model": MODEL, "prompt": "x", "stream": True, "max_tokens": 90_000}).encode()
+        plug.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: "
+                     + str(len(body)).encode() + b"\r\n\r\n" + body)
+        await asyncio.wait_for(mesh.cancelled.wait(), 30)
+        async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(5):
+            while "mill_gateway_active_streams 0.0" not in (text := (await client.get(f"{url}/metrics")).text):
+                await asyncio.sleep(0.01)
+        assert 'status="499"' in text
+        plug.close()
 
 
 async def test_tokens_reach_the_client_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
