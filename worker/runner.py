@@ -4,7 +4,6 @@ Rule: one step at a time, always from the same thread, and never on the event lo
 """
 
 import asyncio
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -90,13 +89,12 @@ def load_decoder(settings: WorkerSettings) -> Decoder:
     path = Path(settings.model)
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
-        threads = settings.threads or os.cpu_count() or 1
         try:
             from kernels.native.decoder import NativeDecoder
 
-            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=threads)
+            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads)
             return native
-        except (ImportError, OSError, RuntimeError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             _log.warning("native_step_unavailable", error=str(error), instead="the torch reference, which is slow")
     from kernels.decoder import TorchDecoder
 

@@ -36,13 +36,16 @@ from shared.messages import (
 )
 from shared.residency import allows
 from shared.settings import WorkerSettings
+from shared.telemetry import configure_tracing
 from worker.batch import Batch
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
 from worker.following import Following
 from worker.kv_blocks import BlockPool
+from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
 from worker.runner import Runner, engine_of, load_decoder, runner_for
-from worker.scheduler import Event, Limits, Refused, Scheduler, failed
+from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, failed
+from worker.trace import record_stream
 
 # a gateway unheard for so many times the usual silence has lost its clients long ago
 GATEWAY_SILENCES = 10
@@ -66,10 +69,15 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
         engine = engine_of(settings)
         decoder = load_decoder(settings) if engine == "mock" else await asyncio.to_thread(load_decoder, settings)
     runner = runner_for(decoder, settings, clock)
+    worker = Worker(sender, settings, clock, runner, engine, name, epoch)
+    tracing = configure_tracing("worker", name, settings.otlp)
     try:
-        await Worker(sender, settings, clock, runner, engine, name, epoch).run(bus, ready)
+        with worker.metrics.served(settings.metrics_port, settings.metrics_host):
+            await worker.run(bus, ready)
     finally:
         runner.close()
+        if tracing.tracer is not None:
+            await asyncio.to_thread(tracing.shutdown)
 
 
 class Sender:
@@ -121,6 +129,7 @@ class Worker:
         self._outbox = Outbox(name, epoch)
         self._following = Following(name, epoch, settings.zone, self._vocabulary, max_draft_tokens,
                                     settings.silence_s)
+        self.metrics = Metrics(self.figures)
         self._speculates = max_draft_tokens > 0
         self._gateways: dict[str, float] = {}  # last heard
         self._turned_away: list[Event] = []  # refused at the door, not yet told
@@ -215,6 +224,16 @@ class Worker:
         await self._sender.send(replies + told)
         async with self._kv_order:
             await self._sender.send(self._outbox.kv_events(self._pool))
+        self._record(events)
+
+    def _record(self, events: list[Event]) -> None:
+        """What telemetry keeps of streams that have ended."""
+        for event in events:
+            if isinstance(event, Ended):
+                now = self._clock.now()
+                self.metrics.observe(event.sequence, now)
+                record_stream(event.sequence, event.reply, self.name, self._following.name, self._settings.zone, now,
+                              self._clock.wall())
 
     async def _send_refusals(self) -> None:
         while True:
@@ -258,6 +277,20 @@ class Worker:
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
             draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
             drafter=self._following.name, steps_total=self._engine.steps)
+
+    def figures(self) -> Figures:
+        """What Prometheus reads."""
+        scheduler, engine, pool = self._scheduler, self._engine, self._pool
+        return {
+            "tokens": engine.rate.total, "steps": engine.steps, "failed_steps": engine.failed_steps,
+            "draft_tokens": scheduler.draft_tokens, "accepted_draft_tokens": scheduler.accepted_draft_tokens,
+            "preemptions": scheduler.preemptions, "kv_repairs": engine.repairs, "lost_messages": self._sender.lost,
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting),
+            "queued_tokens": scheduler.queued_tokens, "blocks": pool.blocks,
+            "blocks_held": pool.blocks - pool.available, "blocks_named": pool.named,
+            "step_base_seconds": scheduler.cost.base_s, "step_row_seconds": scheduler.cost.row_s,
+            "draft_wait": float(engine.draft_wait.waiting),
+        }
 
     def _enter(self, state: Literal["ready", "draining"]) -> None:
         self.state = state

@@ -1,0 +1,89 @@
+"""What Prometheus sees of a worker: read when asked, counted by those who do the work.
+
+One registry per worker, so that several can live in one process.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from prometheus_client import REGISTRY, CollectorRegistry, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shared.telemetry import start_metrics_server
+from shared.trace_names import FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
+from worker.sequence import Sequence
+
+Figures = Mapping[str, float]
+
+COUNTERS = {
+    "tokens": "Tokens delivered.",
+    "steps": "Steps of the decoder.",
+    "failed_steps": "Steps that raised.",
+    "draft_tokens": "Drafts verified.",
+    "accepted_draft_tokens": "Drafts that agreed.",
+    "preemptions": "Sequences that gave their blocks back to older ones.",
+    "kv_repairs": "Blocks whose owner was wrong and was mended.",
+    "lost_messages": "Messages that could not leave.",
+}
+GAUGES = {
+    "running": "Streams in the batch.",
+    "waiting": "Streams in the queue.",
+    "queued_tokens": "Prompt tokens still to compute.",
+    "blocks": "KV blocks there are.",
+    "blocks_held": "KV blocks held by streams.",
+    "blocks_named": "KV blocks that can be reused.",
+    "step_base_seconds": "Learned cost of a step.",
+    "step_row_seconds": "Learned cost of a row.",
+    "draft_wait": "1 while steps are held back for drafts.",
+}
+
+
+class Metrics(Collector):
+    """The figures that `read` returns by name, and the distributions of ended streams."""
+
+    def __init__(self, read: Callable[[], Figures]) -> None:
+        self.registry = CollectorRegistry()
+        self._read = read
+        self._queue_s = Histogram("mill_worker_queue_seconds", "From arrival to admission.",
+                                  buckets=TIME_TO_FIRST_TOKEN_BUCKETS, registry=self.registry)
+        self._prefill_s = Histogram("mill_worker_prefill_seconds", "From admission to the first token.",
+                                    buckets=TIME_TO_FIRST_TOKEN_BUCKETS, registry=self.registry)
+        self._token_s = Histogram("mill_worker_time_per_output_token_seconds", "Mean of a stream behind its first.",
+                                  buckets=FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, registry=self.registry)
+        self.registry.register(self)
+
+    @contextmanager
+    def served(self, port: int, host: str) -> Iterator[None]:
+        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
+        server = start_metrics_server(port, host)
+        if server is None:
+            yield
+            return
+        REGISTRY.register(self.registry)
+        try:
+            yield
+        finally:
+            REGISTRY.unregister(self.registry)
+            server.close()
+
+    def observe(self, sequence: Sequence, now: float) -> None:
+        """Take in a stream that has ended."""
+        if sequence.admitted_at is None or sequence.first_token_at is None:
+            return
+        self._queue_s.observe(sequence.admitted_at - sequence.arrived_at)
+        self._prefill_s.observe(sequence.first_token_at - sequence.admitted_at)
+        behind_first = len(sequence.tokens) - sequence.resumed_length - 1
+        if behind_first > 0:
+            self._token_s.observe((now - sequence.first_token_at) / behind_first)
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._read()
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"mill_worker_{name}", text, value=figures[name])
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"mill_worker_{name}", text, value=figures[name])
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: registering must not read figures that are not there yet."""
+        return []
