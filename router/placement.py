@@ -9,15 +9,18 @@ Rules:
 Pure: no clock, no bus; the caller passes the wall time, a snapshot and the random generator.
 
     estimate = queue + slot + prefill + one step             until the first token; what admission looks at
-    cost     = estimate + decode + others                    what workers are compared by
+    cost     = estimate + decode + others + later            what workers are compared by
     queue    = prompt tokens ahead / prefill rate            ahead: by the last status, and sent since
     slot     = streams ahead that must end first x seconds between two ends
     prefill  = (prompt - cached) / prefill rate
     decode   = expected output x step(rows + 1)
     others   = rows x (prefill + expected output x seconds per row)
+    later    = arrivals a second and worker x (wait + prefill) x prefill
 
-`others` is why a cache hit weighs more on a busy worker: prefill holds up every stream that decodes there. Routers that
-count a request's own prefill only need a factor for this, tuned per fleet; here it is the number of rows.
+`others` and `later` are why a cache hit weighs more where there is more to do: prefill holds up every stream that
+decodes there, and everyone who arrives before it is over. Routers that count a request's own prefill only need a factor
+for this, tuned per fleet. Arrivals are not measured either: r rows that live for s seconds are replaced r / s times a
+second.
 """
 
 import random
@@ -65,6 +68,7 @@ class Terms(NamedTuple):
     step_s: float
     decode_s: float
     others_s: float
+    later_s: float
     load: float  # streams and queued work, for least_loaded
     price_usd_per_hour: float
 
@@ -79,12 +83,12 @@ class Terms(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        return self.estimate_s + self.decode_s + self.others_s
+        return self.estimate_s + self.decode_s + self.others_s + self.later_s
 
     def __str__(self) -> str:
         return (f"{self.worker}: {self.cost_s:.4f} s = queue {self.queue_s:.4f} + slot {self.slot_s:.4f} + prefill "
                 f"{self.prefill_s:.4f} + step {self.step_s:.4f} + decode {self.decode_s:.4f} + others "
-                f"{self.others_s:.4f}, {self.cached_tokens} tokens cached")
+                f"{self.others_s:.4f} + later {self.later_s:.4f}, {self.cached_tokens} tokens cached")
 
 
 class Decision(NamedTuple):
@@ -154,29 +158,35 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate]) -
     cacheable_blocks = max(0, prompt_tokens - 1) // BLOCK_SIZE_TOKENS
     output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
     found = []
+    arrivals_per_s = 0.0
     for status, cached_blocks, sent_requests, sent_tokens in workers:
         rate = status.prefill_tok_s or prefill_tok_s
         base_s, row_s = (status.step_base_s, status.step_row_s) if status.step_base_s > 0 else (step_base_s, step_row_s)
         streams = status.running + status.waiting + sent_requests
         slots = status.max_running or streams + 1
         rows = min(streams, slots - 1)
+        step_s = base_s + (rows + 1) * row_s
+        stream_s = EXPECTED_OUTPUT_TOKENS * step_s
+        arrivals_per_s += rows / stream_s / len(workers)
         cached_tokens = min(cached_blocks, cacheable_blocks) * BLOCK_SIZE_TOKENS
         queued_tokens = status.queued_tokens + sent_tokens
         prefill_s = (prompt_tokens - cached_tokens) / rate
-        step_s = base_s + (rows + 1) * row_s
         found.append(Terms(
             worker=status.id,
             cached_tokens=cached_tokens,
             queue_s=queued_tokens / rate,
-            slot_s=max(0, streams - slots + 1) * EXPECTED_OUTPUT_TOKENS * step_s / slots,
+            slot_s=max(0, streams - slots + 1) * stream_s / slots,
             prefill_s=prefill_s,
             step_s=step_s,
             decode_s=output_tokens * step_s,
             others_s=rows * (prefill_s + output_tokens * row_s),
+            later_s=0.0,
             load=streams + queued_tokens / max(1, prompt_tokens),
             price_usd_per_hour=status.price_usd_per_hour,
         ))
-    return found
+    # new requests come to the fleet, not to the worker that is busy now
+    return [terms._replace(later_s=arrivals_per_s * (terms.wait_s + terms.prefill_s) * terms.prefill_s)
+            for terms in found]
 
 
 def cheapest(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:

@@ -68,14 +68,14 @@ def test_cache_wins_unless_queueing_costs_more_than_the_prefill_it_saves(
     holder = Candidate(status("holder", running=running, queued_tokens=queued), cached)
     empty = Candidate(status("empty", running=running))
     saved_s = min(cached * 16, (prompt_tokens - 1) // 16 * 16) / 1000.0
-    saved_by_all_s = saved_s * (1 + running)  # prefill holds up the streams beside it
     queue_s = queued / 1000.0
     verdict = placed(ask, [holder, empty])
-    cost_s = {terms.worker: terms.cost_s for terms in verdict.candidates}
-    assert cost_s["holder"] - cost_s["empty"] == pytest.approx(queue_s - saved_by_all_s, abs=1e-6)
     if queue_s <= saved_s and saved_s > 0:
         assert verdict.chosen.worker == "holder"
-    tie_s = 0.01 * cost_s["empty"] + 0.001
+    terms = {terms.worker: terms for terms in verdict.candidates}
+    # the prefill it saves counts for the streams beside it and for those who come later, too
+    saved_by_all_s = saved_s * (1 + running) + terms["empty"].later_s
+    tie_s = 0.01 * terms["empty"].cost_s + 0.001
     assume(queue_s > saved_by_all_s + tie_s)
     assert verdict.chosen.worker == "empty"
 
@@ -138,7 +138,7 @@ def test_a_cache_hit_weighs_more_where_many_streams_decode() -> None:
                                for cached in (9, 0))
         return without.cost_s - with_cache.cost_s
 
-    assert gain_s(6) == pytest.approx(7 * gain_s(0))
+    assert gain_s(6) > 7 * gain_s(0) - 1e-9 > 0
 
 
 def test_a_worker_that_has_not_measured_yet_is_tried_not_starved() -> None:

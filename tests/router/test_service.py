@@ -414,7 +414,7 @@ def test_a_setting_that_cannot_be_is_said_at_the_start(settings: dict[str, str])
     async def scene() -> None:
         await service.serve(MemoryBus(MemoryBroker()), RouterSettings(**settings), LoopClock())  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match="policy|id"):
+    with pytest.raises(ValueError, match=r"policy|id"):
         run_virtual(scene())
 
 
