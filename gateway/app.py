@@ -6,6 +6,7 @@ Rule: every error is `{"error": {message, type, param, code}}`, every response c
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
 
+import math
 import re
 import secrets
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.answer import ClientLeft
 from gateway.detokenize import Detokenizer
-from gateway.generation import Chat, ClientLeft, Generation, TextCompletion, error_headers, read_body
+from gateway.endpoints import Chat, Generation, TextCompletion, read_body
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
@@ -168,8 +170,19 @@ class _Envelope:
 
 async def _send_error(send: Send, error: MillError) -> None:
     body = error_json(error)
-    await send({"type": "http.response.start", "status": error.status, "headers": error_headers(error)})
+    await send({"type": "http.response.start", "status": error.status, "headers": _error_headers(error)})
     await send({"type": "http.response.body", "body": body})
+
+
+def _error_headers(error: MillError) -> list[tuple[bytes, bytes]]:
+    """When to come back, in both units that clients read; and when not to."""
+    headers = [(b"content-type", b"application/json")]
+    if error.retry_after_s is not None:
+        headers += [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()),
+                    (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]
+    if error.status >= 500 and not error.retryable:
+        headers.append((b"x-should-retry", b"false"))
+    return headers
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -90,7 +90,11 @@ class Metrics:
         if not port:
             yield
             return
-        server, thread = start_http_server(port, host, self.registry)
+        try:
+            server, thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another "
+                                       "--metrics-port, or 0 for none") from None
         try:
             yield
         finally:

@@ -4,7 +4,7 @@ Rules: it owns a request until its last token (law 5); what arrives on the bus i
 one go; one task publishes, in order. `Gateway` is everything but the socket, so that tests run it on the memory bus
 behind `gateway.app.build_app` alone.
 
-    HTTP -> app, generation -> streams -> outbox -> generate.<model>, worker.<id>.cancel
+    HTTP -> app, endpoints, answer -> streams -> outbox -> generate.<model>, worker.<id>.cancel
     replies.<id>, status.>  -> streams, fleet
 """
 
@@ -19,9 +19,9 @@ import structlog
 import uvicorn
 
 from gateway.admission import Admission
+from gateway.answer import Answer
 from gateway.app import build_app
 from gateway.failover import Limits
-from gateway.generation import Answer
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
 from gateway.streams import Streams
@@ -29,7 +29,7 @@ from shared import subjects, telemetry
 from shared.blocks import tenant_salt
 from shared.bus import Bus, BusUnavailable, Delivery
 from shared.clock import Clock
-from shared.errors import MeshUnavailable, ModelNotFound, Overloaded
+from shared.errors import BadRequest, MeshUnavailable, ModelNotFound, Overloaded
 from shared.fleet import Fleet
 from shared.ids import new_epoch, new_id
 from shared.messages import GatewayStatus, RouterStatus, Status, StepReplies, WorkerStatus, decode, encode
@@ -86,7 +86,10 @@ class Gateway:
 
     @contextlib.contextmanager
     def places(self, streams: int) -> Iterator[None]:
-        """Room for so many streams while the block runs. Raises Overloaded."""
+        """Room for so many streams while the block runs. Raises Overloaded, BadRequest for more than there ever are."""
+        if streams > self.admission.most:
+            raise BadRequest(f"one request may have at most {self.admission.most} choices here: send several",
+                             param="n")
         self.admission.enter(streams, self.clock.now())
         self.metrics.active.set(self.admission.active)
         self._idle.clear()

@@ -414,7 +414,7 @@ async def test_an_error_after_the_headers_is_an_event_and_the_end() -> None:
 
 async def test_headers_come_though_the_queue_is_long_and_comments_keep_the_line_open(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.generation.HEADERS_WITHIN_S", 0.05)
+    monkeypatch.setattr("gateway.answer.HEADERS_WITHIN_S", 0.05)
     async with gateway_and_mesh(keep_alive_s=0.05, accept_s=5.0) as (client, mesh, _):
         released = asyncio.Event()
         mesh.script = lambda request: [] if not released.is_set() else None
@@ -440,6 +440,12 @@ async def test_more_streams_than_places_are_refused_at_once() -> None:
         assert int(response.headers["retry-after"]) >= 1
         assert (await running).status_code == 200
         assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
+async def test_more_choices_than_there_ever_are_places_is_the_clients_mistake() -> None:
+    async with gateway_and_mesh(max_active=2) as (client, _, _):
+        response = await client.post(CHAT, json=chat(n=3))
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
 
 
 async def test_a_leaving_gateway_finishes_what_runs_and_takes_nothing_new() -> None:

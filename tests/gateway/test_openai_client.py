@@ -152,7 +152,7 @@ async def test_a_client_that_hangs_up_stops_its_worker(
 
 async def test_a_client_that_does_not_read_is_parted_from_and_its_worker_stopped(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.generation.WRITE_S", 0.2)
+    monkeypatch.setattr("gateway.answer.WRITE_S", 0.2)
     async with served(monkeypatch, context=100_000) as (url, mesh, _):
         mesh.says, mesh.batch = b"x" * 90_000, 1
         plug = socket.socket()

@@ -1,4 +1,4 @@
-"""One HTTP request that generates: from its body to its last byte.
+"""The streams of one HTTP request, and their way to the client.
 
 Rules: errors before the first byte have their real status, so headers of a stream wait for a sign of life from the
 mesh, a few seconds at most; all tokens of one wake-up leave in one write; a client that leaves stops its workers at
@@ -7,27 +7,25 @@ once; whoever reads too slowly is taken for gone. Every stream opened here is en
 
 import asyncio
 import contextlib
-import math
 import secrets
-from collections.abc import Callable
-from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
 from opentelemetry.trace import SpanKind
-from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import sse
-from gateway.openai import chat, common, completions
-from gateway.openai.parameters import Options, Parameters
+from gateway.openai import common
+from gateway.openai.chat import ChatReply
+from gateway.openai.completions import CompletionReply
+from gateway.openai.parameters import Options
 from gateway.prompt import Prompt, ServedModel
 from gateway.streams import Stream
 from shared import telemetry
 from shared import trace_names as names
-from shared.errors import MillError, TooLarge
+from shared.errors import MillError
 from shared.messages import Finished, Generate
 from shared.noise import choice_seed
 
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 HEADERS_WITHIN_S = 3.0  # a client in a long queue gets its headers by then; later refusals come as events
 WRITE_S = 30.0  # for a client to take what was written
 
-log = structlog.get_logger("gateway.generation")
+log = structlog.get_logger("gateway.answer")
 
 
 class ClientLeft(Exception):
@@ -53,84 +51,14 @@ class Piece(msgspec.Struct, frozen=True):
     reason: str | None
 
 
-class Endpoint:
-    """What differs between the generating endpoints. `operation` is the convention's name for the span."""
-
-    operation: str
-    route: str
-    reply: type[chat.ChatReply] | type[completions.CompletionReply]
-    decode: common.BodyDecoder
-
-    def options(self, body: Any) -> Options:
-        raise NotImplementedError
-
-    def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
-        """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
-        raise NotImplementedError
-
-
-class Chat(Endpoint):
-    operation, route, reply = "chat", "/v1/chat/completions", chat.ChatReply
-    decode = common.BodyDecoder(chat.ChatRequest)
-
-    def options(self, body: chat.ChatRequest) -> Options:
-        return chat.chat_options(body)
-
-    def prompts(self, body: chat.ChatRequest, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
-        messages = chat.template_messages(body.messages)
-        continues = bool(body.continue_final_message)
-        opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-        return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
-                                   continue_final_message=continues, variables=body.chat_template_kwargs)]
-
-
-class TextCompletion(Endpoint):
-    operation, route, reply = "text_completion", "/v1/completions", completions.CompletionReply
-    decode = common.BodyDecoder(completions.CompletionRequest)
-
-    def options(self, body: completions.CompletionRequest) -> Options:
-        return completions.completion_options(body)
-
-    def prompts(self, body: completions.CompletionRequest, model: ServedModel,
-                now_s: float) -> list[Callable[[], list[int]]]:
-        return [partial(_tokens, prompt, model) for prompt in completions.prompts(body)]
-
-
-def _tokens(prompt: str | list[int], model: ServedModel) -> list[int]:
-    return model.text(prompt) if isinstance(prompt, str) else prompt
-
-
-class Generation:
-    """The ASGI application of one generating endpoint."""
-
-    def __init__(self, gateway: "Gateway", endpoint: Endpoint) -> None:
-        self._gateway = gateway
-        self._endpoint = endpoint
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gateway, endpoint = self._gateway, self._endpoint
-        gateway.check_open()
-        began_s = gateway.clock.now()
-        raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
-        body: Parameters = endpoint.decode(raw)
-        model = gateway.model_named(body.model)
-        options = endpoint.options(body)
-        texts = endpoint.prompts(body, model, gateway.clock.wall())
-        with gateway.places(len(texts) * options.choices):
-            prompts = await gateway.aside(len(raw), lambda: [
-                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt)
-                for tokens in texts])
-            answer = Answer(gateway, endpoint, model, options, prompts, scope, began_s)
-            await answer.give(receive, send)
-
-
 class Answer:
-    """The streams of one request, and their way to the client."""
+    """One request from its prompts to its last byte."""
 
-    def __init__(self, gateway: "Gateway", endpoint: Endpoint, model: ServedModel, options: Options,
-                 prompts: list[Prompt], scope: Scope, began_s: float) -> None:
+    def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
+                 model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float) -> None:
+        """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds."""
         self._gateway = gateway
-        self._endpoint = endpoint
+        self._operation = operation
         self._model = model
         self._options = options
         self._prompts = prompts
@@ -147,8 +75,8 @@ class Answer:
         self._error: MillError | None = None
         self._streams: list[Stream] = []
         self._id = secrets.token_hex(12)
-        self._reply = endpoint.reply(
-            endpoint.reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
+        self._reply = reply(
+            reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
             fingerprint(model, gateway.recipe()), options.include_usage)
 
     async def give(self, receive: Receive, send: Send) -> None:
@@ -386,18 +314,18 @@ class Answer:
         carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._scope["headers"]
                    if name in (b"traceparent", b"tracestate")}
         attributes: dict[str, telemetry.Attribute] = {
-            names.OPERATION_NAME: self._endpoint.operation, names.PROVIDER_NAME: names.PROVIDER,
+            names.OPERATION_NAME: self._operation, names.PROVIDER_NAME: names.PROVIDER,
             names.REQUEST_MODEL: self._model.name, names.REQUEST_ID: self._scope["state"]["request_id"],
             names.REQUEST_MAX_TOKENS: self._prompts[0].max_tokens, names.REQUEST_TEMPERATURE: sampling.temperature,
             names.REQUEST_TOP_P: sampling.top_p, names.REQUEST_TOP_K: sampling.top_k,
             names.REQUEST_CHOICE_COUNT: options.choices, names.REQUEST_STREAM: options.stream,
-            names.HTTP_ROUTE: self._endpoint.route, names.GATEWAY: self._gateway.id}
-        return telemetry.open_span(f"{self._endpoint.operation} {self._model.name}", self._unix(self._began_s),
+            names.HTTP_ROUTE: self._scope["path"], names.GATEWAY: self._gateway.id}
+        return telemetry.open_span(f"{self._operation} {self._model.name}", self._unix(self._began_s),
                                    telemetry.extract(carried), attributes, SpanKind.SERVER)
 
     def _account(self, span: telemetry.OpenSpan, error: str) -> None:
         """Everything that is known at the end: metrics, span, log."""
-        gateway, operation, model = self._gateway, self._endpoint.operation, self._model.name
+        gateway, operation, model = self._gateway, self._operation, self._model.name
         now_s = gateway.clock.now()
         usage = self._usage()
         mill = usage.mill if isinstance(usage.mill, common.MillUsage) else common.MillUsage()
@@ -439,37 +367,7 @@ class Answer:
         return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)
 
 
-async def read_body(request: Request, most_bytes: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is known to be, ClientLeft when it never ends."""
-    too_large = TooLarge(f"the body is larger than {most_bytes} bytes: shorten it, or raise --max-body-bytes")
-    with contextlib.suppress(ValueError):
-        if int(request.headers.get("content-length", "0")) > most_bytes:
-            raise too_large
-    parts, size = [], 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most_bytes:
-            raise too_large
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
 def fingerprint(model: ServedModel, recipe: str) -> str:
     """Equal for two answers exactly when the same seed gives the same tokens: model, vocabulary and numeric recipe."""
     digest = blake2b("\0".join((model.name, model.card.vocabulary, recipe)).encode(), digest_size=6)
     return f"fp_{digest.hexdigest()}"
-
-
-def error_headers(error: MillError) -> list[tuple[bytes, bytes]]:
-    """When to come back, in both units that clients read; and when not to."""
-    headers = [(b"content-type", b"application/json")]
-    if error.retry_after_s is not None:
-        headers += [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()),
-                    (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]
-    if error.status >= 500 and not error.retryable:
-        headers.append((b"x-should-retry", b"false"))
-    return headers

@@ -1,0 +1,110 @@
+"""The endpoints that generate: from a body to the prompts and options of an `Answer`.
+
+Rule: everything a client can get wrong is found here, before any place is taken or any worker hears of it.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from gateway.answer import Answer, ClientLeft
+from gateway.openai import chat, common, completions
+from gateway.openai.parameters import Options, Parameters
+from gateway.prompt import ServedModel
+from shared.errors import TooLarge
+
+if TYPE_CHECKING:
+    from gateway.service import Gateway
+
+
+class Endpoint:
+    """What differs between the generating endpoints. `operation` is the convention's name for the span."""
+
+    operation: str
+    reply: type[chat.ChatReply] | type[completions.CompletionReply]
+    decode: common.BodyDecoder
+
+    def options(self, body: Any) -> Options:
+        raise NotImplementedError
+
+    def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+        """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
+        raise NotImplementedError
+
+
+class Chat(Endpoint):
+    operation, reply = "chat", chat.ChatReply
+    decode = common.BodyDecoder(chat.ChatRequest)
+
+    def options(self, body: chat.ChatRequest) -> Options:
+        return chat.chat_options(body)
+
+    def prompts(self, body: chat.ChatRequest, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+        messages = chat.template_messages(body.messages)
+        continues = bool(body.continue_final_message)
+        opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
+                                   continue_final_message=continues, variables=body.chat_template_kwargs)]
+
+
+class TextCompletion(Endpoint):
+    operation, reply = "text_completion", completions.CompletionReply
+    decode = common.BodyDecoder(completions.CompletionRequest)
+
+    def options(self, body: completions.CompletionRequest) -> Options:
+        return completions.completion_options(body)
+
+    def prompts(self, body: completions.CompletionRequest, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
+        return [partial(_tokens, prompt, model) for prompt in completions.prompts(body)]
+
+
+def _tokens(prompt: str | list[int], model: ServedModel) -> list[int]:
+    return model.text(prompt) if isinstance(prompt, str) else prompt
+
+
+class Generation:
+    """The ASGI application of one generating endpoint."""
+
+    def __init__(self, gateway: "Gateway", endpoint: Endpoint) -> None:
+        self._gateway = gateway
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, endpoint = self._gateway, self._endpoint
+        gateway.check_open()
+        began_s = gateway.clock.now()
+        raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
+        body: Parameters = endpoint.decode(raw)
+        model = gateway.model_named(body.model)
+        options = endpoint.options(body)
+        texts = endpoint.prompts(body, model, gateway.clock.wall())
+        with gateway.places(len(texts) * options.choices):
+            prompts = await gateway.aside(len(raw), lambda: [
+                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt)
+                for tokens in texts])
+            answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s)
+            await answer.give(receive, send)
+
+
+async def read_body(request: Request, most_bytes: int) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be, ClientLeft when it never ends."""
+    too_large = TooLarge(f"the body is larger than {most_bytes} bytes: shorten it, or raise --max-body-bytes")
+    with contextlib.suppress(ValueError):
+        if int(request.headers.get("content-length", "0")) > most_bytes:
+            raise too_large
+    parts, size = [], 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most_bytes:
+            raise too_large
+        if not message.get("more_body", False):
+            return b"".join(parts)
