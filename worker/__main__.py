@@ -1,7 +1,7 @@
 """`python -m worker --engine mock --nats nats://127.0.0.1:4222`: one worker as a process of its own.
 
-SIGTERM and SIGINT drain it: no new streams, what runs ends (`drain_s` at most), the rest goes elsewhere. A second one ends
-it at once.
+SIGTERM and SIGINT drain it: no new streams, what runs ends (`drain_s` at most), the rest goes elsewhere. A second one
+ends it at once.
 """
 
 import asyncio

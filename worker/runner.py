@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import structlog
 
 from kernels.step import Decoder, StepInputs
@@ -19,6 +20,10 @@ ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
 MOCK_BLOCKS_PER_MIB = 16
 
 _log = structlog.get_logger("worker.runner")
+
+
+class _Card(msgspec.Struct):
+    vocabulary: str = ""
 
 
 class Runner(Protocol):
@@ -101,6 +106,20 @@ def load_decoder(settings: WorkerSettings) -> Decoder:
     device = "cuda" if engine == "cuda" else "cpu"
     torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device)
     return torch_decoder
+
+
+def vocabulary_of(settings: WorkerSettings) -> str:
+    """The digest that drafters compare, out of the card beside the model; empty when there is none."""
+    model = Path(settings.model) if settings.model else None
+    if model is None or settings.engine == "mock":
+        return ""
+    card = (model if model.is_dir() else model.parent) / "card.json"
+    try:
+        return msgspec.json.decode(card.read_bytes(), type=_Card).vocabulary
+    except FileNotFoundError:
+        return ""
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{card} is no model card ({error}): run `tokenmill pull` again") from None
 
 
 def runner_for(decoder: Decoder, settings: WorkerSettings, clock: Clock) -> Runner:

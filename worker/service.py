@@ -43,7 +43,7 @@ from worker.following import Following
 from worker.kv_blocks import BlockPool
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
-from worker.runner import Runner, engine_of, load_decoder, runner_for
+from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_of
 from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, failed
 from worker.trace import record_stream
 
@@ -118,7 +118,7 @@ class Worker:
         self._clock = clock
         self._decoder = decoder
         self._engine_name = engine
-        self._vocabulary = str(getattr(decoder, "vocabulary", ""))
+        self._vocabulary = vocabulary_of(settings)
         self._pool = BlockPool(decoder.blocks)
         self._scheduler = Scheduler(Limits(
             decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,

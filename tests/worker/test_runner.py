@@ -1,6 +1,7 @@
 """Which engine runs, and on which thread."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from shared.clock import LoopClock
 from shared.settings import WorkerSettings
 from tests.worker.test_mock_decoder import inputs
 from worker.mock_decoder import MockDecoder
-from worker.runner import ThreadRunner, TimedRunner, engine_of, load_decoder, runner_for
+from worker.runner import ThreadRunner, TimedRunner, engine_of, load_decoder, runner_for, vocabulary_of
 
 
 class WatchedDecoder(MockDecoder):
@@ -50,6 +51,17 @@ async def test_the_mock_runs_in_imagined_time() -> None:
     decoder = load_decoder(settings)
     assert (decoder.blocks, decoder.vocabulary_size) == (8, 500)
     assert isinstance(runner_for(decoder, settings, LoopClock()), TimedRunner)
+
+
+def test_the_vocabulary_is_read_from_the_card_beside_the_model(tmp_path: Path) -> None:
+    weights = tmp_path / "model.gguf"
+    assert vocabulary_of(WorkerSettings(engine="cpu", model=str(weights))) == ""
+    (tmp_path / "card.json").write_text('{"name": "m", "vocabulary": "abc"}')
+    for model in (weights, tmp_path):
+        assert vocabulary_of(WorkerSettings(engine="cpu", model=str(model))) == "abc"
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(ValueError, match="no model card"):
+        vocabulary_of(WorkerSettings(engine="cpu", model=str(weights)))
 
 
 def test_an_unknown_engine_and_a_missing_model_are_named() -> None:
