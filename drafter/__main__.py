@@ -10,13 +10,11 @@ import signal
 import sys
 
 import uvloop
-from msgspec.structs import replace
 
-from drafter.service import serve
+from drafter.service import checked, serve
 from shared import telemetry
 from shared.bus import BusUnavailable
 from shared.clock import LoopClock
-from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import DrafterSettings, load
 
@@ -36,8 +34,7 @@ async def main(settings: DrafterSettings) -> None:
 
 if __name__ == "__main__":
     try:
-        settings = load(DrafterSettings, "drafter", sys.argv[1:], os.environ)
-        settings = replace(settings, id=settings.id or new_id("drafter"))
+        settings = checked(load(DrafterSettings, "drafter", sys.argv[1:], os.environ))
         telemetry.configure_logging("drafter", settings.id, settings.log, settings.log_level)
         uvloop.run(main(settings))
     except (ValueError, OSError, BusUnavailable) as error:

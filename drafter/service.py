@@ -47,9 +47,7 @@ async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asynci
     `ready` is set once this drafter is subscribed. Raises ValueError for an unknown kind or an id that cannot stand in
     a subject, BusUnavailable when the broker is gone at the start.
     """
-    if settings.kind != "suffix":
-        raise ValueError(f"unknown kind of drafter {settings.kind!r}: use suffix")
-    settings = replace(settings, id=subjects.check_id(settings.id or new_id("drafter")))
+    settings = checked(settings)
     tracing = telemetry.configure_tracing("drafter", settings.id, settings.otlp)
     drafter = Drafter(bus, settings, clock)
     try:
@@ -67,6 +65,13 @@ async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asynci
     finally:
         if tracing.tracer is not None:
             await asyncio.to_thread(tracing.shutdown)
+
+
+def checked(settings: DrafterSettings) -> DrafterSettings:
+    """The settings with an id made up if there is none. Raises ValueError for what no drafter can be told."""
+    if settings.kind != "suffix":
+        raise ValueError(f"unknown kind of drafter {settings.kind!r}: use suffix")
+    return replace(settings, id=subjects.check_id(settings.id or new_id("drafter")))
 
 
 class Drafter:

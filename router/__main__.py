@@ -10,13 +10,11 @@ import signal
 import sys
 
 import uvloop
-from msgspec.structs import replace
 
-from router.service import serve
+from router.service import checked, serve
 from shared import telemetry
 from shared.bus import BusUnavailable
 from shared.clock import LoopClock
-from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import RouterSettings, load
 
@@ -36,8 +34,7 @@ async def main(settings: RouterSettings) -> None:
 
 if __name__ == "__main__":
     try:
-        settings = load(RouterSettings, "router", sys.argv[1:], os.environ)
-        settings = replace(settings, id=settings.id or new_id("router"))
+        settings = checked(load(RouterSettings, "router", sys.argv[1:], os.environ))
         telemetry.configure_logging("router", settings.id, settings.log, settings.log_level)
         uvloop.run(main(settings))
     except (ValueError, OSError, BusUnavailable) as error:

@@ -85,7 +85,7 @@ async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio
     `ready` is set once this router is subscribed. Raises ValueError for an unknown policy or an id that cannot stand in
     a subject, BusUnavailable when the broker is gone at the start.
     """
-    settings = replace(settings, id=subjects.check_id(settings.id or new_id("router")))
+    settings = checked(settings)
     tracing = telemetry.configure_tracing("router", settings.id, settings.otlp)
     router = Router(bus, settings, clock)
     try:
@@ -105,6 +105,13 @@ async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio
             await asyncio.to_thread(tracing.shutdown)
 
 
+def checked(settings: RouterSettings) -> RouterSettings:
+    """The settings with an id made up if there is none. Raises ValueError for what no router can be told."""
+    if settings.policy not in POLICIES:
+        raise ValueError(f"unknown policy {settings.policy!r}: use one of {', '.join(POLICIES)}")
+    return replace(settings, id=subjects.check_id(settings.id or new_id("router")))
+
+
 class Router:
     """One router: the view, the counters that go with its id, and the messages that wait to leave.
 
@@ -112,8 +119,6 @@ class Router:
     """
 
     def __init__(self, bus: Bus, settings: RouterSettings, clock: Clock) -> None:
-        if settings.policy not in POLICIES:
-            raise ValueError(f"unknown policy {settings.policy!r}: use one of {', '.join(POLICIES)}")
         self.id = settings.id
         self.epoch = new_epoch(clock)
         self.state: Literal["starting", "ready", "draining"] = "starting"
