@@ -130,14 +130,11 @@ def _compile() -> None:
     from kernels.native import build
 
     console = Console(stderr=True)
-    if build.compiled() is not None:
-        return
-    with console.status("compiling the CPU step (once) ..."):
-        reason = build.available()
-        if reason is None:
-            build.build()
-    if reason:
+    if reason := build.available():
         console.print(f"[yellow]no fast CPU step: {reason}; the torch path serves, slowly[/]", highlight=False)
+        return
+    with console.status("compiling the CPU step, once ..."):
+        build.build()
 
 
 def _leave(reason: str) -> NoReturn:
