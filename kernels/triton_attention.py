@@ -5,12 +5,14 @@ whether it came as a decode, a verify or a prefill row. Splits are aligned to po
 every batch; tiles inside a split and splits inside a row are added in position order.
 Reference: `reference.paged_attention`.
 
-Two kernels. `_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum, with the
-query heads that share a KV head packed into one tile so that K and V are read once for all of them. `_combine_splits`
-adds the splits of a (row, query head) in order. What varies with the batch is kept out of Triton's specialisation, so
-that one compiled kernel serves every batch.
+Two kernels. `_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum. A tensor
+core multiplies at least 16 queries at a time: they are the query heads that share a KV head, and with them up to 16 / G
+neighbouring rows of the same sequence, so that a draft's rows read K and V once. A row's place among the 16 does not
+enter its arithmetic; what it must not see is masked, and a masked position adds an exact zero. `_combine_splits` adds
+the splits of a (row, query head) in order. What varies with the batch is kept out of Triton's specialisation, so that
+one compiled kernel serves every batch.
 
-R rows, H query heads, K KV heads, G = H / K, D head size, N positions of a tile, P splits.
+R rows, H query heads, K KV heads, G = H / K, D head size, M queries of a tile, N positions of a tile, P splits.
 """
 
 import torch
@@ -50,8 +52,6 @@ def paged_attention(
     split = tuning.ATTENTION_SPLIT
     longest = tables.shape[1] * block_size if longest is None else longest
     splits = max(1, -(-longest // split))
-    # The tensor cores take queries of the cache's type. The interpreter's 16-bit products are wrong for bf16.
-    in_float32 = INTERPRETED or key_cache.dtype == torch.float32
     choice = tuning.attention(head_dim, key_cache.element_size())
     combine = tuning.ATTENTION_COMBINE
 
@@ -66,18 +66,19 @@ def paged_attention(
             _attend_split,
             (count, kv_heads, splits),
             *(queries[some], key_cache, value_cache, tables, sequences[some], positions[some], partial, maxima, sums),
-            *(splits, scale * LOG2_E),
+            *(splits, count, scale * LOG2_E),
             *(*queries.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
             choice=choice,
             HEADS=heads,
             GROUP=group,
-            GROUP_PADDED=max(16, tuning.padded(group)),
+            GROUP_PADDED=tuning.padded(group),
+            ROWS=max(1, tuning.ATTENTION_QUERIES // tuning.padded(group)),
             HEAD_DIM=head_dim,
             HEAD_DIM_PADDED=max(16, tuning.padded(head_dim)),
             BLOCK_SIZE=block_size,
             SPLIT=split,
             TILE=choice.block,
-            FP32=in_float32,
+            WIDE=_product_type(key_cache.dtype),
         )
         launch(
             _combine_splits,
@@ -93,8 +94,20 @@ def paged_attention(
     return output
 
 
+def _product_type(cache: torch.dtype) -> tl.dtype | None:
+    """What queries, keys, weights and values are widened to before they are multiplied; None: as they are.
+
+    The interpreter is wrong on bf16, and its matrix product rounds a row by the row's place. Summed in float64 and
+    rounded once, a product depends on its operands only, as it does on a tensor core.
+    """
+    if INTERPRETED:
+        return tl.float64
+    return tl.float32 if cache == torch.float32 else None
+
+
 @triton.jit(
-    do_not_specialize=["splits", "stride_table"], do_not_specialize_on_alignment=["sequences_ptr", "positions_ptr"]
+    do_not_specialize=["splits", "row_count", "stride_table"],
+    do_not_specialize_on_alignment=["sequences_ptr", "positions_ptr"],
 )
 def _attend_split(
     # pointers
@@ -109,6 +122,7 @@ def _attend_split(
     sums_ptr,  # [R, P, H] fp32
     # sizes
     splits,
+    row_count,
     scale_log2,
     # strides
     stride_query_row,
@@ -124,74 +138,86 @@ def _attend_split(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
-    FP32: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
-    position = tl.load(positions_ptr + row)
     start = tl.program_id(2) * SPLIT
-    if start > position:
+
+    # 1. The rows of this program: within an aligned window of ROWS, the first row of a sequence works for all of them.
+    sequence = tl.load(sequences_ptr + first_row).to(tl.int64)
+    before = tl.load(sequences_ptr + first_row - 1, mask=first_row % ROWS > 0, other=-1)
+    if before == sequence:
+        return
+    query_index = tl.arange(0, ROWS * GROUP_PADDED)
+    in_group = query_index % GROUP_PADDED
+    rows = first_row + query_index // GROUP_PADDED
+    in_window = (rows < row_count) & (rows // ROWS == first_row // ROWS)
+    mine = in_window & (tl.load(sequences_ptr + rows, mask=in_window, other=-1) == sequence)
+    positions = tl.load(positions_ptr + rows, mask=mine, other=-1)  # [M]
+    last = tl.max(positions, axis=0)
+    if start > last:
         return
 
-    # 1. The queries of this KV head.
-    sequence = tl.load(sequences_ptr + row).to(tl.int64)
-    in_group = tl.arange(0, GROUP_PADDED)
+    # 2. Their queries that read this KV head.
     lane = tl.arange(0, HEAD_DIM_PADDED)
     heads = kv_head * GROUP + in_group
-    query_mask = (in_group < GROUP)[:, None] & (lane < HEAD_DIM)[None, :]
-    query = tl.load(
-        queries_ptr + row * stride_query_row + heads[:, None] * stride_query_head + lane[None, :],
-        mask=query_mask,
-        other=0.0,
-    )  # [G, D]
-    if FP32:
-        query = query.to(tl.float32)
+    reaches = (positions >= start) & (in_group < GROUP)
+    query_mask = reaches[:, None] & (lane < HEAD_DIM)[None, :]
+    query_rows = rows * stride_query_row + heads * stride_query_head
+    query = tl.load(queries_ptr + query_rows[:, None] + lane[None, :], mask=query_mask, other=0.0)  # [M, D]
+    if WIDE is not None:
+        query = query.to(WIDE)
 
-    # 2. Tiles of the split, in position order, with a running maximum.
-    running_max = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
-    running_sum = tl.zeros((GROUP_PADDED,), tl.float32)
-    output = tl.zeros((GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
-    # The trip count is fixed: a tile behind the row's position loads nothing and changes no bit.
+    # 3. Tiles of the split, in position order, with a running maximum.
+    running_max = tl.full((ROWS * GROUP_PADDED,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((ROWS * GROUP_PADDED,), tl.float32)
+    output = tl.zeros((ROWS * GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
+    # The trip count is fixed: a tile behind the last position loads nothing and changes no bit.
     for tile in tl.range(0, SPLIT, TILE):
         at = start + tile + tl.arange(0, TILE)
-        inside = at <= position
+        inside = at <= last
         entry = tables_ptr + sequence * stride_table + at // BLOCK_SIZE
         block = tl.load(entry, mask=inside, other=0).to(tl.int64)  # [N]
         slot = (at % BLOCK_SIZE).to(tl.int64)
         tile_mask = inside[:, None] & (lane < HEAD_DIM)[None, :]
         key_rows = block * stride_key_block + slot * stride_key_slot + kv_head * stride_key_head
         key = tl.load(keys_ptr + key_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
-        if FP32:
-            scores = tl.dot(query, tl.trans(key.to(tl.float32)), input_precision="ieee") * scale_log2  # [G, N]
+        if WIDE is not None:
+            products = tl.dot(query, tl.trans(key.to(WIDE)), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
         else:
-            scores = tl.dot(query, tl.trans(key)) * scale_log2  # [G, N]
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+            products = tl.dot(query, tl.trans(key))
+        scores = products * scale_log2  # [M, N]
+        scores = tl.where(at[None, :] <= positions[:, None], scores, float("-inf"))
 
-        # The first tile always holds a position inside, so the maximum is finite from there on.
+        # A row that reaches the split sees its first position, so its maximum is finite from the first tile on.
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_max[:, None])
-        decay = tl.exp2(running_max - new_max)
+        finite_max = tl.where(reaches, new_max, 0.0)
+        weights = tl.exp2(scores - finite_max[:, None])
+        decay = tl.exp2(running_max - finite_max)
         running_sum = running_sum * decay + tl.sum(weights, axis=1)
         running_max = new_max
 
         value_rows = block * stride_value_block + slot * stride_value_slot + kv_head * stride_value_head
         value = tl.load(values_ptr + value_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
-        if FP32:
-            output = output * decay[:, None] + tl.dot(weights, value.to(tl.float32), input_precision="ieee")
+        if WIDE is not None:
+            added = tl.dot(weights.to(WIDE), value.to(WIDE), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
         else:
-            output = output * decay[:, None] + tl.dot(weights.to(value.dtype), value)
+            added = tl.dot(weights.to(value.dtype), value)
+        output = output * decay[:, None] + added
 
-    # 3. The partial result of the split.
-    partial_rows = (row * splits + split) * HEADS + heads
+    # 4. The partial results of the rows that reach the split.
+    partial_rows = (rows * splits + split) * HEADS + heads
     tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + lane[None, :], output, mask=query_mask)
-    tl.store(maxima_ptr + partial_rows, running_max, mask=in_group < GROUP)
-    tl.store(sums_ptr + partial_rows, running_sum, mask=in_group < GROUP)
+    tl.store(maxima_ptr + partial_rows, running_max, mask=reaches)
+    tl.store(sums_ptr + partial_rows, running_sum, mask=reaches)
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions_ptr"])

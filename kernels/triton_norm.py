@@ -31,7 +31,7 @@ def add_rms_norm(
     """The norm of x + residual, and x + residual itself, rounded to the type of `residual` before it is normed."""
     rows = x.reshape(-1, x.shape[-1])
     residual_rows = residual.reshape(rows.shape)
-    normed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(residual_rows, memory_format=torch.contiguous_format)
     total = torch.empty_like(residual_rows, memory_format=torch.contiguous_format)
     _launch(rows, residual_rows, weight, normed, total, epsilon)
     return normed.view(x.shape), total.view(x.shape)

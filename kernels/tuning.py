@@ -34,6 +34,9 @@ def elementwise(columns: int) -> Launch:
 # partials add 1.6 % to the bytes of a bf16 cache with a head size of 128 and 4 query heads per KV head.
 ATTENTION_SPLIT = 256
 
+# Queries of one tile, as many as one tensor core instruction takes: a decode row fills it with its query heads alone.
+ATTENTION_QUERIES = 16
+
 # Splits that are summed at once when the splits of a row are combined: 32 x 256 positions are one round trip to memory.
 ATTENTION_COMBINE = Launch(block=32, num_warps=4)
 

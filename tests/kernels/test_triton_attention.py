@@ -71,7 +71,8 @@ def test_attention_is_that_of_the_reference(kind: torch.dtype) -> None:
 def test_a_row_has_the_same_bits_alone_in_a_draft_and_in_a_prompt() -> None:
     cache = cache_of([300, 40])
     alone = {row: cache.attend([row])[0] for row in [(0, 255), (0, 256), (0, 257), (1, 39)]}
-    together = [(0, 254), (0, 255), (0, 256), (0, 257), (1, 39), (1, 5)]
+    # Drafts across windows of rows that are read together, and a sequence that comes back.
+    together = [(1, 7), (0, 254), (0, 255), (0, 256), (0, 257), (0, 3), (1, 39), (0, 299), (1, 5)]
     result = cache.attend(together)
     for row, bits in alone.items():
         assert torch.equal(bits, result[together.index(row)])
