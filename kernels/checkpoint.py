@@ -1,36 +1,47 @@
 """A model's weights on disk, under one set of names, read when asked for.
 
-Rule: opening reads no weight, but checks all there is to check without one: architecture, names, shapes, length of the files.
-A checkpoint that this decoder family cannot run is refused here, with the reason.
+Rule: opening reads no weight, but checks all there is to check without one: architecture, names, shapes, lengths of
+files. A checkpoint that this decoder family cannot run is refused here, with the reason. torch is imported only to make
+tensors, and gguf only to dequantise: the native step starts without either.
 
-    embedding.weight  [vocabulary, hidden]         norm.weight  [hidden]         head.weight  [vocabulary, hidden]
-    layers.N.attention_norm.weight [hidden]        layers.N.attention.{q,k,v}.weight [heads or KV heads * head_dim, hidden]
-    layers.N.mlp_norm.weight [hidden]              layers.N.attention.o.weight [hidden, heads * head_dim]
-    layers.N.mlp.{gate,up}.weight [ffn, hidden]    layers.N.mlp.down.weight [hidden, ffn]
+    embedding.weight [vocabulary, hidden]         norm.weight [hidden]         head.weight [vocabulary, hidden]
+    layers.N.attention_norm.weight [hidden]       layers.N.attention.q.weight [heads * head_dim, hidden]
+    layers.N.mlp_norm.weight [hidden]             layers.N.attention.{k,v}.weight [kv_heads * head_dim, hidden]
+    layers.N.mlp.{gate,up}.weight [ffn, hidden]   layers.N.attention.o.weight [hidden, heads * head_dim]
+    layers.N.mlp.down.weight [hidden, ffn]
 
 With a tied head, `head.weight` is another name of `embedding.weight`. Rows of q and k stand as stored; the config's
 `rope_interleaved` says which elements of a head turn together.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kernels.config import CheckpointError, DecoderConfig, llama3_rope_factors
 from kernels.gguf_header import GgufHeader, read_gguf_header
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 GGUF_ARCHITECTURES = ("llama",)
 HUGGING_FACE_TYPES = ("llama", "mistral")
 
+# Beyond any model; a damaged number must not become a huge table.
+_LONGEST_CONTEXT = 1 << 24
+_TENSORS_PER_LAYER = 9
+
+# safetensors and GGML give them the same names.
+_PLAIN_KINDS = ("F32", "F16", "BF16")
+
 
 class Raw(NamedTuple):
-    """A tensor as stored: `kind` is GGML's name of the type (Q4_1, F16, ...), `rows` the bytes [rows, bytes of a row]."""
+    """A tensor as stored: GGML's name of its type (Q4_1, F16, ...), and the bytes [rows, bytes of a row]."""
 
     kind: str
     rows: NDArray[np.uint8]
@@ -48,7 +59,7 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Rows first."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """A float32 tensor of its own, dequantised where needed."""
 
     def raw(self, name: str) -> Raw:
@@ -99,7 +110,7 @@ class GgufCheckpoint:
         rows = info.shape[0] if len(info.shape) > 1 else 1
         return Raw(info.block.name, self._file[info.start : info.start + info.size_bytes].reshape(rows, -1))
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         return _dequantised(self.raw(name)).view(self.shape(name))
 
     def _stored(self, name: str) -> str:
@@ -109,10 +120,7 @@ class GgufCheckpoint:
 class SafetensorsCheckpoint:
     """A Hugging Face folder with weights in float32, float16 or bfloat16."""
 
-    _KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names to GGML's
-
     def __init__(self, path: Path) -> None:
-        # Imported where it is needed: a GGUF opens without it.
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -132,9 +140,9 @@ class SafetensorsCheckpoint:
                 if name == "head.weight" and self.config.tied_head:
                     continue
                 piece = file.get_slice(stored)
-                if piece.get_dtype() not in self._KINDS:
+                if piece.get_dtype() not in _PLAIN_KINDS:
                     raise CheckpointError(
-                        f"{shard}: {stored} is stored as {piece.get_dtype()}; plain {', '.join(self._KINDS)} can be read"
+                        f"{shard}: {stored} is stored as {piece.get_dtype()}; {', '.join(_PLAIN_KINDS)} can be read"
                     )
                 self._files[name], self._stored_names[name] = file, stored
                 shapes[name] = tuple(piece.get_shape())
@@ -148,15 +156,17 @@ class SafetensorsCheckpoint:
         return self._shapes[_stored(name, self.config)]
 
     def raw(self, name: str) -> Raw:
+        import torch
+
         stored = self._plain(name)
         kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[stored.dtype]
         rows = stored.shape[0] if stored.dim() > 1 else 1
         return Raw(kind, stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         return self._plain(name).float()
 
-    def _plain(self, name: str) -> Tensor:
+    def _plain(self, name: str) -> "Tensor":
         name = _stored(name, self.config)
         plain: Tensor = self._files[name].get_tensor(self._stored_names[name])
         return plain
@@ -166,8 +176,10 @@ def _stored(name: str, config: DecoderConfig) -> str:
     return "embedding.weight" if name == "head.weight" and config.tied_head else name
 
 
-def _dequantised(raw: Raw) -> Tensor:
-    """Float32 [rows, elements]; plain types without the gguf package, which takes long to import."""
+def _dequantised(raw: Raw) -> "Tensor":
+    """Float32 [rows, elements]."""
+    import torch
+
     if raw.kind == "F32":
         return torch.from_numpy(raw.rows.view(np.float32).copy())
     if raw.kind == "F16":
@@ -232,7 +244,8 @@ def _ours(name: str, prefix: str) -> str:
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this config holds."""
-    hidden, ffn, attention, kv = config.hidden, config.ffn, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, ffn = config.hidden, config.ffn
+    attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocabulary, hidden), "norm.weight": (hidden,)}
     if not config.tied_head:
         shapes["head.weight"] = (config.vocabulary, hidden)
@@ -253,6 +266,10 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(path: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
+    if config.layers * _TENSORS_PER_LAYER > len(found):
+        raise CheckpointError(
+            f"{path} announces {config.layers} layers but holds {len(found)} tensors; download it again"
+        )
     expected = expected_shapes(config)
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:
@@ -279,37 +296,35 @@ def _gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         raise CheckpointError(
             f"{path} is of architecture {architecture!r}; supported in GGUF: {', '.join(GGUF_ARCHITECTURES)}"
         )
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(f"{path} is one part of a split GGUF; merge the parts first (gguf-split --merge)")
     if metadata.get("llama.expert_count", 0):
         raise CheckpointError(f"{path} is a mixture of experts; only dense models are supported")
 
-    def number(key: str, default: float | None = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{path}: llama.{key} should be one number, it is {value!r}")
-        return value
+    def whole(key: str, default: int | None = None) -> int:
+        return _whole(path, f"llama.{key}", metadata.get(f"llama.{key}", default))
 
-    heads = number("attention.head_count")
-    hidden = number("embedding_length")
-    head_dim = number("attention.key_length", hidden // heads if heads else 0)
-    if number("attention.value_length", head_dim) != head_dim:
+    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    head_dim = whole("attention.key_length", hidden // heads)
+    if whole("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{path} has values of another size than its keys, which is not supported")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{path} lacks token_embd.weight; download it again")
-    rotary_dim = number("rope.dimension_count", head_dim)
+    rotary_dim = whole("rope.dimension_count", head_dim)
     return DecoderConfig(
-        layers=number("block_count"),
+        layers=whole("block_count"),
         hidden=hidden,
         heads=heads,
-        kv_heads=number("attention.head_count_kv", heads),
+        kv_heads=whole("attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn=number("feed_forward_length"),
+        ffn=whole("feed_forward_length"),
         vocabulary=embedding.shape[0],
-        context_length=number("context_length"),
-        norm_eps=number("attention.layer_norm_rms_epsilon"),
-        rope_base=number("rope.freq_base", 10_000.0),
+        context_length=_context(path, "llama.context_length", metadata.get("llama.context_length")),
+        norm_eps=_positive(
+            path, "attention.layer_norm_rms_epsilon", metadata.get("llama.attention.layer_norm_rms_epsilon")
+        ),
+        rope_base=_positive(path, "rope.freq_base", metadata.get("llama.rope.freq_base", 10_000.0)),
         rotary_dim=rotary_dim,
         rope_interleaved=True,
         tied_head="output.weight" not in header.tensors,
@@ -321,12 +336,15 @@ def _gguf_rope_factors(path: Path, header: GgufHeader, rotary_dim: int) -> tuple
     kind = header.metadata.get("llama.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise CheckpointError(f"{path} scales its rope by {kind!r}; supported: none, linear, or a rope_freqs tensor")
-    stretch = float(header.metadata.get("llama.rope.scaling.factor", 1.0)) if kind == "linear" else 1.0
+    factor = header.metadata.get("llama.rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    stretch = _positive(path, "llama.rope.scaling.factor", factor)
     tensor = header.tensors.get("rope_freqs.weight")
-    if tensor is not None:
-        factors = header.file[tensor.start : tensor.start + tensor.size_bytes].view(np.float32)
-        return tuple(stretch * float(factor) for factor in factors)
-    return (stretch,) * (rotary_dim // 2) if stretch != 1.0 else None
+    if tensor is None:
+        return (stretch,) * (rotary_dim // 2) if stretch != 1.0 else None
+    if tensor.block.name != "F32":
+        raise CheckpointError(f"{path}: rope_freqs.weight is stored as {tensor.block.name}, not as F32")
+    factors = header.file[tensor.start : tensor.start + tensor.size_bytes].view(np.float32)
+    return tuple(stretch * _positive(path, "a rope factor", float(factor)) for factor in factors)
 
 
 def _hugging_face_config(path: Path) -> DecoderConfig:
@@ -335,34 +353,41 @@ def _hugging_face_config(path: Path) -> DecoderConfig:
         settings = json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} is no JSON object; download it again")
     model_type = settings.get("model_type")
     if model_type not in HUGGING_FACE_TYPES:
         raise CheckpointError(
             f"{path} is of type {model_type!r}; supported in safetensors: {', '.join(HUGGING_FACE_TYPES)}"
         )
-    context_length = _needed(settings, "max_position_embeddings", file)
+
+    def whole(key: str, default: int | None = None) -> int:
+        value = settings.get(key)
+        return _whole(file, key, default if value is None else value)
+
+    context_length = _context(file, "max_position_embeddings", settings.get("max_position_embeddings"))
     for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
     if settings.get("quantization_config"):
-        method = settings["quantization_config"].get("quant_method")
-        raise CheckpointError(f"{path} is quantised ({method}); use the plain checkpoint or a GGUF")
-    if (settings.get("sliding_window") or context_length) < context_length:
-        raise CheckpointError(f"{file}: attention in a sliding window is not supported")
-    heads, hidden = _needed(settings, "num_attention_heads", file), _needed(settings, "hidden_size", file)
-    head_dim = settings.get("head_dim") or hidden // heads
+        raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
+    window = settings.get("sliding_window")
+    if window is not None and _whole(file, "sliding_window", window) < context_length:
+        raise CheckpointError(f"{file}: attention in a sliding window of {window} tokens is not supported")
+    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
+    head_dim = whole("head_dim", hidden // heads)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
+    base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
     return DecoderConfig(
-        layers=_needed(settings, "num_hidden_layers", file),
+        layers=whole("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=settings.get("num_key_value_heads") or heads,
+        kv_heads=whole("num_key_value_heads", heads),
         head_dim=head_dim,
-        ffn=_needed(settings, "intermediate_size", file),
-        vocabulary=_needed(settings, "vocab_size", file),
+        ffn=whole("intermediate_size"),
+        vocabulary=whole("vocab_size"),
         context_length=context_length,
-        norm_eps=float(settings.get("rms_norm_eps", 1e-6)),
+        norm_eps=_positive(file, "rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
         rope_base=base,
         rotary_dim=head_dim,
         rope_interleaved=False,
@@ -371,31 +396,46 @@ def _hugging_face_config(path: Path) -> DecoderConfig:
     )
 
 
-def _needed(settings: dict[str, Any], key: str, file: Path) -> int:
-    value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{file}: {key} should be a positive whole number, it is {value!r}")
-    return value
-
-
 def _hugging_face_rope_factors(
     file: Path, rope: dict[str, Any], base: float, head_dim: int
 ) -> tuple[float, ...] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(f"{file}: rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+    factor = _positive(file, "the rope's factor", rope.get("factor"))
     if kind == "linear":
-        return (float(rope["factor"]),) * (head_dim // 2)
-    if kind == "llama3":
-        return llama3_rope_factors(
-            base,
-            head_dim,
-            factor=float(rope["factor"]),
-            low_frequency_factor=float(rope["low_freq_factor"]),
-            high_frequency_factor=float(rope["high_freq_factor"]),
-            original_context_length=int(rope["original_max_position_embeddings"]),
-        )
-    raise CheckpointError(f"{file}: rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+        return (factor,) * (head_dim // 2)
+    return llama3_rope_factors(
+        base,
+        head_dim,
+        factor=factor,
+        low_frequency_factor=_positive(file, "low_freq_factor", rope.get("low_freq_factor")),
+        high_frequency_factor=_positive(file, "high_freq_factor", rope.get("high_freq_factor")),
+        original_context_length=_whole(
+            file, "original_max_position_embeddings", rope.get("original_max_position_embeddings")
+        ),
+    )
+
+
+def _whole(path: Path, key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{path}: {key} should be a whole number from 1, it is {value!r}")
+    return value
+
+
+def _context(path: Path, key: str, value: object) -> int:
+    length = _whole(path, key, value)
+    if length > _LONGEST_CONTEXT:
+        raise CheckpointError(f"{path}: {key} is {length}, more than {_LONGEST_CONTEXT}; the file is damaged")
+    return length
+
+
+def _positive(path: Path, key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{path}: {key} should be a positive number, it is {value!r}")
+    return float(value)
 
 
 def _shards(path: Path) -> list[Path]:

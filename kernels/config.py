@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: damaged, or of a kind that no decoder here runs. The message says what to do."""
+    """A checkpoint that cannot be used: damaged, or of a kind that no decoder here runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class DecoderConfig:
         if self.heads % self.kv_heads:
             raise CheckpointError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise CheckpointError(f"rotary_dim must be even, in 2..{self.head_dim}; the checkpoint says {self.rotary_dim}")
+            raise CheckpointError(f"rotary_dim must be even, 2..{self.head_dim}; the checkpoint says {self.rotary_dim}")
         pairs = self.rotary_dim // 2
         if self.rope_factors is not None and len(self.rope_factors) != pairs:
             raise CheckpointError(f"{pairs} rope factors are needed, the checkpoint has {len(self.rope_factors)}")

@@ -1,12 +1,12 @@
 """A decoder of the Llama family in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
 
-    embed | per layer: norm, q k v, rotary, write KV, attention, o | norm, gate up, swiglu, down | norm, head, mask, sample
+    embed | per layer: norm qkv rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
 
-Rule: one path for prefill, decode and verification; a step is rows, whatever they are for. Only sample rows meet the head.
+Rule: one path for prefill, decode and verification: a step is rows, whatever for. Only sample rows meet the head.
 
 Weights are dequantised when loaded: 4 bytes per weight in float32 (538 MB for the default model of 135 million), shared
-between embedding and a tied head. Matrix products are the library's, and it rounds differently for different numbers of
-rows: this decoder's logits agree between batches to about 1e-5 of their size, not to the bit. The native CPU step is exact.
+between embedding and a tied head. Matrix products are the library's, which rounds differently for different numbers of
+rows: logits agree between batches to about 1e-5 of their size, not to the bit. The native CPU step is the exact one.
 """
 
 from pathlib import Path
@@ -109,7 +109,7 @@ class TorchDecoder:
         )
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
-        """Run one step; the chosen token of each of the L sample rows. Raises ValueError for a step that is malformed."""
+        """Run one step; the chosen token of each of the L sample rows. Raises ValueError for a malformed step."""
         with torch.inference_mode():
             logits = self._logits(inputs)
             temperatures, top_k, top_p, min_p = (
@@ -196,7 +196,7 @@ class TorchDecoder:
 
 
 def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
-    """Raise ValueError where a step would read or write what is not there: the scheduler's mistakes, caught before harm."""
+    """Raise ValueError where a step would read or write what is not there: a scheduler's mistake, caught early."""
     starts, tables = inputs.sequence_starts, inputs.block_tables
     rows, sequences = len(inputs.tokens), len(starts) - 1
     if starts[0] != 0 or starts[-1] != rows or (np.diff(starts) < 1).any() or len(tables) != sequences:

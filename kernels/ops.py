@@ -1,6 +1,6 @@
 """The one table of operators that a decoder runs on, and the only switch between Triton and plain torch.
 
-Rule: every operator is specified by its namesake in `kernels.reference`; an entry may be faster, never mean something else.
+Rule: every operator is specified by its namesake in `kernels.reference`; an entry may be faster, never different.
 """
 
 from collections.abc import Callable

@@ -1,14 +1,14 @@
 """Every operator of a decoder in plain torch: the specification of the Triton and native ones, and what runs on a CPU.
 
-Rule: an operator returns new tensors and changes no argument, but for the caches of `write_kv`. Elementwise work is done
-in float32 and rounded once to the type of its first argument. Cache memory that no row has written changes no result.
+Rule: an operator returns new tensors and changes no argument, but for the caches of `write_kv`. Elementwise work is
+done in float32 and rounded once to the type of its first argument. Cache memory that nobody wrote changes nothing.
 
 R rows (tokens), C columns (hidden size), H query heads, K KV heads, D head size, S sequences, B longest block table,
 L rows to sample, V vocabulary.
 
-A cache is [blocks, block size, K, D] per layer. Position p of sequence s lives in block `tables[s, p // block size]`, slot
-`p % block size`; table entries beyond a sequence's end are -1. A row at position -1 is padding: nothing is written for it
-and its attention is 0.
+A cache is [blocks, block size, K, D] per layer. Position p of sequence s lives in block `tables[s, p // block size]`,
+slot `p % block size`; table entries beyond a sequence's end are -1. A row at position -1 is padding: nothing is written
+for it and its attention is 0.
 """
 
 import torch
@@ -109,7 +109,7 @@ def paged_attention(
     scale: float,
     longest: int | None = None,
 ) -> Tensor:
-    """Causal attention of queries [R, H, D] over one layer's caches: row r sees positions 0..positions[r] of its sequence.
+    """Causal attention of queries [R, H, D] over one layer's caches: row r sees 0..positions[r] of its sequence.
 
     Softmax of scale * q.k in float32, summed over tiles of ATTENTION_TILE positions in position order, aligned to 0, so
     that the order of a row's sum does not depend on whether it came alone or in a prompt. Runs of rows of one sequence
@@ -227,7 +227,7 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     """The chosen token [L], int32, of masked logits [L, V]: the largest logits / T + noise, the lowest id of a tie.
 
     Seeds [L] are uint64, or int64 with the same bits; positions [L] are those the new tokens will have. Below
-    GREEDY_BELOW there is neither division nor noise. The caller excludes NaN and rows that are minus infinity throughout.
+    GREEDY_BELOW there is neither division nor noise. The caller excludes NaN and rows of nothing but minus infinity.
     """
     scores = logits.float()
     rows = (temperatures >= GREEDY_BELOW).nonzero().squeeze(1)
@@ -257,7 +257,7 @@ def uniform(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 
 
 def philox(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Word 0 of Philox4x32-10 [L, V], 32 bits in an int64. Counter (token id, position low, position high, 0), key seed."""
+    """Word 0 of Philox4x32-10 [L, V], 32 bits in an int64: counter (id, position low, position high, 0), key seed."""
     low = 0xFFFFFFFF
     seeds, positions = seeds.view(torch.int64)[:, None], positions.long()[:, None]
     k0, k1 = seeds & low, (seeds >> 32) & low
@@ -274,9 +274,9 @@ def philox(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
 def count_accepted(chosen: Tensor, tokens: Tensor, starts: Tensor, most: int) -> Tensor:
     """How many drafted tokens of each sequence the target would have chosen itself, int32 [S].
 
-    Sequence s owns rows starts[s]..starts[s + 1] - 1, at least one and at most `most`. `tokens` [L] is what stood in each
-    row: first the last known token, then the draft. `chosen` [L] is what the target chose after each. A draft is accepted
-    while it equals the choice of the row before it; the choice after the last accepted one is the next token.
+    Sequence s owns rows starts[s]..starts[s + 1] - 1, at least one and at most `most`. `tokens` [L] is what stood in
+    each row: first the last known token, then the draft. `chosen` [L] is what the target chose after each. A draft is
+    accepted while it equals the choice of the row before it; the choice after the last accepted is the next token.
     """
     first, rows = starts[:-1].long(), starts[1:].long() - starts[:-1].long()
     draft = torch.arange(max(0, most - 1), device=chosen.device)  # [n]

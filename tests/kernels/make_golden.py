@@ -1,8 +1,8 @@
-"""Writes tests/kernels/golden/smollm2_135m.json: what Hugging Face transformers generates greedily from the default model.
+"""Writes golden/smollm2_135m.json: what Hugging Face transformers generates greedily from the default model.
 
 Run where transformers is installed (the project never imports it): python tests/kernels/make_golden.py MODEL.gguf
-The weights are the dequantised ones of the GGUF, in float32; attention is eager; every prompt runs alone. Beside each token
-stands the gap between the two largest logits: a decoder that rounds differently may differ where the gap is tiny.
+The weights are the dequantised ones of the GGUF, in float32; attention is eager; every prompt runs alone. Beside each
+token stands the gap between the two largest logits: a decoder that rounds differently may differ where the gap is tiny.
 """
 
 import json
@@ -52,7 +52,13 @@ def station_log(lines: int, seed: int) -> str:
     """A made-up logbook of about 22 tokens a line: long, regular, and no line like another."""
     choose = random.Random(seed)
     places = ["north mast", "boat shed", "lamp room", "stone pier", "upper gallery", "fuel store"]
-    events = ["found dry and in order", "painted", "needs a new hinge", "cleaned by the second keeper", "locked at dusk"]
+    events = [
+        "found dry and in order",
+        "painted",
+        "needs a new hinge",
+        "cleaned by the second keeper",
+        "locked at dusk",
+    ]
     return "".join(
         f"Day {day}. Wind {choose.randint(0, 12)}, visibility {choose.randint(1, 40)} km; "
         f"{choose.choice(places)} {choose.choice(events)}.\n"
@@ -65,7 +71,7 @@ def prompts(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, list[i
     for name, messages in CHATS.items():
         texts[name] = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     texts["log_300"] = station_log(14, seed=1)
-    texts["log_1000"] = station_log(45, seed=2) + f"Day {46}."
+    texts["log_1000"] = station_log(45, seed=2) + "Day 46."
     question = station_log(44, seed=3) + "\nOn which day was the wind strongest?"
     texts["chat_1000"] = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True

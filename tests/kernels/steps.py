@@ -30,7 +30,8 @@ def step_inputs(parts: Sequence[tuple[Paged, int]], sample: Sequence[Sequence[in
     """
     starts = np.cumsum([0, *(rows for _, rows in parts)])
     wanted = sample or [[rows - 1] for _, rows in parts]
-    sampled = [(part, int(start) + row) for (part, _), start, own in zip(parts, starts, wanted, strict=False) for row in own]
+    each = zip(parts, starts[:-1], wanted, strict=True)
+    sampled = [(part, int(start) + row) for (part, _), start, own in each for row in own]
     longest = max(len(part.blocks) for part, _ in parts)
     tables = np.full((len(parts), longest), -1, np.int32)
     for table, (part, _) in zip(tables, parts, strict=True):

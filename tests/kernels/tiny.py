@@ -1,6 +1,7 @@
-"""Tiny random Llamas on disk, so that tests need no real model: as GGUF, and the same weights as a Hugging Face folder."""
+"""Tiny random Llamas on disk, so that tests need no real model: as GGUF, or the same weights as Hugging Face has."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,9 +63,18 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
 
 
 def write_tiny_gguf(
-    path: Path, shape: Tiny | None = None, *, linear: Kind = Kind.Q4_1, head: Kind = Kind.Q8_0, architecture: str = "llama"
+    path: Path,
+    shape: Tiny | None = None,
+    *,
+    linear: Kind = Kind.Q4_1,
+    head: Kind = Kind.Q8_0,
+    architecture: str = "llama",
+    stored: Mapping[str, tuple[NDArray[np.uint8], Kind]] | None = None,
 ) -> Path:
-    """Write the model of `shape` as GGUF: linears, and embedding and head, in the types given; norms in float32."""
+    """Write the model of `shape` as GGUF: linears, and embedding and head, in the types given; norms in float32.
+
+    `stored` gives blocks [rows, bytes] to write as they are, by GGUF name.
+    """
     shape = shape or Tiny()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -85,7 +95,8 @@ def write_tiny_gguf(
     writer.add_token_types([1] * shape.vocabulary)
     for name, weight in tiny_weights(shape).items():
         kind = Kind.F32 if weight.ndim == 1 else head if name in ("token_embd.weight", "output.weight") else linear
-        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        blocks, kind = (stored or {}).get(name) or (gguf.quants.quantize(weight, kind), kind)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -94,7 +105,7 @@ def write_tiny_gguf(
 
 
 def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
-    """Write the unquantised weights of `shape` as Hugging Face does: config.json, safetensors, q and k in halves order."""
+    """Write the unquantised weights of `shape`: config.json and safetensors, q and k in halves order."""
     shape = shape or Tiny()
     folder.mkdir(parents=True, exist_ok=True)
     config = {
