@@ -281,6 +281,7 @@ class Router:
             now = self._clock.now()
             for worker in self.view.forget_silent(now):
                 _log.info("worker_silent", worker=worker)
+                self.metrics.placed.remove(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
             if self.state == "starting" and (now - self._started_at >= STARTING_S or self._has_caught_up(now)):
                 self._become_ready()
