@@ -38,6 +38,7 @@ from shared.residency import allows
 from shared.settings import WorkerSettings
 from shared.telemetry import configure_tracing
 from worker.batch import Batch
+from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
 from worker.following import Following
 from worker.kv_blocks import BlockPool
@@ -117,6 +118,7 @@ class Worker:
         self._settings = settings
         self._clock = clock
         self._decoder = decoder
+        self._runner = runner
         self._engine_name = engine
         self._vocabulary = vocabulary_of(settings)
         self._pool = BlockPool(decoder.blocks)
@@ -140,6 +142,7 @@ class Worker:
 
     async def run(self, bus: Bus, ready: asyncio.Event | None) -> None:
         """Until cancelled, then drained."""
+        await self._calibrate()
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             own = [tasks.create_task(work) for work in
                    (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals())]
@@ -159,6 +162,14 @@ class Worker:
             finally:
                 for task in own:
                     task.cancel()
+
+    async def _calibrate(self) -> None:
+        try:
+            await calibrate(self._runner, self._scheduler.cost, self._clock, self._settings.max_running,
+                            self._settings.step_tokens)
+        except Exception as error:
+            # requests will show whether it was the device or only this
+            _log.error("calibration_failed", error=repr(error))
 
     # --- what arrives ------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,18 @@
     seconds = base + rows * row + prefill tokens * token
 
 `rows` are the rows whose next token is wanted (decode and verification), prefill tokens are all others.
-Rule: recursive least squares with forgetting, held to a prior until the steps have differed enough to tell the three
-apart; no cost is ever negative. Pure.
+Rule: least squares with forgetting. While steps are all alike nothing can tell the three apart: then proportions hold
+that were found when steps last differed (`worker.calibrate` makes them differ at the start). No cost is ever negative.
+Pure.
 """
 
 FORGETTING = 0.98
 # a prior row weighs as much as this many observations: enough to survive a stream that always has one row
 PRIOR_WEIGHT = 0.5
-# until measured, a verified row is taken to cost this share of a step, a prefill token a tenth of that
-PRIOR_ROW_SHARE = 0.1
+# until measured, a row is taken to cost this share of an empty step, a prefill token a tenth of that
+FIRST_ROW_SHARE = 0.1
+# steps differ enough to learn proportions when rows, or prefill tokens, spread by this share of their mean
+SPREAD = 0.3
 # a step that took longer than this many times what was expected is a pause of the machine, not a cost
 OUTLIER = 4.0
 WARM_STEPS = 8
@@ -28,7 +31,8 @@ class StepCost:
         self.token_s = 0.0
         self._matrix = [[0.0] * 3 for _ in range(3)]
         self._vector = [0.0] * 3
-        self._mean_s = 0.0
+        self._row_share = FIRST_ROW_SHARE
+        self._token_share = 0.1 * FIRST_ROW_SHARE
 
     def observe(self, rows: int, prefill_tokens: int, seconds: float) -> None:
         """Learn from one step."""
@@ -52,12 +56,11 @@ class StepCost:
         return step_tokens / seconds if self.prefill_tokens and seconds > 0 else 0.0
 
     def _solve(self) -> None:
-        # the prior in units of the newest picture: row and token as shares of what a step costs on average
+        # the prior: the known proportions, at the level of what a step costs now on average
         weight = self._matrix[0][0]
         mean_rows, mean_tokens = self._matrix[0][1] / weight, self._matrix[0][2] / weight
-        units = 1.0 + PRIOR_ROW_SHARE * (mean_rows + 0.1 * mean_tokens)
-        step_s = self._vector[0] / weight / units
-        prior = (step_s, PRIOR_ROW_SHARE * step_s, 0.1 * PRIOR_ROW_SHARE * step_s)
+        empty_s = self._vector[0] / weight / (1.0 + self._row_share * mean_rows + self._token_share * mean_tokens)
+        prior = (empty_s, self._row_share * empty_s, self._token_share * empty_s)
         matrix = [row[:] for row in self._matrix]
         vector = self._vector[:]
         for i in range(3):
@@ -67,6 +70,15 @@ class StepCost:
         self.row_s = max(row, 0.0)
         self.token_s = max(token, 0.0)
         self.base_s = max(base, 0.0)
+        if self.base_s > 0.0:
+            if self._differ(1, mean_rows):
+                self._row_share = self.row_s / self.base_s
+            if self._differ(2, mean_tokens):
+                self._token_share = self.token_s / self.base_s
+
+    def _differ(self, feature: int, mean: float) -> bool:
+        variance = self._matrix[feature][feature] / self._matrix[0][0] - mean * mean
+        return mean > 0.0 and variance > (SPREAD * mean) ** 2
 
 
 def solve(matrix: list[list[float]], vector: list[float]) -> list[float]:

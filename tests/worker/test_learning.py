@@ -4,7 +4,12 @@ import random
 
 import pytest
 
+from shared.clock import LoopClock
+from tests.virtual_time import run_virtual
+from tests.worker.builders import mock_decoder
+from worker.calibrate import calibrate
 from worker.draft_wait import MOST_STREAMS, DraftWait
+from worker.runner import TimedRunner
 from worker.step_cost import StepCost
 
 
@@ -92,3 +97,33 @@ def test_nobody_waits_without_a_drafter_or_with_many_streams() -> None:
     wait.answered(0.001)
     assert wait.seconds(1, 0.01) == 0.002
     assert wait.seconds(MOST_STREAMS + 1, 0.01) == wait.seconds(0, 0.01) == 0.0
+
+
+def test_proportions_that_were_found_once_hold_while_steps_are_alike() -> None:
+    cost = StepCost()
+    for _ in range(3):
+        for rows in (1, 8, 32):
+            cost.observe(rows, 0, 0.01 + 0.0001 * rows)
+    for _ in range(2000):
+        cost.observe(32, 0, 2.0 * (0.01 + 0.0001 * 32))
+    assert cost.row_s == pytest.approx(0.0002, rel=0.05)
+    assert cost.base_s == pytest.approx(0.02, rel=0.05)
+
+
+def test_calibration_finds_what_steps_cost_before_the_first_request() -> None:
+    async def scenario() -> StepCost:
+        cost = StepCost()
+        runner = TimedRunner(mock_decoder(blocks=40), LoopClock(), step_s=0.02, row_s=0.001, token_s=0.0005)
+        await calibrate(runner, cost, LoopClock(), max_running=64, step_tokens=256)
+        return cost
+
+    cost = run_virtual(scenario())
+    assert (cost.base_s, cost.row_s, cost.token_s) == pytest.approx((0.02, 0.001, 0.0005), rel=0.05)
+
+
+def test_calibration_fits_the_smallest_worker() -> None:
+    async def scenario() -> None:
+        runner = TimedRunner(mock_decoder(blocks=1, context_length=4), LoopClock(), step_s=0.0, row_s=0.0, token_s=0.0)
+        await calibrate(runner, StepCost(), LoopClock(), max_running=1, step_tokens=1)
+
+    run_virtual(scenario())

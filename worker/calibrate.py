@@ -1,0 +1,49 @@
+"""What steps of several sizes cost, measured before the first request comes.
+
+Rule: a few steps and about a second at most. Speculation and routers then start from measurements instead of a guess,
+and what a decoder does once (paging weights in, choosing kernels) is done before anyone waits for it.
+"""
+
+import numpy as np
+
+from kernels.step import StepInputs
+from shared.clock import Clock
+from worker.runner import Runner
+from worker.step_cost import StepCost
+
+DECODE_ROWS = (1, 8, 32)
+PREFILL_TOKENS = 128
+REPEATS = 3
+ENOUGH_S = 1.0
+
+
+async def calibrate(runner: Runner, cost: StepCost, clock: Clock, max_running: int, step_tokens: int) -> None:
+    """Run steps with many rows and with few and let `cost` observe them. Raises what the decoder raises."""
+    decoder = runner.decoder
+    rows = sorted({min(count, max_running, decoder.blocks) for count in DECODE_ROWS})
+    prefill = min(PREFILL_TOKENS, step_tokens, decoder.blocks * decoder.block_size_tokens, decoder.context_length)
+    sizes = [(1, count) for count in rows] + [(prefill, 1)]
+    begin = clock.now()
+    # the first does what is done once
+    await runner.execute(_inputs(1, 1, decoder.block_size_tokens))
+    for _ in range(REPEATS):
+        for length, sequences in sizes:
+            started = clock.now()
+            await runner.execute(_inputs(length, sequences, decoder.block_size_tokens))
+            cost.observe(sequences, (length - 1) * sequences, clock.now() - started)
+            if clock.now() - begin > ENOUGH_S:
+                return
+
+
+def _inputs(length: int, sequences: int, block_size: int) -> StepInputs:
+    """So many sequences of `length` tokens from position 0, the last of each sampled."""
+    blocks = -(-length // block_size)
+    return StepInputs(
+        tokens=np.zeros(length * sequences, np.int32),
+        positions=np.tile(np.arange(length, dtype=np.int32), sequences),
+        sequence_starts=np.arange(0, length * sequences + 1, length, dtype=np.int32),
+        block_tables=np.arange(blocks * sequences, dtype=np.int32).reshape(sequences, blocks),
+        sample_rows=np.arange(length - 1, length * sequences, length, dtype=np.int32),
+        temperature=np.zeros(sequences, np.float32), top_k=np.zeros(sequences, np.int32),
+        top_p=np.ones(sequences, np.float32), min_p=np.zeros(sequences, np.float32),
+        seeds=np.zeros(sequences, np.uint64))
