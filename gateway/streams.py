@@ -17,12 +17,13 @@ from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, 
 from gateway.metrics import Metrics
 from shared import subjects
 from shared.clock import Clock
-from shared.errors import MillError, TooLarge
+from shared.errors import MillError, NoEligibleWorker, Overloaded, TooLarge
 from shared.fleet import Fleet
 from shared.messages import Accepted, Cancel, Finished, Generate, Reply, StepReplies, Tokens, WorkerStatus, encode
 
 _REMEMBERED_CANCELS = 4096
 _CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
+_BACK_SOON_S = 2.0
 
 log = structlog.get_logger("gateway.streams")
 
@@ -205,7 +206,7 @@ class Streams:
                 case Finish(message):
                     self._end(stream, message)
                 case Fail(error):
-                    self._end(stream, error)
+                    self._end(stream, self._judged(error, stream.state.request))
 
     def _submit(self, stream: Stream, message: Generate, cause: str) -> None:
         if cause:
@@ -238,6 +239,12 @@ class Streams:
         stream.ended = how
         stream.changed.set()
         self._forget(stream)
+
+    def _judged(self, error: MillError, request: Generate) -> MillError:
+        """A router that has just started knows of nobody; whoever was heard here a moment ago may be back soon."""
+        if isinstance(error, NoEligibleWorker) and not request.residency.zones and self._fleet.workers(request.model):
+            return Overloaded(f"{error.message}, but one did lately: retry", retry_after_s=_BACK_SOON_S)
+        return error
 
     def _forget(self, stream: Stream) -> None:
         self._streams.pop(stream.state.request.request_id, None)

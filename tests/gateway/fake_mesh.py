@@ -72,6 +72,7 @@ class FakeMesh:
 
     def __init__(self, broker: MemoryBroker) -> None:
         self.bus = MemoryBus(broker)
+        self.model = MODEL  # that w1 says it serves
         self.says = b"Hello, world!"
         self.batch = 4
         self.pause_s = 0.0
@@ -89,7 +90,7 @@ class FakeMesh:
         await self.announce()
 
     async def announce(self) -> None:
-        worker = WorkerStatus("w1", 1, MODEL, recipe="r", running=len(self.tasks),
+        worker = WorkerStatus("w1", 1, self.model, recipe="r", running=len(self.tasks),
                               replies_sent={"g1": self.seq})
         await self.bus.publish(subjects.status("worker", "w1"), encode(worker))
         await self.bus.publish(subjects.status("router", "r1"), encode(RouterStatus("r1", 1)))

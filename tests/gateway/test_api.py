@@ -330,11 +330,18 @@ async def test_a_router_that_refuses_says_when_to_come_back() -> None:
         assert len(mesh.requests) == 1
 
 
-async def test_no_eligible_worker_says_that_a_retry_is_no_use() -> None:
-    async with gateway_and_mesh() as (client, mesh, _):
+async def test_no_eligible_worker_says_that_a_retry_is_no_use_unless_one_was_heard_lately() -> None:
+    async with gateway_and_mesh() as (client, mesh, gateway):
         mesh.script = lambda request: refusal(request, "no_eligible_worker")
         response = await client.post(CHAT, json=chat())
-        assert (response.status_code, response.headers["x-should-retry"]) == (503, "false")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+        assert response.headers["retry-after"] == "2" and "x-should-retry" not in response.headers
+        mesh.model = "other"
+        while gateway.fleet.workers(MODEL):
+            await asyncio.sleep(0.01)
+        response = await client.post(CHAT, json=chat())
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_eligible_worker")
+        assert response.headers["x-should-retry"] == "false"
 
 
 async def test_no_router_at_all_is_503_soon_and_a_router_that_comes_back_in_time_is_enough() -> None:
