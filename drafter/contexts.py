@@ -21,9 +21,8 @@ from shared.tokens import unpack
 
 # how fast the estimates follow what happens, per token
 MEMORY = 0.1
-# the probability that a guessed token is right while nothing is known, by the length of the match it came from
-LONG_MATCH = 8
-FIRST_SHORT, FIRST_LONG = 0.6, 0.85
+# the probability that a guessed token is right while nothing is known, from which length of its match on
+FIRST_SURVIVAL = ((0, 0.5), (4, 0.7), (8, 0.85))
 # a token whose proposal comes true less often than this is not worth its place in a message
 LEAST_SURVIVAL = 0.05
 
@@ -51,9 +50,9 @@ class Context:
         self.proposed_tokens = 0
         self.judged_tokens = 0  # of those proposed, the ones that met the real token
         self.right_tokens = 0
-        self._survival = {False: FIRST_SHORT, True: FIRST_LONG}
+        self._survival = [survival for _, survival in FIRST_SURVIVAL]
         self._guess: list[int] = []
-        self._guess_is_long = False
+        self._kind = 0  # which of `FIRST_SURVIVAL` the guess is
         self._said = 0  # how much of the guess was proposed
 
     def __len__(self) -> int:
@@ -65,7 +64,7 @@ class Context:
         met = 0
         for token, guessed in zip(tokens, self._guess, strict=False):
             right = token == guessed
-            self._survival[self._guess_is_long] += MEMORY * (right - self._survival[self._guess_is_long])
+            self._survival[self._kind] += MEMORY * (right - self._survival[self._kind])
             if met < self._said:
                 self.judged_tokens += 1
                 self.right_tokens += right
@@ -82,8 +81,8 @@ class Context:
         All of it is judged, so that a stream that became predictable is noticed while nothing is proposed.
         """
         self._guess = match.tokens
-        self._guess_is_long = match.length >= LONG_MATCH
-        survival = self._survival[self._guess_is_long]
+        self._kind = max(kind for kind, (length, _) in enumerate(FIRST_SURVIVAL) if match.length >= length)
+        survival = self._survival[self._kind]
         worth, count = survival, 0
         while count < len(match.tokens) and worth >= LEAST_SURVIVAL:
             worth *= survival

@@ -16,12 +16,14 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MIN_MATCH = 3
+# 1, 2, 3 give 1.47, 1.39, 1.27 tokens a step on source code and 1.26, 1.18, 1.12 on prose, with 26, 27, 29 and 21, 23,
+# 26 % of the drafts right: the second halves of 50 files of this project, in word pieces, eight drafts a step
+MIN_MATCH = 2
 # longer matches are no better a reason
 MAX_MATCH = 48
 MAX_TRIED = 24
-# a match of n tokens is a reason for so many times n
-REACH = 4
+# a match of n tokens is a reason for so many times n; 4 proposes more and not one token more is right
+REACH = 2
 # stands between texts and in no text: matches and continuations end there
 SEPARATOR = 0xFFFF_FFFF
 
@@ -71,7 +73,7 @@ class History:
         said = _behind_separator(end[-MAX_MATCH:])
         if len(said) < MIN_MATCH or most <= 0:
             return None
-        candidate = self._latest[_slot(said[-3], said[-2], said[-1], len(self._latest))]
+        candidate = self._latest[_slot(said[-2], said[-1], len(self._latest))]
         longest = 0
         follows: dict[int, list[int]] = {}  # next token -> how often, the latest end before it
         for _ in range(MAX_TRIED):
@@ -109,7 +111,7 @@ class History:
             if end < MIN_MATCH:
                 earlier.append(0)
                 continue
-            slot = _slot(tokens[end - 3], tokens[end - 2], tokens[end - 1], size)
+            slot = _slot(tokens[end - 2], tokens[end - 1], size)
             earlier.append(latest[slot])
             latest[slot] = end
 
@@ -155,9 +157,9 @@ def longer(first: Match | None, second: Match | None) -> Match | None:
     return second
 
 
-def _slot(a: int, b: int, c: int, size: int) -> int:
-    # tuples of small numbers hash alike in every process
-    return hash((a, b, c)) & size - 1
+def _slot(a: int, b: int, size: int) -> int:
+    # tuples of numbers hash alike in every process
+    return hash((a, b)) & size - 1
 
 
 def _behind_separator(tokens: array[int]) -> array[int]:
