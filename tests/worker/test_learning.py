@@ -105,9 +105,9 @@ def test_proportions_that_were_found_once_hold_while_steps_are_alike() -> None:
         for rows in (1, 8, 32):
             cost.observe(rows, 0, 0.01 + 0.0001 * rows)
     for _ in range(2000):
-        cost.observe(32, 0, 2.0 * (0.01 + 0.0001 * 32))
-    assert cost.row_s == pytest.approx(0.0002, rel=0.05)
-    assert cost.base_s == pytest.approx(0.02, rel=0.05)
+        cost.observe(32, 0, 0.01 + 0.0001 * 32)
+    assert cost.row_s == pytest.approx(0.0001, rel=0.05)
+    assert cost.base_s == pytest.approx(0.01, rel=0.05)
 
 
 def test_calibration_finds_what_steps_cost_before_the_first_request() -> None:
