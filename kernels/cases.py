@@ -29,11 +29,11 @@ class Case:
     flops: int
     timed: bool = True  # False: a property, not a workload
 
-    def error(self) -> float:
+    def error(self, results: tuple[Tensor, ...]) -> float:
         """Largest difference as a share of the largest expected magnitude; NaN where one side alone is NaN."""
         worst = 0.0
-        for got, expected in zip(self.run(), self.expect(), strict=True):
-            wide, exact = got.double(), expected.double()
+        for result, expected in zip(results, self.expect(), strict=True):
+            wide, exact = result.double(), expected.double()
             unwritten = exact.isnan() & wide.isnan()
             difference = (wide - exact).abs().masked_fill(unwritten, 0.0).max().item()
             worst = difference if difference != difference else max(worst, difference / _magnitude(exact))
@@ -120,7 +120,7 @@ def rotary_case(
     keys = _normal((rows, kv_heads, head_dim), kind, device, generator)
     frequencies = [10000.0 ** (-pair / pairs) for pair in range(pairs)]
     cosines, sines = reference.rotary_tables(frequencies, rows + 1, device)
-    positions = torch.arange(rows, 0, -1, dtype=torch.int32, device=device)
+    positions = torch.arange(rows, 0, -1, device=device)
     elements = rows * (heads + kv_heads) * head_dim
     style = "interleaved" if interleaved else "half"
     return Case(
@@ -129,7 +129,7 @@ def rotary_case(
         run=lambda: triton_rotary.rotary(queries, keys, positions, cosines, sines, interleaved),
         expect=lambda: reference.rotary(queries, keys, positions, cosines, sines, interleaved),
         tolerance=TOLERANCE[kind],
-        bytes=2 * elements * queries.element_size() + rows * (8 * pairs + 4),
+        bytes=2 * elements * queries.element_size() + rows * (8 * pairs + 8),
         flops=3 * elements,
     )
 
@@ -157,10 +157,10 @@ def write_kv_case(
     blank = torch.full((2 * rows + 1, block_size, kv_heads, head_dim), torch.nan, dtype=cache_kind, device=device)
     caches = (blank.clone(), blank.clone())
     tables = torch.randperm(2 * rows).int().view(rows, 2)
-    positions = torch.arange(rows, dtype=torch.int32) * 5 % (2 * block_size)
+    positions = torch.arange(rows) * 5 % (2 * block_size)
     if rows > 2:
         positions[-1] = -1
-    where = (tables.to(device), torch.arange(rows, dtype=torch.int32, device=device), positions.to(device))
+    where = (tables.to(device), torch.arange(rows, device=device), positions.to(device))
 
     def written(write: Callable[..., None]) -> tuple[Tensor, Tensor]:
         write(keys, values, *caches, *where)
@@ -210,7 +210,7 @@ def attention_cases(
         value_cache[int(order[first + count - 1]), tail:] = torch.nan
 
     rows = [(sequence, at) for sequence, end in enumerate(contexts) for at in range(max(0, end - rows_each), end)]
-    sequences, positions = (torch.tensor(column, dtype=torch.int32).to(device) for column in zip(*rows, strict=True))
+    sequences, positions = (torch.tensor(column).to(device) for column in zip(*rows, strict=True))
     queries = _normal((len(rows), heads, head_dim), kind, device, generator)
     # A few rows see almost one position only, so that a wrong maximum shows.
     queries[::3] *= 8.0

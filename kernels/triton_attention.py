@@ -161,7 +161,7 @@ def _attend_split(
     rows = first_row + query_index // GROUP_PADDED
     in_window = (rows < row_count) & (rows // ROWS == first_row // ROWS)
     mine = in_window & (tl.load(sequences_ptr + rows, mask=in_window, other=-1) == sequence)
-    positions = tl.load(positions_ptr + rows, mask=mine, other=-1)  # [M]
+    positions = tl.load(positions_ptr + rows, mask=mine, other=-1).to(tl.int32)  # [M]
     last = tl.max(positions, axis=0)
     if start > last:
         return
@@ -243,7 +243,7 @@ def _combine_splits(
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     # A row without a position (-1: padding) has no split; its output is zero.
-    filled = (tl.load(positions_ptr + row) + SPLIT) // SPLIT
+    filled = (tl.load(positions_ptr + row).to(tl.int32) + SPLIT) // SPLIT
     lane = tl.arange(0, HEAD_DIM_PADDED)
     running_max = tl.full((), float("-inf"), tl.float32)
     running_sum = tl.full((), 0.0, tl.float32)
