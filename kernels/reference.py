@@ -152,7 +152,10 @@ def _attend(
     scale: float,
     tiles: int,
 ) -> Tensor:
-    """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n]. n G = n * H / K."""
+    """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n].
+
+    The G = H / K query heads of a KV head stand below each other: every run has n G rows per KV head.
+    """
     runs, count, heads, head_dim = queries.shape
     block_size, kv_heads = key_cache.shape[1:3]
     group = heads // kv_heads
@@ -160,9 +163,10 @@ def _attend(
     furthest = positions.amax(0)  # [n]
     last = int(furthest.max())
     wide = (queries.float() * scale).view(runs, count, kv_heads, group, head_dim)
-    outputs = torch.zeros_like(wide)  # [N, n, K, G, D]
-    maxima = torch.full(wide.shape[:-1], -torch.inf, device=queries.device)  # [N, n, K, G]
-    sums = torch.zeros_like(maxima)
+    wide = wide.permute(2, 0, 1, 3, 4).reshape(kv_heads, runs, count * group, head_dim)  # [K, N, n G, D]
+    output = torch.zeros_like(wide)
+    maximum = wide.new_full(wide.shape[:-1], torch.finfo(torch.float32).min)  # [K, N, n G]
+    total = torch.zeros_like(maximum)
 
     for start in range(0, tiles * tile, tile):
         # 1. Keys and values of the tile; what lies beyond a run's last position may never have been written.
@@ -172,26 +176,32 @@ def _attend(
         values = value_cache.index_select(0, blocks).view(runs, -1, kv_heads, head_dim).float()
         at = torch.arange(start, start + keys.shape[1], device=queries.device)  # [T]
         unwritten = at > positions.amax(1, keepdim=True)  # [N, T]
-        values = values.masked_fill(unwritten[:, :, None, None], 0.0)
+        values.masked_fill_(unwritten[:, :, None, None], 0.0)
 
-        # 2. The rows that reach the tile; rows before them end in an earlier one.
+        # 2. Scores of the rows that reach the tile; the rows before them end in an earlier one.
         first = int((furthest >= start).int().argmax())
+        reached = slice(first * group, None)
         unseen = (at > positions[:, first:, None]).repeat_interleave(group, 1)  # [N, n G, T]
+        scores = wide.new_empty(kv_heads, *unseen.shape)  # [K, N, n G, T]
         for head in range(kv_heads):
-            query = wide[:, first:, head].flatten(1, 2)  # [N, n G, D]
-            scores = torch.bmm(query, keys[:, :, head].transpose(1, 2)).masked_fill_(unseen, -torch.inf)  # [N, n G, T]
+            torch.bmm(wide[head, :, reached], keys[:, :, head].transpose(1, 2), out=scores[head])
+        scores.masked_fill_(unseen, -torch.inf)
 
-            # 3. Added to what the tiles before gave. A row that has seen nothing yet keeps a sum of 0.
-            maximum, total, output = maxima[:, first:, head], sums[:, first:, head], outputs[:, first:, head]
-            new_max = torch.maximum(maximum, scores.amax(-1).view_as(maximum)).clamp(min=torch.finfo(torch.float32).min)
-            weights = scores.sub_(new_max.flatten(1, 2).unsqueeze(-1)).exp_()
-            decay = torch.exp(maximum - new_max)
-            total.mul_(decay).add_(weights.sum(-1).view_as(total))
-            output.mul_(decay.unsqueeze(-1)).add_(torch.bmm(weights, values[:, :, head]).view_as(output))
-            maximum.copy_(new_max)
+        # 3. Added to what the tiles before gave. The maximum is finite, so a row that sees nothing gets weights of 0.
+        before = maximum[:, :, reached]
+        new = torch.maximum(before, scores.amax(-1))
+        weights = scores.sub_(new.unsqueeze(-1)).exp_()
+        decay = torch.exp(before - new)
+        total[:, :, reached] = total[:, :, reached] * decay + weights.sum(-1)
+        added = torch.empty_like(wide[:, :, reached], memory_format=torch.contiguous_format)
+        for head in range(kv_heads):
+            torch.bmm(weights[head], values[:, :, head], out=added[head])
+        output[:, :, reached] = output[:, :, reached] * decay.unsqueeze(-1) + added
+        maximum[:, :, reached] = new
 
-    outputs = torch.where(sums.unsqueeze(-1) > 0.0, outputs / sums.unsqueeze(-1), 0.0)
-    return outputs.flatten(2, 3).to(queries.dtype)
+    output = torch.where(total.unsqueeze(-1) > 0.0, output / total.unsqueeze(-1), 0.0)
+    output = output.view(kv_heads, runs, count, group, head_dim).permute(1, 2, 0, 3, 4)
+    return output.reshape(runs, count, heads, head_dim).to(queries.dtype)
 
 
 def mask_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

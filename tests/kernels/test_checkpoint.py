@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -116,6 +118,19 @@ def test_vocabulary_is_stepped_over(tiny_gguf: Path):
     metadata = read_gguf_header(tiny_gguf).metadata
     assert metadata["tokenizer.ggml.tokens"] == SkippedStrings(256)
     assert metadata["tokenizer.ggml.token_type"].tolist() == [1] * 256
+
+
+def test_opening_and_reading_bytes_imports_neither_torch_nor_gguf(tiny_gguf: Path):
+    program = (
+        "import sys, pathlib; from kernels.checkpoint import open_checkpoint\n"
+        "raw = open_checkpoint(pathlib.Path(sys.argv[1])).raw('head.weight')\n"
+        "print(raw.kind, *sorted({'torch', 'gguf', 'safetensors'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    printed = subprocess.run(
+        [sys.executable, "-c", program, tiny_gguf], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split() == ["Q8_0"]
 
 
 def test_names_that_do_not_exist_are_key_errors(tiny_gguf: Path):

@@ -218,6 +218,16 @@ def test_a_malformed_step_is_refused_and_writes_nothing(
     assert torch.isnan(decoder.keys).all()
 
 
+def test_the_same_decoder_runs_over_the_triton_kernels(decoder: TorchDecoder, tiny: Path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    triton = poisoned(TorchDecoder.load(tiny, blocks=10, block_size_tokens=4, device=device, ops=ops.triton()))
+    assert triton.recipe == "float32-triton"
+    parts = [Paged(OTHER[:5], [3, 1], temperature=1.0, seed=99), Paged(OTHER[5:8], [7])]
+    inputs = step_inputs([(parts[0], 5), (parts[1], 3)], [[4], [0, 2]])
+    np.testing.assert_allclose(triton.logits(inputs), decoder.logits(inputs), rtol=1e-4, atol=1e-4)
+    assert triton.step(inputs).tolist() == decoder.step(inputs).tolist()
+
+
 def test_table_of_a_cpu_is_the_reference_and_chosen_once():
     assert ops.table("cpu") is ops.REFERENCE
     assert ops.table("cpu") is ops.table("cpu")
