@@ -5,18 +5,15 @@ beside them, how a prompt was cut, the number of threads or the CPU's vector wid
 """
 
 import ctypes
-import math
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kernels.checkpoint import open_checkpoint
+from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
 from kernels.native.build import build
 from kernels.step import StepInputs
@@ -27,17 +24,12 @@ MOST_THREADS = 8  # more cores than memory channels can feed only spin
 
 _GROUP = 32
 _LANES = 16
-_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+_KV_BYTES = 2
+_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}  # as numbered in GGUF
+_LAYER = ("attention_norm", "attention.q", "attention.k", "attention.v", "attention.o", "mlp_norm", "mlp.gate", "mlp.up",
+          "mlp.down")
 _MESSAGE_BYTES = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A tensor as the checkpoint stores it: `type` as numbered in GGUF, `data` its bytes, row by row."""
-
-    data: NDArray[np.uint8]
-    type: int
-    shape: tuple[int, ...]  # (outputs, inputs), or (width,)
+_MOST_THREADS_ASKED = 256
 
 
 class _Config(ctypes.Structure):
@@ -64,15 +56,13 @@ class NativeDecoder:
     block_size_tokens = BLOCK_SIZE_TOKENS
     recipe = RECIPE
 
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Packed], *, blocks: int, threads: int = 0,
-                 instructions: str | None = None) -> None:
-        """`tensors` by GGUF name; they are repacked, not kept. `threads` 0: as many as this process may use, at most 8.
+    def __init__(self, checkpoint: Checkpoint, *, blocks: int, threads: int = 0, instructions: str | None = None) -> None:
+        """The weights are repacked and not kept. `threads` 0: as many as this process may use, at most 8.
 
         Raises ValueError when the model is of a kind the step does not know, RuntimeError when nothing can be compiled.
         """
-        if blocks < 1:
-            raise ValueError(f"the KV cache needs at least one block, got {blocks}: raise kv_bytes")
-        _check_shape(config)
+        config = checkpoint.config
+        _check_sizes(config, blocks, threads)
         self.vocabulary_size = config.vocabulary
         self.context_length = config.context_length
         self.blocks = blocks
@@ -82,7 +72,7 @@ class NativeDecoder:
         self._process = os.getpid()
         self._busy = threading.Lock()
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        described, kept = _describe(config, tensors)
+        described, kept = _describe(checkpoint)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         native = _Config(
             config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.rotary_dim, config.ffn,
@@ -95,18 +85,15 @@ class NativeDecoder:
 
     @classmethod
     def load(cls, model_path: Path, *, blocks: int | None = None, kv_bytes: int = 256 << 20, threads: int = 0) -> Self:
-        """The model in a GGUF file, or in a folder that holds `model.gguf`.
+        """The model in a GGUF file or a folder, as `open_checkpoint` finds it.
 
         `blocks`: size of the KV cache in blocks of 16 tokens; None: as many as fit into `kv_bytes` (memory is taken
         only as blocks are first used).
         """
-        path = Path(model_path)
-        path = path / "model.gguf" if path.is_dir() else path
-        checkpoint = open_checkpoint(path)
-        config = checkpoint.config
+        checkpoint = open_checkpoint(Path(model_path))
         if blocks is None:
-            blocks = kv_bytes // (config.kv_bytes_per_token(2) * BLOCK_SIZE_TOKENS)
-        return cls(config, _packed(checkpoint), blocks=blocks, threads=threads)
+            blocks = kv_bytes // (checkpoint.config.kv_bytes_per_token(_KV_BYTES) * BLOCK_SIZE_TOKENS)
+        return cls(checkpoint, blocks=blocks, threads=threads)
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """The chosen token of each sample row. Raises ValueError on inputs that do not fit, and then nothing has changed."""
@@ -192,53 +179,49 @@ def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic
     return _Inputs(rows, sequences, tables.shape[1], samples, *(each.ctypes.data for each in kept)), kept
 
 
-def _check_shape(config: DecoderConfig) -> None:
-    """Raises ValueError when the step's layouts do not fit the model."""
+def _check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
+    """Raises ValueError when the step's layouts do not fit the model, or a number makes no sense."""
+    if blocks < 1:
+        raise ValueError(f"the KV cache needs at least one block of {BLOCK_SIZE_TOKENS} tokens, got {blocks}: raise kv_bytes")
+    if not 0 <= threads <= _MOST_THREADS_ASKED:
+        raise ValueError(f"threads must be in 0..{_MOST_THREADS_ASKED}, got {threads}")
     for name, value, multiple in (
             ("hidden", config.hidden, _GROUP), ("ffn", config.ffn, _GROUP),
             ("heads * head_dim", config.heads * config.head_dim, _GROUP), ("head_dim", config.head_dim, _LANES)):
         if value % multiple:
             raise ValueError(f"{name} is {value}; the native step needs a multiple of {multiple}: use the torch decoder")
-    if not math.isfinite(config.norm_eps):
-        raise ValueError(f"norm_eps is {config.norm_eps}")
 
 
-def _describe(config: DecoderConfig, tensors: Mapping[str, Packed]) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
+def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
     """The tensors in the order mill_open wants them, and the arrays they point into."""
-    attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: list[tuple[str, tuple[int, ...]]] = []
-    for layer in range(config.layers):
-        shapes += [(f"blk.{layer}.{name}.weight", shape) for name, shape in (
-            ("attn_norm", (config.hidden,)), ("attn_q", (attention, config.hidden)), ("attn_k", (kv, config.hidden)),
-            ("attn_v", (kv, config.hidden)), ("attn_output", (config.hidden, attention)), ("ffn_norm", (config.hidden,)),
-            ("ffn_gate", (config.ffn, config.hidden)), ("ffn_up", (config.ffn, config.hidden)),
-            ("ffn_down", (config.hidden, config.ffn)))]
-    shapes += [("token_embd.weight", (config.vocabulary, config.hidden)), ("output_norm.weight", (config.hidden,))]
-    if not config.tied_head:
-        shapes.append(("output.weight", (config.vocabulary, config.hidden)))
-
-    described = (_Tensor * (9 * config.layers + 3))()
-    kept = []
-    for at, (name, shape) in enumerate(shapes):
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {name}")
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have the shape {shape}, the checkpoint's has {tensor.shape}")
-        if tensor.type not in _TYPES or (len(shape) == 1 and tensor.type != 0):
-            served = "F32" if len(shape) == 1 else ", ".join(_TYPES.values())
-            raise ValueError(f"{name} is of GGUF type {tensor.type}; the native step serves {served}")
-        data = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
-        expected = math.prod(shape) * _BYTES_PER_GROUP[tensor.type] // _GROUP
-        if data.nbytes != expected:
-            raise ValueError(f"{name} should take {expected} bytes, the checkpoint has {data.nbytes}: is the file whole?")
+    names = [f"layers.{layer}.{name}.weight" for layer in range(checkpoint.config.layers) for name in _LAYER]
+    names += ["embedding.weight", "norm.weight"] + ([] if checkpoint.config.tied_head else ["head.weight"])
+    described = (_Tensor * (len(_LAYER) * checkpoint.config.layers + 3))()
+    kept: list[NDArray[np.generic]] = []
+    for at, name in enumerate(names):
+        kind, rows = checkpoint.raw(name)
+        shape = checkpoint.shape(name)
+        if kind not in _TYPES:
+            raise ValueError(f"{name} is stored as {kind}; the native step serves {', '.join(_TYPES)}: use the torch decoder")
+        data: NDArray[np.generic] = np.ascontiguousarray(rows)
+        if len(shape) == 1:
+            data, kind = _float32(kind, rows), "F32"
         kept.append(data)
         outputs, inputs = shape if len(shape) == 2 else (1, shape[0])
-        described[at] = _Tensor(data.ctypes.data, tensor.type, outputs, inputs)
+        described[at] = _Tensor(data.ctypes.data, _TYPES[kind], outputs, inputs)
     return described, kept
 
 
-_BYTES_PER_GROUP = {0: 128, 1: 64, 2: 18, 3: 20, 8: 34, 30: 64}
+def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """A norm's weights. Raises ValueError for quantised ones."""
+    flat = np.ascontiguousarray(rows).reshape(-1)
+    if kind == "F32":
+        return flat.view(np.float32)
+    if kind == "F16":
+        return flat.view(np.float16).astype(np.float32)
+    if kind == "BF16":
+        return (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    raise ValueError(f"a norm stored as {kind} cannot be read; F32, F16 and BF16 can")
 
 
 def _usable_cpus() -> int:

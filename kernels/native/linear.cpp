@@ -25,18 +25,26 @@ MILL_INLINE __m256i four_inputs(const int8_t* p) {
   return _mm256_set1_epi32(word);
 }
 
+// Keeps a value in its register. Left alone, gcc reassociates the sums of a group and spills every product, and reads
+// weights from memory once per row: three times slower.
+MILL_INLINE __m256i kept(__m256i x) {
+  asm("" : "+x"(x));
+  return x;
+}
+
 // Eight products of at most 15 * 127 * 2 stay below 2^15, so a whole group is summed in int16.
 template <int R>
 struct Q4Dots {
   __m256i low[R], high[R];
 
   MILL_INLINE void quad(int i, __m256i weights_low, __m256i weights_high, const int8_t* x) {
+    weights_low = kept(weights_low), weights_high = kept(weights_high);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const __m256i inputs = four_inputs(x + r * kGroup + 4 * i);
       const __m256i a = _mm256_maddubs_epi16(weights_low, inputs), b = _mm256_maddubs_epi16(weights_high, inputs);
-      low[r] = i ? _mm256_add_epi16(low[r], a) : a;
-      high[r] = i ? _mm256_add_epi16(high[r], b) : b;
+      low[r] = kept(i ? _mm256_add_epi16(low[r], a) : a);
+      high[r] = kept(i ? _mm256_add_epi16(high[r], b) : b);
     }
   }
   MILL_INLINE Lanes total(int r) const {
@@ -52,15 +60,15 @@ struct Q8Dots {
 
   MILL_INLINE void quad(int i, const uint8_t* lines, const int8_t* x) {
     const __m256i ones = _mm256_set1_epi16(1);
-    const __m256i a = line(lines + 64 * i), b = line(lines + 64 * i + 32);
-    const __m256i a_size = _mm256_abs_epi8(a), b_size = _mm256_abs_epi8(b);
+    const __m256i a = kept(line(lines + 64 * i)), b = kept(line(lines + 64 * i + 32));
+    const __m256i a_size = kept(_mm256_abs_epi8(a)), b_size = kept(_mm256_abs_epi8(b));
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const __m256i inputs = four_inputs(x + r * kGroup + 4 * i);
       const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(a_size, _mm256_sign_epi8(inputs, a)), ones);
       const __m256i q = _mm256_madd_epi16(_mm256_maddubs_epi16(b_size, _mm256_sign_epi8(inputs, b)), ones);
-      low[r] = i ? _mm256_add_epi32(low[r], p) : p;
-      high[r] = i ? _mm256_add_epi32(high[r], q) : q;
+      low[r] = kept(i ? _mm256_add_epi32(low[r], p) : p);
+      high[r] = kept(i ? _mm256_add_epi32(high[r], q) : q);
     }
   }
   MILL_INLINE Lanes total(int r) const { return {_mm256_cvtepi32_ps(low[r]), _mm256_cvtepi32_ps(high[r])}; }
@@ -90,25 +98,6 @@ MILL_INLINE void q4_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
   for (int r = 0; r < R; r++) dots[r] = sums.total(r);
 }
 
-// The same from lines that were unpacked to one byte a weight.
-template <int R>
-MILL_INLINE void q4_dots_unpacked(const uint8_t* bytes, const int8_t* x, Lanes dots[R]) {
-  Q4Dots<R> sums;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) sums.quad(i, line(bytes + 64 * i), line(bytes + 64 * i + 32), x);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) dots[r] = sums.total(r);
-}
-
-MILL_INLINE void unpack_group(const uint8_t* lines, uint8_t* bytes) {
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    __m256i quads[4];
-    unpack_line(lines, i, quads);
-    for (int j = 0; j < 4; j++) _mm256_store_si256((__m256i*)(bytes + 128 * i + 32 * j), quads[j]);
-  }
-}
-
 template <int R>
 MILL_INLINE void q8_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
   Q8Dots<R> sums;
@@ -120,29 +109,17 @@ MILL_INLINE void q8_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
 
 #else
 
-void unpack_group(const uint8_t* lines, uint8_t* bytes) {
-  for (int i = 0; i < 4; i++)
-    for (int b = 0; b < 64; b++) {
-      bytes[128 * i + b] = lines[64 * i + b] & 15;
-      bytes[128 * i + 64 + b] = lines[64 * i + b] >> 4;
-    }
-}
-
 template <int R>
-void q4_dots_unpacked(const uint8_t* bytes, const int8_t* x, Lanes dots[R]) {
+void q4_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
   for (int r = 0; r < R; r++)
     for (int n = 0; n < kLanes; n++) {
       int32_t dot = 0;
-      for (int k = 0; k < kGroup; k++) dot += int32_t(bytes[k / 4 * 64 + 4 * n + k % 4]) * x[r * kGroup + k];
+      for (int k = 0; k < kGroup; k++) {
+        const uint8_t pair = lines[k / 8 * 64 + 4 * n + k % 4];
+        dot += int32_t(k % 8 < 4 ? pair & 15 : pair >> 4) * x[r * kGroup + k];
+      }
       dots[r].at[n] = float(dot);
     }
-}
-
-template <int R>
-void q4_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
-  uint8_t bytes[kQ8LineBytes];
-  unpack_group(lines, bytes);
-  q4_dots_unpacked<R>(bytes, x, dots);
 }
 
 template <int R>
@@ -157,98 +134,58 @@ void q8_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
 
 #endif
 
-// Up to four rows: one pass over the panel, sums in registers.
+// Where the rows of one group lie, from `row` on.
+struct GroupRows {
+  const int8_t* q;
+  const float *scale, *sum;
+
+  GroupRows(const Activations& x, int group, int row) {
+    const size_t at = size_t(group) * size_t(x.rows) + size_t(row);
+    q = x.q.data() + at * kGroup;
+    scale = x.scale.data() + at;
+    sum = x.sum.data() + at;
+  }
+};
+
+// R rows from `row` on: one pass over the panel, sums in registers. Unpacking is an eighth of the work at four rows, and
+// more rows find the panel in L1: unpacking it once for all of them was no faster on Zen 3.
 template <int R>
-void multiply_q4_few(const uint8_t* panel, int groups, const Activations& x, float* acc) {
+void multiply_q4(const uint8_t* panel, int groups, const Activations& x, int row, float* acc) {
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
   for (int g = 0; g < groups; g++, panel += kQ4GroupBytes) {
-    for (int ahead = 0; ahead < int(kQ4GroupBytes); ahead += 64) prefetch(panel + kPrefetchAhead + ahead);
+    if (row == 0)
+      for (int ahead = 0; ahead < int(kQ4GroupBytes); ahead += 64) prefetch(panel + kPrefetchAhead + ahead);
     const Lanes scale = load_half((const uint16_t*)panel), minimum = load_half((const uint16_t*)panel + kLanes);
+    const GroupRows group(x, g, row);
     Lanes dots[R];
-    q4_dots<R>(panel + 64, x.q.data() + size_t(g) * x.rows * kGroup, dots);
+    q4_dots<R>(panel + 64, group.q, dots);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      sums[r] = fma(scale * splat(x.scale[g * x.rows + r]), dots[r], sums[r]);
-      sums[r] = fma(minimum, splat(x.sum[g * x.rows + r]), sums[r]);
+      sums[r] = fma(scale * splat(group.scale[r]), dots[r], sums[r]);
+      sums[r] = fma(minimum, splat(group.sum[r]), sums[r]);
     }
   }
-  for (int r = 0; r < R; r++) store(acc + r * kLanes, sums[r]);
+  for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
 }
 
 template <int R>
-MILL_INLINE void q4_rows(const uint8_t* bytes, Lanes scale, Lanes minimum, const Activations& x, int g, int row, float* acc) {
-  Lanes dots[R];
-  q4_dots_unpacked<R>(bytes, x.q.data() + (size_t(g) * x.rows + row) * kGroup, dots);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    float* const sum = acc + (row + r) * kLanes;
-    const Lanes scaled = fma(scale * splat(x.scale[g * x.rows + row + r]), dots[r], load(sum));
-    store(sum, fma(minimum, splat(x.sum[g * x.rows + row + r]), scaled));
-  }
-}
-
-// More rows: each group is unpacked once into L1, where all rows find it; their sums lie in L1 too.
-void multiply_q4_many(const uint8_t* panel, int groups, const Activations& x, float* acc) {
-  alignas(64) uint8_t bytes[kQ8LineBytes];
-  std::fill(acc, acc + x.rows * kLanes, 0.0f);
-  for (int g = 0; g < groups; g++, panel += kQ4GroupBytes) {
-    for (int ahead = 0; ahead < int(kQ4GroupBytes); ahead += 64) prefetch(panel + kPrefetchAhead + ahead);
-    const Lanes scale = load_half((const uint16_t*)panel), minimum = load_half((const uint16_t*)panel + kLanes);
-    unpack_group(panel + 64, bytes);
-    int row = 0;
-    for (; row + 4 <= x.rows; row += 4) q4_rows<4>(bytes, scale, minimum, x, g, row, acc);
-    switch (x.rows - row) {
-      case 3: q4_rows<3>(bytes, scale, minimum, x, g, row, acc); break;
-      case 2: q4_rows<2>(bytes, scale, minimum, x, g, row, acc); break;
-      case 1: q4_rows<1>(bytes, scale, minimum, x, g, row, acc); break;
-    }
-  }
-}
-
-template <int R>
-void multiply_q8_few(const uint8_t* panel, int groups, const Activations& x, float* acc) {
+void multiply_q8(const uint8_t* panel, int groups, const Activations& x, int row, float* acc) {
   const uint16_t* scales = (const uint16_t*)panel;
   const uint8_t* lines = panel + q8_header_bytes(groups);
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
   for (int g = 0; g < groups; g++, lines += kQ8LineBytes) {
-    for (int ahead = 0; ahead < int(kQ8LineBytes) + 64; ahead += 64) prefetch(lines + kPrefetchAhead + ahead);
+    if (row == 0)
+      for (int ahead = 0; ahead < int(kQ8LineBytes) + 64; ahead += 64) prefetch(lines + kPrefetchAhead + ahead);
     const Lanes scale = load_half(scales + g * kLanes);
+    const GroupRows group(x, g, row);
     Lanes dots[R];
-    q8_dots<R>(lines, x.q.data() + size_t(g) * x.rows * kGroup, dots);
+    q8_dots<R>(lines, group.q, dots);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sums[r] = fma(scale * splat(x.scale[g * x.rows + r]), dots[r], sums[r]);
+    for (int r = 0; r < R; r++) sums[r] = fma(scale * splat(group.scale[r]), dots[r], sums[r]);
   }
-  for (int r = 0; r < R; r++) store(acc + r * kLanes, sums[r]);
-}
-
-template <int R>
-MILL_INLINE void q8_rows(const uint8_t* lines, Lanes scale, const Activations& x, int g, int row, float* acc) {
-  Lanes dots[R];
-  q8_dots<R>(lines, x.q.data() + (size_t(g) * x.rows + row) * kGroup, dots);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    float* const sum = acc + (row + r) * kLanes;
-    store(sum, fma(scale * splat(x.scale[g * x.rows + row + r]), dots[r], load(sum)));
-  }
-}
-
-void multiply_q8_many(const uint8_t* panel, int groups, const Activations& x, float* acc) {
-  const uint16_t* scales = (const uint16_t*)panel;
-  const uint8_t* lines = panel + q8_header_bytes(groups);
-  std::fill(acc, acc + x.rows * kLanes, 0.0f);
-  for (int g = 0; g < groups; g++, lines += kQ8LineBytes) {
-    for (int ahead = 0; ahead < int(kQ8LineBytes) + 64; ahead += 64) prefetch(lines + kPrefetchAhead + ahead);
-    const Lanes scale = load_half(scales + g * kLanes);
-    int row = 0;
-    for (; row + 4 <= x.rows; row += 4) q8_rows<4>(lines, scale, x, g, row, acc);
-    switch (x.rows - row) {
-      case 3: q8_rows<3>(lines, scale, x, g, row, acc); break;
-      case 2: q8_rows<2>(lines, scale, x, g, row, acc); break;
-      case 1: q8_rows<1>(lines, scale, x, g, row, acc); break;
-    }
-  }
+  for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
 }
 
 template <Kind K>
@@ -288,24 +225,25 @@ uint16_t read_half(const uint8_t* p) {
 
 void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc) {
   const int groups = matrix.inputs / kGroup;
+  int row = 0;
   switch (matrix.kind) {
     case Kind::Q4_0:  // described as Q4
     case Kind::Q4:
-      switch (x.rows) {
-        case 1: return multiply_q4_few<1>(panel, groups, x, acc);
-        case 2: return multiply_q4_few<2>(panel, groups, x, acc);
-        case 3: return multiply_q4_few<3>(panel, groups, x, acc);
-        case 4: return multiply_q4_few<4>(panel, groups, x, acc);
-        default: return multiply_q4_many(panel, groups, x, acc);
+      for (; row + 4 <= x.rows; row += 4) multiply_q4<4>(panel, groups, x, row, acc);
+      switch (x.rows - row) {
+        case 3: return multiply_q4<3>(panel, groups, x, row, acc);
+        case 2: return multiply_q4<2>(panel, groups, x, row, acc);
+        case 1: return multiply_q4<1>(panel, groups, x, row, acc);
       }
+      return;
     case Kind::Q8:
-      switch (x.rows) {
-        case 1: return multiply_q8_few<1>(panel, groups, x, acc);
-        case 2: return multiply_q8_few<2>(panel, groups, x, acc);
-        case 3: return multiply_q8_few<3>(panel, groups, x, acc);
-        case 4: return multiply_q8_few<4>(panel, groups, x, acc);
-        default: return multiply_q8_many(panel, groups, x, acc);
+      for (; row + 4 <= x.rows; row += 4) multiply_q8<4>(panel, groups, x, row, acc);
+      switch (x.rows - row) {
+        case 3: return multiply_q8<3>(panel, groups, x, row, acc);
+        case 2: return multiply_q8<2>(panel, groups, x, row, acc);
+        case 1: return multiply_q8<1>(panel, groups, x, row, acc);
       }
+      return;
     case Kind::F32: return multiply_float<Kind::F32>(panel, matrix.inputs, x, acc);
     case Kind::F16: return multiply_float<Kind::F16>(panel, matrix.inputs, x, acc);
     case Kind::BF16: return multiply_float<Kind::BF16>(panel, matrix.inputs, x, acc);
