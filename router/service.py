@@ -49,6 +49,8 @@ from shared.tokens import count
 
 # a router waits this long for snapshots before it calls itself ready
 STARTING_S = 1.0
+# what a starting router may only seem to lack: workers, or ones with room
+PATIENCE_HELPS = (NoEligibleWorker.code, Overloaded.code)
 # requests held while a starting router has not heard any worker
 MAX_PARKED = 1024
 # messages that wait for the bus; past it they are dropped, as a broker would
@@ -179,7 +181,7 @@ class Router:
         verdict = self._decide(arrived.request, now)
         self.metrics.decision_s.observe(self._clock.now() - now)
         if isinstance(verdict, Refused):
-            if self.state == "starting" and verdict.code == NoEligibleWorker.code and len(self._parked) < MAX_PARKED:
+            if self.state == "starting" and verdict.code in PATIENCE_HELPS and len(self._parked) < MAX_PARKED:
                 self._parked.append(arrived)
                 return
             self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
@@ -279,6 +281,8 @@ class Router:
         """Twice a second: forget the silent, ask again for what is missing, say how it goes."""
         while True:
             now = self._clock.now()
+            if not self._bus.connected:
+                self._start_over(now)
             for worker in self.view.forget_silent(now):
                 _log.info("worker_silent", worker=worker)
                 self.metrics.placed.remove(worker)
@@ -305,6 +309,12 @@ class Router:
     def _has_caught_up(self, now: float) -> bool:
         # every worker speaks once within a heartbeat
         return self.view.complete and now - self._started_at >= self._settings.heartbeat_s
+
+    def _start_over(self, now: float) -> None:
+        # without a bus the silence of workers says nothing about them
+        if self.state != "draining":
+            self.state = "starting"
+            self._started_at = now
 
     def _become_ready(self) -> None:
         self.state = "ready"

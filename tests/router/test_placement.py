@@ -76,8 +76,8 @@ def test_cache_wins_unless_queueing_costs_more_than_the_prefill_it_saves(
     # the prefill it saves counts for the streams beside it and for those who come later, too
     saved_by_all_s = saved_s * (1 + running) + terms["empty"].later_s
     tie_s = 0.01 * terms["empty"].cost_s + 0.001
-    assume(queue_s > saved_by_all_s + tie_s)
-    assert verdict.chosen.worker == "empty"
+    if queue_s > saved_by_all_s + tie_s:
+        assert verdict.chosen.worker == "empty"
 
 
 @given(fleets, st.sampled_from(["cost", "prefix", "least_loaded"]), st.integers(0, 10), st.integers(1, 12),
