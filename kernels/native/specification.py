@@ -1,0 +1,226 @@
+"""What the native step computes, bit for bit, in slow and plain numpy: the recipe "int8-g32/1".
+
+One row at a time, so nothing can depend on what stands beside it. Every operation on numbers is one correctly rounded
+float32 operation; `fma` is a fused multiply-add; integer dots are exact.
+
+    embedding   scale * q, or fma(scale, q, minimum)
+    norm        (x * (1 / sqrt(mean of squares + epsilon))) * weight; squares by fma into 16 lanes (element i in lane
+                i % 16, ascending), lanes added in a tree
+    activations int8 per group of 32: step = largest magnitude / 127, q = x / step rounded to even; a group whose step is
+                below the smallest normal number is zero
+    linear      groups ascending:  acc = fma(scale * step, dot, acc), then with minima  acc = fma(minimum, step * sum(q), acc);
+                Q4_0 is Q4_1 with the minimum -8 * scale; float weights: inputs ascending, acc = fma(weight, x, acc)
+    rotary      (a cos - b sin, a sin + b cos), angles in float64, cosines and sines rounded once
+    KV cache    fp16, clamped to +-65504, keys after rotation
+    attention   query scaled by 1 / sqrt(head_dim); score = chain of fma over even dimensions + chain over odd ones;
+                p = exponential(score - largest); total in 16 lanes (token t in lane t % 16), tree;
+                out = (chain of fma over tokens) * (1 / total)
+    mlp         gate / (1 + exponential(-gate)) * up
+    residual    float32; logits: final norm, then linear
+
+Tokens are chosen from the logits as `shared/noise.py` says.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.checkpoint import Checkpoint
+from kernels.step import StepInputs
+
+Floats = NDArray[np.float32]
+
+GROUP = 32
+LANES = 16
+BLOCK_SIZE_TOKENS = 16
+LARGEST_HALF = np.float32(65504)
+
+_ONE = np.float32(1)
+
+
+class SpecifiedDecoder:
+    """The logits of the recipe. Milliseconds per row on a tiny model, minutes on a real one."""
+
+    def __init__(self, checkpoint: Checkpoint, *, blocks: int) -> None:
+        config = self.config = checkpoint.config
+        self._weights = {name: read_weights(*checkpoint.raw(name)) for name in checkpoint.names()}
+        self._frequencies = config.rope_frequencies()
+        shape = (config.layers, blocks, BLOCK_SIZE_TOKENS, config.kv_heads, config.head_dim)
+        self._keys, self._values = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
+
+    def logits(self, inputs: StepInputs) -> Floats:
+        """As `NativeDecoder.logits`."""
+        wanted = set(inputs.sample_rows.tolist())
+        found = []
+        for sequence in range(len(inputs.sequence_starts) - 1):
+            for row in range(inputs.sequence_starts[sequence], inputs.sequence_starts[sequence + 1]):
+                x = self._layers(int(inputs.tokens[row]), int(inputs.positions[row]), inputs.block_tables[sequence])
+                if row in wanted:
+                    head = self._weights.get("head.weight", self._weights["embedding.weight"])
+                    found.append(head.times(self._normed(x, "norm.weight")))
+        return np.array(found, np.float32).reshape(len(found), self.config.vocabulary)
+
+    def _layers(self, token: int, position: int, table: NDArray[np.int32]) -> Floats:
+        config = self.config
+        x = self._weights["embedding.weight"].row(token)
+        angles = [position * frequency for frequency in self._frequencies]
+        cosines = np.array([math.cos(angle) for angle in angles]).astype(np.float32)
+        sines = np.array([math.sin(angle) for angle in angles]).astype(np.float32)
+        for layer in range(config.layers):
+            def linear(name: str, inputs: Floats, layer: int = layer) -> Floats:
+                return self._weights[f"layers.{layer}.{name}.weight"].times(inputs)
+
+            normed = self._normed(x, f"layers.{layer}.attention_norm.weight")
+            q, k, v = (linear(f"attention.{name}", normed).reshape(-1, config.head_dim) for name in "qkv")
+            q, k = (rotated(heads, cosines, sines, config.rope_interleaved) for heads in (q, k))
+            place = layer, table[position // BLOCK_SIZE_TOKENS], position % BLOCK_SIZE_TOKENS
+            self._keys[place], self._values[place] = to_half(k), to_half(v)
+            blocks = table[: position // BLOCK_SIZE_TOKENS + 1]
+            keys, values = (cache[layer, blocks].reshape(-1, config.kv_heads, config.head_dim)[: position + 1].astype(np.float32)
+                            for cache in (self._keys, self._values))
+            out = [attended(q[head], keys[:, head // config.heads_per_kv_head], values[:, head // config.heads_per_kv_head])
+                   for head in range(config.heads)]
+            x = x + linear("attention.o", np.concatenate(out))
+            normed = self._normed(x, f"layers.{layer}.mlp_norm.weight")
+            gate, up = linear("mlp.gate", normed), linear("mlp.up", normed)
+            x = x + linear("mlp.down", gate / (_ONE + exponential(-gate)) * up)
+        return x
+
+    def _normed(self, x: Floats, name: str) -> Floats:
+        squares = lane_sums(x, x)
+        scale = _ONE / np.sqrt(squares / np.float32(len(x)) + np.float32(self.config.norm_eps))
+        return x * scale * self._weights[name].row(0)
+
+
+class Grid:
+    """Quantised weights: scale * q + minimum per group of 32 inputs."""
+
+    def __init__(self, q: NDArray[np.int32], scale: Floats, minimum: Floats | None) -> None:
+        self.q, self.scale, self.minimum = q, scale, minimum  # [outputs, groups, 32], [outputs, groups]
+
+    def times(self, x: Floats) -> Floats:
+        acc = np.zeros(len(self.q), np.float32)
+        for group, values in enumerate(x.reshape(-1, GROUP)):
+            q, step = quantised(values)
+            acc = fma(self.scale[:, group] * step, (self.q[:, group] @ q).astype(np.float32), acc)
+            if self.minimum is not None:
+                acc = fma(self.minimum[:, group], step * np.float32(q.sum()), acc)
+        return acc
+
+    def row(self, index: int) -> Floats:
+        q, scale = self.q[index].astype(np.float32), self.scale[index][:, None]
+        return (scale * q if self.minimum is None else fma(scale, q, self.minimum[index][:, None])).reshape(-1)
+
+
+class Plain:
+    """Weights in a float format."""
+
+    def __init__(self, weights: Floats) -> None:
+        self.weights = weights  # [outputs, inputs]
+
+    def times(self, x: Floats) -> Floats:
+        acc = np.zeros(len(self.weights), np.float32)
+        for column, value in zip(self.weights.T, x, strict=True):
+            acc = fma(column, value, acc)
+        return acc
+
+    def row(self, index: int) -> Floats:
+        return self.weights[index]
+
+
+def read_weights(kind: str, rows: NDArray[np.uint8]) -> Grid | Plain:
+    """A tensor's stored bytes as numbers; `kind` and the layout of a block are GGML's."""
+    if kind in ("F32", "F16"):
+        return Plain(np.ascontiguousarray(rows).view(np.float32 if kind == "F32" else np.float16).astype(np.float32))
+    if kind == "BF16":
+        return Plain((np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32))
+    head_bytes = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}[kind]
+    blocks = rows.reshape(len(rows), -1, head_bytes + (GROUP if kind == "Q8_0" else GROUP // 2))
+    heads = np.ascontiguousarray(blocks[..., :head_bytes]).view(np.float16).astype(np.float32)
+    stored = np.ascontiguousarray(blocks[..., head_bytes:])
+    if kind == "Q8_0":
+        return Grid(stored.view(np.int8).astype(np.int32), heads[..., 0], None)
+    q = np.concatenate((stored & 15, stored >> 4), -1).astype(np.int32)
+    minimum = heads[..., 1] if kind == "Q4_1" else np.float32(-8) * heads[..., 0]
+    return Grid(q, heads[..., 0], minimum)
+
+
+def quantised(values: Floats) -> tuple[NDArray[np.int32], np.float32]:
+    """One group of 32 as (q, step)."""
+    step = np.abs(values).max() / np.float32(127)
+    if step < np.finfo(np.float32).tiny:
+        return np.zeros(GROUP, np.int32), np.float32(0)
+    return np.rint(values / step).astype(np.int32), step
+
+
+def rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) -> Floats:
+    """Heads [..., head_dim] turned by one position's angles."""
+    pairs = len(cosines)
+    first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    a, b = heads[..., first], heads[..., second]
+    turned = heads.copy()
+    turned[..., first], turned[..., second] = a * cosines - b * sines, a * sines + b * cosines
+    return turned
+
+
+def attended(query: Floats, keys: Floats, values: Floats) -> Floats:
+    """One query head over keys and values [tokens, head_dim] of its positions from 0 on."""
+    query = query * np.float32(1 / math.sqrt(len(query)))
+    chains = []
+    for parity in (0, 1):
+        chain = np.zeros(len(keys), np.float32)
+        for dimension in range(parity, len(query), 2):
+            chain = fma(query[dimension], keys[:, dimension], chain)
+        chains.append(chain)
+    scores = chains[0] + chains[1]
+    weights = exponential(scores - scores.max())
+    out = np.zeros(len(query), np.float32)
+    for weight, value in zip(weights, values, strict=True):
+        out = fma(weight, value, out)
+    return out * (_ONE / lane_sums(weights, np.ones_like(weights)))
+
+
+def exponential(x: Floats) -> Floats:
+    """e^x with x clamped to [-87, 88]: a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]."""
+    x = np.maximum(np.minimum(x, np.float32(88)), np.float32(-87))
+    n = np.rint(x * np.float32(1.44269504))
+    r = fma(n, np.float32(-0.693359375), x)
+    r = fma(n, np.float32(2.12194440e-4), r)
+    total = np.full_like(r, np.float32(1 / 720))
+    for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        total = fma(total, r, np.float32(coefficient))
+    return total * np.ldexp(_ONE, n.astype(np.int32)).astype(np.float32)
+
+
+def lane_sums(x: Floats, y: Floats) -> np.float32:
+    """The sum of x * y: element i into lane i % 16 by fma, then lanes i and i + 8, i + 4, i + 2, i + 1."""
+    padding = -len(x) % LANES
+    lanes = np.zeros(LANES, np.float32)
+    for a, b in zip(np.pad(x, (0, padding)).reshape(-1, LANES), np.pad(y, (0, padding)).reshape(-1, LANES), strict=True):
+        lanes = fma(a, b, lanes)
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = lanes[:half] + lanes[half:]
+    return np.float32(lanes[0])
+
+
+def to_half(x: Floats) -> NDArray[np.float16]:
+    return np.clip(x, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
+
+
+def fma(x: Floats | np.float32, y: Floats | np.float32, z: Floats | np.float32) -> Floats:
+    """x * y + z rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there (if inexact, the neighbour with an odd last bit), so
+    that rounding it again to float32 gives what one rounding would have given.
+    """
+    product = np.asarray(x, np.float64) * np.asarray(y, np.float64)
+    addend = np.asarray(z, np.float64)
+    total = np.asarray(product + addend)
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    bits = total.view(np.int64)
+    inexact_even = (error != 0) & (bits & 1 == 0)
+    away = (error > 0) == (total > 0)
+    return (bits + np.where(inexact_even, np.where(away, 1, -1), 0)).view(np.float64).astype(np.float32)
