@@ -377,6 +377,8 @@ def _hugging_face_config(path: Path) -> DecoderConfig:
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     head_dim = whole("head_dim", hidden // heads)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{file}: rope_scaling should be an object, it is {rope!r}")
     base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
     return DecoderConfig(
         layers=whole("num_hidden_layers"),

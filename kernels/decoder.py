@@ -203,6 +203,9 @@ def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
         raise ValueError(f"sequence starts {starts.tolist()} do not divide {rows} rows among {len(tables)} sequences")
     if rows == 0:
         raise ValueError("a step has at least one row")
+    wanted = inputs.sample_rows
+    if ((wanted < 0) | (wanted >= rows)).any() or len(inputs.temperature) != len(wanted):
+        raise ValueError(f"sample rows {wanted.tolist()} are not rows of the step, each with its sampling parameters")
     if ((inputs.tokens < 0) | (inputs.tokens >= decoder.vocabulary_size)).any():
         raise ValueError(f"a token id lies outside 0..{decoder.vocabulary_size - 1}")
     if ((inputs.positions < 0) | (inputs.positions >= decoder.context_length)).any():

@@ -160,6 +160,7 @@ def change(folder: Path, **settings: object) -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": [8.0]}, "rope_scaling"),
         ({"sliding_window": 64}, "sliding window"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"num_hidden_layers": 2**40}, "layers"),

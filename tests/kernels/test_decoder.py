@@ -204,6 +204,8 @@ def test_blocks_follow_from_the_bytes_for_them(tiny: Path):
         ("positions", [0, 1, 16], "too short"),
         ("sequence_starts", [0, 2], "sequence starts"),
         ("sequence_starts", [0, 3, 3], "sequence starts"),
+        ("sample_rows", [3], "sample rows"),
+        ("sample_rows", [0, 2], "sample rows"),
         ("block_tables", [[100]], "block that is needed"),
         ("block_tables", [[-1]], "block that is needed"),
     ],
