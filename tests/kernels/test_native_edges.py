@@ -1,0 +1,168 @@
+"""Bad input is refused before anything happens; the library compiles once; nothing is left behind."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+
+from kernels.checkpoint import open_checkpoint
+from kernels.native import build as building
+from kernels.native.decoder import NativeDecoder
+from kernels.step import Decoder, StepInputs
+from tests.kernels.tiny import Tiny, write_tiny_gguf
+
+pytestmark = pytest.mark.skipif(building.available() is not None, reason=str(building.available()))
+
+BLOCKS = 4
+
+
+def int32(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+GOOD = StepInputs(
+    tokens=int32(1, 2, 3), positions=int32(0, 1, 16), sequence_starts=int32(0, 2, 3), block_tables=int32(0, -1, 1, 2).reshape(2, 2),
+    sample_rows=int32(1, 2), temperature=np.zeros(2, np.float32), top_k=int32(0, 0), top_p=np.ones(2, np.float32),
+    min_p=np.zeros(2, np.float32), seeds=np.zeros(2, np.uint64))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "model.gguf")
+
+
+@pytest.fixture
+def decoder(tiny: Path) -> NativeDecoder:
+    return NativeDecoder(open_checkpoint(tiny), blocks=BLOCKS, threads=2)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"tokens": int32(1, 256, 3)}, "token 256 is outside the vocabulary of 256"),
+    ({"tokens": int32(1, -1, 3)}, "token -1"),
+    ({"positions": int32(0, 1, 1024)}, "position 1024 is outside the context of 1024"),
+    ({"positions": int32(-1, 1, 16)}, "position -1"),
+    ({"positions": int32(1, 1, 16)}, "ascending position order"),
+    ({"positions": int32(0, 32, 16)}, "needs 3 blocks; its table has 2"),
+    ({"positions": int32(0, 16, 16)}, "block id -1 is outside 0..3"),
+    ({"block_tables": int32(4, -1, 1, 2).reshape(2, 2)}, "block id 4"),
+    ({"block_tables": int32(0, 1, 2)}, "block_tables must have the shape"),
+    ({"sequence_starts": int32(0, 2, 4)}, "sequence_starts"),
+    ({"sequence_starts": int32(1, 2, 3)}, "sequence_starts"),
+    ({"sequence_starts": int32(0, 4, 3)}, "sequence_starts"),
+    ({"sequence_starts": int32()}, "sequence_starts"),
+    ({"sample_rows": int32(1, 3)}, "sample_rows"),
+    ({"sample_rows": int32(2, 1)}, "sample_rows"),
+    ({"positions": int32(0, 1)}, "positions must have the shape"),
+    ({"temperature": np.array([0, np.nan], np.float32)}, "sample 1"),
+    ({"top_k": int32(-1, 0)}, "sample 0"),
+    ({"tokens": np.array([1.5, 2, 3])}, "tokens must be int32"),
+    ({"seeds": np.zeros(3, np.uint64)}, "seeds must have the shape"),
+])
+def test_bad_inputs_are_refused_and_change_nothing(decoder: NativeDecoder, change: dict[str, object], words: str) -> None:
+    expected = decoder.logits(GOOD)
+    with pytest.raises(ValueError, match=words):
+        decoder.step(replace(GOOD, **change))
+    assert (decoder.logits(GOOD) == expected).all()
+
+
+def test_it_has_the_face_of_a_decoder(tiny: Path) -> None:
+    decoder: Decoder = NativeDecoder.load(tiny.parent, kv_bytes=1 << 20)
+    assert (decoder.vocabulary_size, decoder.context_length, decoder.block_size_tokens) == (256, 1024, 16)
+    assert decoder.blocks == (1 << 20) // (2 * 2 * 2 * 16 * 2 * 16)  # keys and values, layers, heads, head_dim, bytes, tokens
+    assert decoder.recipe == "int8-g32/1"
+
+
+def test_a_kv_cache_too_small_for_one_block_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="raise kv_bytes"):
+        NativeDecoder.load(tiny, kv_bytes=100)
+
+
+def test_widths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf", Tiny(heads=4, head_dim=8), linear=Kind.F32)
+    with pytest.raises(ValueError, match="head_dim is 8; the native step needs a multiple of 16"):
+        NativeDecoder.load(path)
+
+
+def test_a_closed_decoder_says_so(decoder: NativeDecoder) -> None:
+    decoder.close()
+    decoder.close()
+    with pytest.raises(ValueError, match="closed"):
+        decoder.step(GOOD)
+
+
+def test_a_fork_is_told_to_load_its_own(decoder: NativeDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(RuntimeError, match="after the fork"):
+            decoder.step(GOOD)
+    assert decoder.step(GOOD).shape == (2,)
+
+
+def test_calls_from_several_threads_take_turns(decoder: NativeDecoder) -> None:
+    expected = decoder.step(GOOD).tolist()
+    found: list[list[int]] = []
+    callers = [threading.Thread(target=lambda: found.extend(decoder.step(GOOD).tolist() for _ in range(20))) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert found == [expected] * 60
+
+
+def test_an_idle_decoder_uses_no_cpu_and_wakes_again(decoder: NativeDecoder) -> None:
+    expected = decoder.step(GOOD).tolist()
+    time.sleep(0.05)  # a helper spins a fraction of a millisecond, then sleeps
+    used = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - used < 0.1
+    assert decoder.step(GOOD).tolist() == expected
+
+
+def test_the_library_is_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    compiled = []
+
+    def compile_nothing(compiler: tuple[str, ...], flags: list[str], scratch: Path) -> Path:
+        compiled.append(flags)
+        (scratch / "step.so").write_bytes(b"library")
+        return scratch / "step.so"
+
+    monkeypatch.setattr(building, "_compile", compile_nothing)
+    starts = [threading.Thread(target=building.build) for _ in range(4)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    library = building.build()
+    assert len(compiled) == 1
+    assert library.read_bytes() == b"library"
+    assert library.is_relative_to(tmp_path / "native")
+    assert sorted(path.name for path in library.parent.iterdir()) == ["lock", "step.so"]
+    assert building.build("portable") != library or building.best_instructions() == "portable"
+
+
+def test_without_a_compiler_the_reason_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(building, "_compiler", lambda: None)
+    assert "pip install ziglang" in str(building.available())
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        building.build()
+
+
+def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(building, "_compiler", lambda: ("sh", "-c", "echo no such flag >&2; exit 1"))
+    with pytest.raises(RuntimeError, match="no such flag"):
+        building.build()
+    assert not list(tmp_path.rglob("step.so"))
+
+
+def test_unknown_instructions_are_refused() -> None:
+    with pytest.raises(ValueError, match="avx2, portable"):
+        building.build("abacus")
