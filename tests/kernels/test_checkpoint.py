@@ -13,9 +13,10 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
-from kernels.checkpoint import expected_shapes, open_checkpoint
+from kernels.checkpoint import open_checkpoint
 from kernels.config import CheckpointError, DecoderConfig, llama3_rope_factors
 from kernels.gguf_header import BLOCK_TYPES, SkippedStrings, read_gguf_header
+from kernels.tensor_names import expected_shapes
 from tests.kernels.tiny import Tiny, tiny_weights, write_tiny_folder, write_tiny_gguf
 from tests.models import default_model
 

@@ -1,0 +1,104 @@
+"""The names of a checkpoint's tensors: ours, GGUF's and Hugging Face's, and the shapes that a config demands.
+
+Rule: a name that is not known here stays as it is, and `check_shapes` refuses it: a tensor that the decoder would
+ignore means that the checkpoint is no plain Llama.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kernels.config import CheckpointError, DecoderConfig
+
+_TENSORS_PER_LAYER = 9
+
+_OUTSIDE = {
+    "token_embd.weight": "embedding.weight",
+    "output_norm.weight": "norm.weight",
+    "output.weight": "head.weight",
+    "model.embed_tokens.weight": "embedding.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+_INSIDE = {
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.q",
+    "attn_k": "attention.k",
+    "attn_v": "attention.v",
+    "attn_output": "attention.o",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.o",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+
+
+def from_gguf(name: str) -> str:
+    """Our name; an unknown one stays, and is refused with the others."""
+    return _ours(name, "blk.")
+
+
+def from_hugging_face(name: str) -> str:
+    return _ours(name, "model.layers.")
+
+
+def _ours(name: str, prefix: str) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    layer, _, rest = name.removeprefix(prefix).partition(".")
+    inside = _INSIDE.get(rest.removesuffix(".weight"))
+    if not name.startswith(prefix) or not name.endswith(".weight") or inside is None:
+        return name
+    return f"layers.{layer}.{inside}.weight"
+
+
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this config holds."""
+    hidden, ffn = config.hidden, config.ffn
+    attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocabulary, hidden), "norm.weight": (hidden,)}
+    if not config.tied_head:
+        shapes["head.weight"] = (config.vocabulary, hidden)
+    for layer in range(config.layers):
+        inside = {
+            "attention_norm": (hidden,),
+            "attention.q": (attention, hidden),
+            "attention.k": (kv, hidden),
+            "attention.v": (kv, hidden),
+            "attention.o": (hidden, attention),
+            "mlp_norm": (hidden,),
+            "mlp.gate": (ffn, hidden),
+            "mlp.up": (ffn, hidden),
+            "mlp.down": (hidden, ffn),
+        }
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
+    return shapes
+
+
+def check_shapes(path: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
+    if config.layers * _TENSORS_PER_LAYER > len(found):
+        raise CheckpointError(
+            f"{path} announces {config.layers} layers but holds {len(found)} tensors; download it again"
+        )
+    expected = expected_shapes(config)
+    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        raise CheckpointError(f"{path} lacks {some(missing)}; download it again")
+    if unknown:
+        raise CheckpointError(f"{path} holds {some(unknown)}, which a plain Llama has not; use another checkpoint")
+    wrong = [f"{name} {found[name]}, not {shape}" for name, shape in expected.items() if found[name] != shape]
+    if wrong:
+        raise CheckpointError(f"{path}: shapes contradict the configuration: {some(wrong)}")
+
+
+def some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
