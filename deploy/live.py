@@ -20,8 +20,8 @@ class Board:
 
     def take(self, delivery: Delivery) -> None:
         """Fold one status message in (a bus handler)."""
-        status = decode(delivery.data, Status)  # type: ignore[arg-type]
-        self.statuses[status.id] = status  # type: ignore[attr-defined]
+        status: Status = decode(delivery.data, Status)  # type: ignore[arg-type]
+        self.statuses[status.id] = status
 
     def table(self, children: Sequence[Child]) -> Table:
         """The table as it stands."""

@@ -1,6 +1,7 @@
 """One step of a decoder, as data: what the engine hands to the device and what it gets back.
 
-Every decoder (torch over the operator table, native CPU, CUDA) has the same face, so the engine never asks which it has.
+Every decoder (torch over the operator table, native CPU, CUDA) has the same face, so the engine never asks which it
+has.
 
 R rows (tokens to run), S sequences, L rows whose next token is wanted, B the longest block table of the step.
 Rows of one sequence stand together in position order. Prefill, decode and verification differ in nothing but the number

@@ -78,7 +78,7 @@ def main() -> None:
         for name in options.workloads.split(",")
         for speculation in (False, True)
     ]
-    report = {
+    report: dict[str, object] = {
         "machine": machine.describe(),
         "command": " ".join(["python -m deploy.bench.engine", *sys.argv[1:]]),
         "rows": rows,

@@ -1,5 +1,7 @@
 """Tokens to text: neither text nor count may depend on how tokens were batched."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def read(tokens: list[int], cuts: list[int], *stops: str) -> tuple[str, int, boo
     """The text, count and end of `tokens`, pushed in pieces cut at `cuts`."""
     made, text = choice(*stops), ""
     edges = [0, *sorted(cut % (len(tokens) + 1) for cut in cuts), len(tokens)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         piece = made.push(tokens[start:end])
         text += piece.text
         if piece.stopped:
