@@ -59,7 +59,12 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     """The settings of every service: module name -> one entry per process, in starting order."""
     name = load_card(options.model).name
     threads = max(1, (os.cpu_count() or 1) // max(1, options.workers))
-    common: dict[str, Any] = {"nats": nats, "otlp": options.otlp, "log_level": options.log_level, "drain_s": options.drain_s}
+    common: dict[str, Any] = {
+        "nats": nats,
+        "otlp": options.otlp,
+        "log_level": options.log_level,
+        "drain_s": options.drain_s,
+    }
     model: dict[str, Any] = {"model": str(options.model), "model_name": name}
     kinds: dict[str, tuple[type[Settings], int, dict[str, Any]]] = {
         "router": (RouterSettings, options.routers, {}),
