@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+SEEDS  ?= 200
+FROM   ?= 0
 
 .PHONY: help install up test check format simulate clean
 
@@ -32,6 +34,9 @@ check: install   ## ruff, mypy, import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+simulate: install ## play SEEDS fault schedules of the whole mesh, from seed FROM on
+	@$(BIN)/python -m tests.laws.simulate --seeds $(SEEDS) --from $(FROM)
 
 format: install  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
