@@ -37,7 +37,8 @@ _NO_COMPILER = (
 def build(instructions: str | None = None) -> Path:
     """The compiled library, compiled now if it is not in the cache. Takes about ten seconds the first time.
 
-    `instructions`: "avx2" or "portable"; None takes the best this CPU has. Raises RuntimeError without a working compiler.
+    `instructions`: "avx2" or "portable"; None takes the best this CPU has. Raises RuntimeError without a working
+    compiler.
     """
     instructions = instructions or best_instructions()
     compiler = _compiler()
@@ -97,7 +98,8 @@ def _compiler() -> tuple[str, ...] | None:
         if found := shutil.which(name):
             return (found,)
     if importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "c++")
+        # Its own default is this very CPU; the instruction flags alone are to decide.
+        return (sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline")
     return None
 
 
@@ -124,7 +126,9 @@ def _compile(compiler: tuple[str, ...], flags: list[str], scratch: Path) -> Path
     units = [path for path in _sources() if path.suffix == ".cpp"]
     objects = [scratch / f"{unit.stem}.o" for unit in units]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        commands = [[*compiler, *flags, "-c", str(unit), "-o", str(to)] for unit, to in zip(units, objects, strict=True)]
+        commands = [
+            [*compiler, *flags, "-c", str(unit), "-o", str(to)] for unit, to in zip(units, objects, strict=True)
+        ]
         list(pool.map(_run, commands))
     library = scratch / LIBRARY
     symbolic = () if sys.platform == "darwin" else ("-Wl,-Bsymbolic",)

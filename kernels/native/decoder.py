@@ -1,7 +1,8 @@
 """The native CPU step as a `Decoder`: what a laptop and CI run.
 
-Rule: the result for a row depends on that row's sequence alone, bit for bit: not on how many rows a step has, what stands
-beside them, how a prompt was cut, the number of threads or the CPU's vector width. `specification.py` says which bits.
+Rule: the result for a row depends on that row's sequence alone, bit for bit: not on how many rows a step has, what
+stands beside them, how a prompt was cut, the number of threads or the CPU's vector width. `specification.py` says
+which bits.
 """
 
 import ctypes
@@ -26,28 +27,65 @@ _GROUP = 32
 _LANES = 16
 _KV_BYTES = 2
 _TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}  # as numbered in GGUF
-_LAYER = ("attention_norm", "attention.q", "attention.k", "attention.v", "attention.o", "mlp_norm", "mlp.gate", "mlp.up",
-          "mlp.down")
+_LAYER = (
+    "attention_norm",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.o",
+    "mlp_norm",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+)
 _MESSAGE_BYTES = 512
 _MOST_THREADS_ASKED = 256
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in (
-        "layers", "hidden", "heads", "kv_heads", "head_dim", "rope_dims", "feed_forward", "vocabulary", "context",
-        "blocks", "threads", "rope_interleaved")] + [
-        ("norm_epsilon", ctypes.c_float), ("frequencies", ctypes.c_void_p)]
+    _fields_ = [
+        ("layers", ctypes.c_int32),
+        ("hidden", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("rope_dims", ctypes.c_int32),
+        ("feed_forward", ctypes.c_int32),
+        ("vocabulary", ctypes.c_int32),
+        ("context", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("rope_interleaved", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_float),
+        ("frequencies", ctypes.c_void_p),
+    ]
 
 
 class _Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("outputs", ctypes.c_int32), ("inputs", ctypes.c_int32)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("inputs", ctypes.c_int32),
+    ]
 
 
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "samples")] + [
-        (name, ctypes.c_void_p) for name in (
-            "tokens", "positions", "sequence_starts", "block_tables", "sample_rows",
-            "temperature", "top_k", "top_p", "min_p", "seeds")]
+        (name, ctypes.c_void_p)
+        for name in (
+            "tokens",
+            "positions",
+            "sequence_starts",
+            "block_tables",
+            "sample_rows",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "seeds",
+        )
+    ]
 
 
 class NativeDecoder:
@@ -56,7 +94,9 @@ class NativeDecoder:
     block_size_tokens = BLOCK_SIZE_TOKENS
     recipe = RECIPE
 
-    def __init__(self, checkpoint: Checkpoint, *, blocks: int, threads: int = 0, instructions: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, blocks: int, threads: int = 0, instructions: str | None = None
+    ) -> None:
         """The weights are repacked and not kept. `threads` 0: as many as this process may use, at most 8.
 
         Raises ValueError when the model is of a kind the step does not know, RuntimeError when nothing can be compiled.
@@ -75,9 +115,21 @@ class NativeDecoder:
         described, kept = _describe(checkpoint)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         native = _Config(
-            config.layers, config.hidden, config.heads, config.kv_heads, config.head_dim, config.rotary_dim, config.ffn,
-            config.vocabulary, config.context_length, blocks, self.threads, int(config.rope_interleaved),
-            config.norm_eps, frequencies.ctypes.data)
+            config.layers,
+            config.hidden,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.rotary_dim,
+            config.ffn,
+            config.vocabulary,
+            config.context_length,
+            blocks,
+            self.threads,
+            int(config.rope_interleaved),
+            config.norm_eps,
+            frequencies.ctypes.data,
+        )
         self._model = self._library.mill_open(ctypes.byref(native), described, self._message, _MESSAGE_BYTES)
         del kept
         if not self._model:
@@ -96,7 +148,7 @@ class NativeDecoder:
         return cls(checkpoint, blocks=blocks, threads=threads)
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
-        """The chosen token of each sample row. Raises ValueError on inputs that do not fit, and then nothing has changed."""
+        """The chosen token of each sample row. Raises ValueError for inputs that do not fit; nothing has changed."""
         tokens = np.empty(len(inputs.sample_rows), np.int32)
         self._run(inputs, tokens, None)
         return tokens
@@ -125,8 +177,9 @@ class NativeDecoder:
                 raise ValueError("this decoder was closed")
             if os.getpid() != self._process:
                 raise RuntimeError("a forked process has none of the step's threads: load the model after the fork")
-            code = self._library.mill_step(self._model, ctypes.byref(native), _address(tokens), _address(logits),
-                                           self._message, _MESSAGE_BYTES)
+            code = self._library.mill_step(
+                self._model, ctypes.byref(native), _address(tokens), _address(logits), self._message, _MESSAGE_BYTES
+            )
             message = self._message.value.decode() if code else ""
         del kept
         if code == 1:
@@ -146,8 +199,16 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
     library.mill_step.restype = ctypes.c_int32
     library.mill_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_char_p, ctypes.c_int32]
     library.mill_choose.restype = ctypes.c_int32
-    library.mill_choose.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_float, ctypes.c_int32, ctypes.c_float,
-                                    ctypes.c_float, ctypes.c_uint64, ctypes.c_uint64]
+    library.mill_choose.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_float,
+        ctypes.c_int32,
+        ctypes.c_float,
+        ctypes.c_float,
+        ctypes.c_uint64,
+        ctypes.c_uint64,
+    ]
     return library
 
 
@@ -157,9 +218,12 @@ def _address(array: NDArray[np.generic] | None) -> int | None:
 
 def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic]]]:
     """The C view of `inputs`, and the arrays it points into. Lengths are checked here, contents in C++."""
+
     def array(name: str, kind: DTypeLike, *shape: int | None) -> NDArray[np.generic]:
         given = np.asarray(getattr(inputs, name))
-        if given.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, given.shape, strict=True)):
+        if given.ndim != len(shape) or any(
+            want not in (None, have) for want, have in zip(shape, given.shape, strict=True)
+        ):
             raise ValueError(f"{name} must have the shape {shape}, it has {given.shape}")
         if not np.can_cast(given.dtype, kind, "same_kind"):
             raise ValueError(f"{name} must be {np.dtype(kind)}, it is {given.dtype}")
@@ -172,24 +236,34 @@ def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic
         raise ValueError("sequence_starts needs one entry more than there are sequences")
     tables = array("block_tables", np.int32, sequences, None)
     kept = [
-        array("tokens", np.int32, rows), array("positions", np.int32, rows), starts, tables,
-        array("sample_rows", np.int32, samples), array("temperature", np.float32, samples),
-        array("top_k", np.int32, samples), array("top_p", np.float32, samples), array("min_p", np.float32, samples),
-        array("seeds", np.uint64, samples)]
+        array("tokens", np.int32, rows),
+        array("positions", np.int32, rows),
+        starts,
+        tables,
+        array("sample_rows", np.int32, samples),
+        array("temperature", np.float32, samples),
+        array("top_k", np.int32, samples),
+        array("top_p", np.float32, samples),
+        array("min_p", np.float32, samples),
+        array("seeds", np.uint64, samples),
+    ]
     return _Inputs(rows, sequences, tables.shape[1], samples, *(each.ctypes.data for each in kept)), kept
 
 
 def _check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
     """Raises ValueError when the step's layouts do not fit the model, or a number makes no sense."""
     if blocks < 1:
-        raise ValueError(f"the KV cache needs at least one block of {BLOCK_SIZE_TOKENS} tokens, got {blocks}: raise kv_bytes")
+        raise ValueError(f"the KV cache needs at least one block of 16 tokens, got {blocks}: raise kv_bytes")
     if not 0 <= threads <= _MOST_THREADS_ASKED:
         raise ValueError(f"threads must be in 0..{_MOST_THREADS_ASKED}, got {threads}")
     for name, value, multiple in (
-            ("hidden", config.hidden, _GROUP), ("ffn", config.ffn, _GROUP),
-            ("heads * head_dim", config.heads * config.head_dim, _GROUP), ("head_dim", config.head_dim, _LANES)):
+        ("hidden", config.hidden, _GROUP),
+        ("ffn", config.ffn, _GROUP),
+        ("heads * head_dim", config.heads * config.head_dim, _GROUP),
+        ("head_dim", config.head_dim, _LANES),
+    ):
         if value % multiple:
-            raise ValueError(f"{name} is {value}; the native step needs a multiple of {multiple}: use the torch decoder")
+            raise ValueError(f"{name} is {value}; the native step needs a multiple of {multiple}: use torch")
 
 
 def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
@@ -202,7 +276,7 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
         kind, rows = checkpoint.raw(name)
         shape = checkpoint.shape(name)
         if kind not in _TYPES:
-            raise ValueError(f"{name} is stored as {kind}; the native step serves {', '.join(_TYPES)}: use the torch decoder")
+            raise ValueError(f"{name} is stored as {kind}; the native step serves {', '.join(_TYPES)}: use torch")
         data: NDArray[np.generic] = np.ascontiguousarray(rows)
         if len(shape) == 1:
             data, kind = _float32(kind, rows), "F32"

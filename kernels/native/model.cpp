@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
-#include <stdexcept>
 
 namespace mill {
 
@@ -45,14 +44,18 @@ std::pair<int, int> share_of(int count, int thread, int threads) {
 
 }  // namespace
 
-Region::Region(size_t bytes) : bytes_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
-  void* const at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (at == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<uint8_t*>(at);
+Region::Region(size_t bytes) : mapped_bytes_(bytes + kHugePage) {
+  mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+  const uintptr_t start = reinterpret_cast<uintptr_t>(mapped_);
+  data_ = reinterpret_cast<uint8_t*>((start + kHugePage - 1) / kHugePage * kHugePage);
+#ifdef MADV_HUGEPAGE
+  if (bytes >= kHugePage) madvise(data_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // advice: no failure matters
+#endif
 }
 
 Region::~Region() {
-  if (data_) munmap(data_, bytes_);
+  if (data_) munmap(mapped_, mapped_bytes_);
 }
 
 // Some consecutive rows of a step, at most kPassRows, and where each of them stands.

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -46,22 +46,23 @@ class Region {
   Region() = default;
   explicit Region(size_t bytes);
   ~Region();
-  Region(Region&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
+  Region(Region&& other) noexcept { *this = std::move(other); }
   Region& operator=(Region&& other) noexcept {
-    std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+    std::swap(mapped_, other.mapped_), std::swap(mapped_bytes_, other.mapped_bytes_), std::swap(data_, other.data_);
     return *this;
   }
   uint8_t* data() const { return data_; }
 
  private:
-  uint8_t* data_ = nullptr;
-  size_t bytes_ = 0;
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  uint8_t* data_ = nullptr;  // on the boundary of a huge page
 };
 
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down; then token_embd, output_norm, output.
-  // Copies what it needs. Throws std::runtime_error.
+  // Copies what it needs. Throws std::bad_alloc.
   Model(const mill_config& config, const mill_tensor* tensors);
 
   // What is wrong with the inputs; empty when nothing is.

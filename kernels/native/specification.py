@@ -6,10 +6,11 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
     embedding   scale * q, or fma(scale, q, minimum)
     norm        (x * (1 / sqrt(mean of squares + epsilon))) * weight; squares by fma into 16 lanes (element i in lane
                 i % 16, ascending), lanes added in a tree
-    activations int8 per group of 32: step = largest magnitude / 127, q = x / step rounded to even; a group whose step is
-                below the smallest normal number is zero
-    linear      groups ascending:  acc = fma(scale * step, dot, acc), then with minima  acc = fma(minimum, step * sum(q), acc);
-                Q4_0 is Q4_1 with the minimum -8 * scale; float weights: inputs ascending, acc = fma(weight, x, acc)
+    activations int8 per group of 32: step = largest magnitude / 127, q = x / step rounded to even; a group whose step
+                is below the smallest normal number is zero
+    linear      groups ascending: acc = fma(scale * step, dot, acc), and with minima acc = fma(minimum, step * sum(q),
+                acc); Q4_0 is Q4_1 with the minimum -8 * scale
+                float weights: inputs ascending, acc = fma(weight, x, acc)
     rotary      (a cos - b sin, a sin + b cos), angles in float64, cosines and sines rounded once
     KV cache    fp16, clamped to +-65504, keys after rotation
     attention   query scaled by 1 / sqrt(head_dim); score = chain of fma over even dimensions + chain over odd ones;
@@ -68,6 +69,7 @@ class SpecifiedDecoder:
         cosines = np.array([math.cos(angle) for angle in angles]).astype(np.float32)
         sines = np.array([math.sin(angle) for angle in angles]).astype(np.float32)
         for layer in range(config.layers):
+
             def linear(name: str, inputs: Floats, layer: int = layer) -> Floats:
                 return self._weights[f"layers.{layer}.{name}.weight"].times(inputs)
 
@@ -77,10 +79,12 @@ class SpecifiedDecoder:
             place = layer, table[position // BLOCK_SIZE_TOKENS], position % BLOCK_SIZE_TOKENS
             self._keys[place], self._values[place] = to_half(k), to_half(v)
             blocks = table[: position // BLOCK_SIZE_TOKENS + 1]
-            keys, values = (cache[layer, blocks].reshape(-1, config.kv_heads, config.head_dim)[: position + 1].astype(np.float32)
-                            for cache in (self._keys, self._values))
-            out = [attended(q[head], keys[:, head // config.heads_per_kv_head], values[:, head // config.heads_per_kv_head])
-                   for head in range(config.heads)]
+            keys, values = (
+                cache[layer, blocks].reshape(-1, config.kv_heads, config.head_dim)[: position + 1].astype(np.float32)
+                for cache in (self._keys, self._values)
+            )
+            kv_heads = [head // config.heads_per_kv_head for head in range(config.heads)]
+            out = [attended(q[head], keys[:, kv], values[:, kv]) for head, kv in enumerate(kv_heads)]
             x = x + linear("attention.o", np.concatenate(out))
             normed = self._normed(x, f"layers.{layer}.mlp_norm.weight")
             gate, up = linear("mlp.gate", normed), linear("mlp.up", normed)
@@ -90,7 +94,8 @@ class SpecifiedDecoder:
     def _normed(self, x: Floats, name: str) -> Floats:
         squares = lane_sums(x, x)
         scale = _ONE / np.sqrt(squares / np.float32(len(x)) + np.float32(self.config.norm_eps))
-        return x * scale * self._weights[name].row(0)
+        normed: Floats = x * scale * self._weights[name].row(0)
+        return normed
 
 
 class Grid:
@@ -126,7 +131,8 @@ class Plain:
         return acc
 
     def row(self, index: int) -> Floats:
-        return self.weights[index]
+        row: Floats = self.weights[index]
+        return row
 
 
 def read_weights(kind: str, rows: NDArray[np.uint8]) -> Grid | Plain:
@@ -157,7 +163,9 @@ def quantised(values: Floats) -> tuple[NDArray[np.int32], np.float32]:
 def rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) -> Floats:
     """Heads [..., head_dim] turned by one position's angles."""
     pairs = len(cosines)
-    first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    first, second = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    )
     a, b = heads[..., first], heads[..., second]
     turned = heads.copy()
     turned[..., first], turned[..., second] = a * cosines - b * sines, a * sines + b * cosines
@@ -190,14 +198,17 @@ def exponential(x: Floats) -> Floats:
     total = np.full_like(r, np.float32(1 / 720))
     for coefficient in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         total = fma(total, r, np.float32(coefficient))
-    return total * np.ldexp(_ONE, n.astype(np.int32)).astype(np.float32)
+    powers: Floats = np.ldexp(_ONE, n.astype(np.int32)).astype(np.float32)
+    return total * powers
 
 
 def lane_sums(x: Floats, y: Floats) -> np.float32:
     """The sum of x * y: element i into lane i % 16 by fma, then lanes i and i + 8, i + 4, i + 2, i + 1."""
     padding = -len(x) % LANES
     lanes = np.zeros(LANES, np.float32)
-    for a, b in zip(np.pad(x, (0, padding)).reshape(-1, LANES), np.pad(y, (0, padding)).reshape(-1, LANES), strict=True):
+    for a, b in zip(
+        np.pad(x, (0, padding)).reshape(-1, LANES), np.pad(y, (0, padding)).reshape(-1, LANES), strict=True
+    ):
         lanes = fma(a, b, lanes)
     while len(lanes) > 1:
         half = len(lanes) // 2
@@ -212,8 +223,8 @@ def to_half(x: Floats) -> NDArray[np.float16]:
 def fma(x: Floats | np.float32, y: Floats | np.float32, z: Floats | np.float32) -> Floats:
     """x * y + z rounded once.
 
-    The product is exact in float64. The sum is rounded to odd there (if inexact, the neighbour with an odd last bit), so
-    that rounding it again to float32 gives what one rounding would have given.
+    The product is exact in float64. The sum is rounded to odd there (if inexact, the neighbour with an odd last bit),
+    so that rounding it again to float32 gives what one rounding would have given.
     """
     product = np.asarray(x, np.float64) * np.asarray(y, np.float64)
     addend = np.asarray(z, np.float64)

@@ -17,13 +17,14 @@ from tests.models import default_folder, default_model
 pytestmark = [pytest.mark.skipif(available() is not None, reason=str(available())), pytest.mark.slow]
 
 BLOCKS = 64
-TEXT = """The harbour town wakes before the sun does. Fishing boats leave the quay while the streets are still dark, and the
-bakery on the corner fills the square with the smell of bread. By eight o'clock the market is open: a woman sells cheese
-from the hills, her neighbour mends umbrellas, and children on their way to school stop to look at the crabs. In the
-afternoon the ferry brings visitors from the mainland. They climb the hundred and forty steps to the lighthouse, buy
-postcards, and ask the keeper how far the light can be seen. He always gives the same answer: as far as it is needed.
-In winter the boats stay in, the nets are dried and repaired, and letters from abroad are read aloud in the kitchen, because
-everybody knows somebody who has gone away to work.
+TEXT = """The harbour town wakes before the sun does. Fishing boats leave the quay while the streets are still dark, and
+the bakery on the corner fills the square with the smell of bread. By eight o'clock the market is open: a
+woman sells cheese from the hills, her neighbour mends umbrellas, and children on their way to school stop to
+look at the crabs. In the afternoon the ferry brings visitors from the mainland. They climb the hundred and
+forty steps to the lighthouse, buy postcards, and ask the keeper how far the light can be seen. He always
+gives the same answer: as far as it is needed. In winter the boats stay in, the nets are dried and repaired,
+and letters from abroad are read aloud in the kitchen, because everybody knows somebody who has gone away to
+work.
 
 def average(values):
     total = 0
@@ -66,7 +67,8 @@ def rows_of(tokens: list[int], first: int = 0, first_block: int = 0, *, all_rows
         top_k=np.zeros(wanted, np.int32),
         top_p=np.ones(wanted, np.float32),
         min_p=np.zeros(wanted, np.float32),
-        seeds=np.zeros(wanted, np.uint64))
+        seeds=np.zeros(wanted, np.uint64),
+    )
 
 
 def greedy(decoder: Decoder, prompt: list[int], most: int, end: int) -> list[int]:

@@ -27,9 +27,17 @@ def int32(*values: int) -> NDArray[np.int32]:
 
 
 GOOD = StepInputs(
-    tokens=int32(1, 2, 3), positions=int32(0, 1, 16), sequence_starts=int32(0, 2, 3), block_tables=int32(0, -1, 1, 2).reshape(2, 2),
-    sample_rows=int32(1, 2), temperature=np.zeros(2, np.float32), top_k=int32(0, 0), top_p=np.ones(2, np.float32),
-    min_p=np.zeros(2, np.float32), seeds=np.zeros(2, np.uint64))
+    tokens=int32(1, 2, 3),
+    positions=int32(0, 1, 16),
+    sequence_starts=int32(0, 2, 3),
+    block_tables=int32(0, -1, 1, 2).reshape(2, 2),
+    sample_rows=int32(1, 2),
+    temperature=np.zeros(2, np.float32),
+    top_k=int32(0, 0),
+    top_p=np.ones(2, np.float32),
+    min_p=np.zeros(2, np.float32),
+    seeds=np.zeros(2, np.uint64),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +50,34 @@ def decoder(tiny: Path) -> NativeDecoder:
     return NativeDecoder(open_checkpoint(tiny), blocks=BLOCKS, threads=2)
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"tokens": int32(1, 256, 3)}, "token 256 is outside the vocabulary of 256"),
-    ({"tokens": int32(1, -1, 3)}, "token -1"),
-    ({"positions": int32(0, 1, 1024)}, "position 1024 is outside the context of 1024"),
-    ({"positions": int32(-1, 1, 16)}, "position -1"),
-    ({"positions": int32(1, 1, 16)}, "ascending position order"),
-    ({"positions": int32(0, 32, 16)}, "needs 3 blocks; its table has 2"),
-    ({"positions": int32(0, 16, 16)}, "block id -1 is outside 0..3"),
-    ({"block_tables": int32(4, -1, 1, 2).reshape(2, 2)}, "block id 4"),
-    ({"block_tables": int32(0, 1, 2)}, "block_tables must have the shape"),
-    ({"sequence_starts": int32(0, 2, 4)}, "sequence_starts"),
-    ({"sequence_starts": int32(1, 2, 3)}, "sequence_starts"),
-    ({"sequence_starts": int32(0, 4, 3)}, "sequence_starts"),
-    ({"sequence_starts": int32()}, "sequence_starts"),
-    ({"sample_rows": int32(1, 3)}, "sample_rows"),
-    ({"sample_rows": int32(2, 1)}, "sample_rows"),
-    ({"positions": int32(0, 1)}, "positions must have the shape"),
-    ({"temperature": np.array([0, np.nan], np.float32)}, "sample 1"),
-    ({"top_k": int32(-1, 0)}, "sample 0"),
-    ({"tokens": np.array([1.5, 2, 3])}, "tokens must be int32"),
-    ({"seeds": np.zeros(3, np.uint64)}, "seeds must have the shape"),
-])
-def test_bad_inputs_are_refused_and_change_nothing(decoder: NativeDecoder, change: dict[str, object], words: str) -> None:
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"tokens": int32(1, 256, 3)}, "token 256 is outside the vocabulary of 256"),
+        ({"tokens": int32(1, -1, 3)}, "token -1"),
+        ({"positions": int32(0, 1, 1024)}, "position 1024 is outside the context of 1024"),
+        ({"positions": int32(-1, 1, 16)}, "position -1"),
+        ({"positions": int32(1, 1, 16)}, "ascending position order"),
+        ({"positions": int32(0, 32, 16)}, "needs 3 blocks; its table has 2"),
+        ({"positions": int32(0, 16, 16)}, "block id -1 is outside 0..3"),
+        ({"block_tables": int32(4, -1, 1, 2).reshape(2, 2)}, "block id 4"),
+        ({"block_tables": int32(0, 1, 2)}, "block_tables must have the shape"),
+        ({"sequence_starts": int32(0, 2, 4)}, "sequence_starts"),
+        ({"sequence_starts": int32(1, 2, 3)}, "sequence_starts"),
+        ({"sequence_starts": int32(0, 4, 3)}, "sequence_starts"),
+        ({"sequence_starts": int32()}, "sequence_starts"),
+        ({"sample_rows": int32(1, 3)}, "sample_rows"),
+        ({"sample_rows": int32(2, 1)}, "sample_rows"),
+        ({"positions": int32(0, 1)}, "positions must have the shape"),
+        ({"temperature": np.array([0, np.nan], np.float32)}, "sample 1"),
+        ({"top_k": int32(-1, 0)}, "sample 0"),
+        ({"tokens": np.array([1.5, 2, 3])}, "tokens must be int32"),
+        ({"seeds": np.zeros(3, np.uint64)}, "seeds must have the shape"),
+    ],
+)
+def test_bad_inputs_are_refused_and_change_nothing(
+    decoder: NativeDecoder, change: dict[str, object], words: str
+) -> None:
     expected = decoder.logits(GOOD)
     with pytest.raises(ValueError, match=words):
         decoder.step(replace(GOOD, **change))
@@ -74,7 +87,7 @@ def test_bad_inputs_are_refused_and_change_nothing(decoder: NativeDecoder, chang
 def test_it_has_the_face_of_a_decoder(tiny: Path) -> None:
     decoder: Decoder = NativeDecoder.load(tiny.parent, kv_bytes=1 << 20)
     assert (decoder.vocabulary_size, decoder.context_length, decoder.block_size_tokens) == (256, 1024, 16)
-    assert decoder.blocks == (1 << 20) // (2 * 2 * 2 * 16 * 2 * 16)  # keys and values, layers, heads, head_dim, bytes, tokens
+    assert decoder.blocks == (1 << 20) // (2 * 2 * 2 * 16 * 2 * 16)  # K and V, layers, ...
     assert decoder.recipe == "int8-g32/1"
 
 
@@ -107,7 +120,9 @@ def test_a_fork_is_told_to_load_its_own(decoder: NativeDecoder, monkeypatch: pyt
 def test_calls_from_several_threads_take_turns(decoder: NativeDecoder) -> None:
     expected = decoder.step(GOOD).tolist()
     found: list[list[int]] = []
-    callers = [threading.Thread(target=lambda: found.extend(decoder.step(GOOD).tolist() for _ in range(20))) for _ in range(3)]
+    callers = [
+        threading.Thread(target=lambda: found.extend(decoder.step(GOOD).tolist() for _ in range(20))) for _ in range(3)
+    ]
     for caller in callers:
         caller.start()
     for caller in callers:

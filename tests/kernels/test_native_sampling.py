@@ -19,24 +19,57 @@ from tests.kernels.tiny import write_tiny_gguf
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
-def native_choice(logits: NDArray[np.float32], seed: int, position: int, temperature: float = 1.0, top_k: int = 0,
-                  top_p: float = 1.0, min_p: float = 0.0, instructions: str | None = None) -> int:
+def native_choice(
+    logits: NDArray[np.float32],
+    seed: int,
+    position: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    instructions: str | None = None,
+) -> int:
     logits = np.ascontiguousarray(logits, np.float32)
-    return int(load_library(instructions).mill_choose(
-        ctypes.c_void_p(logits.ctypes.data), len(logits), temperature, top_k, top_p, min_p, seed, position))
+    return int(
+        load_library(instructions).mill_choose(
+            ctypes.c_void_p(logits.ctypes.data), len(logits), temperature, top_k, top_p, min_p, seed, position
+        )
+    )
 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**33), st.integers(1, 3000),
-    st.sampled_from([0.0, 1e-6, 1e-5, 0.1, 0.7, 1.0, 2.5, 100.0]), st.sampled_from([0, 1, 2, 40, 5000]),
-    st.sampled_from([1.0, 0.95, 0.5, 0.0]), st.sampled_from([0.0, 0.02, 0.5, 1.0]), st.sampled_from(["portable", None]))
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**33),
+    st.integers(1, 3000),
+    st.sampled_from([0.0, 1e-6, 1e-5, 0.1, 0.7, 1.0, 2.5, 100.0]),
+    st.sampled_from([0, 1, 2, 40, 5000]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.0]),
+    st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    st.sampled_from(["portable", None]),
+)
 def test_a_choice_is_that_of_the_reference(
-        state: int, seed: int, position: int, count: int, temperature: float, top_k: int, top_p: float, min_p: float,
-        instructions: str | None) -> None:
+    state: int,
+    seed: int,
+    position: int,
+    count: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    instructions: str | None,
+) -> None:
     logits = (np.random.default_rng(state).standard_normal(count) * 4).astype(np.float32)
-    expected = noise.choose(logits, seed, position, float(np.float32(temperature)), top_k, float(np.float32(top_p)),
-                            float(np.float32(min_p)))
+    expected = noise.choose(
+        logits,
+        seed,
+        position,
+        float(np.float32(temperature)),
+        top_k,
+        float(np.float32(top_p)),
+        float(np.float32(min_p)),
+    )
     assert native_choice(logits, seed, position, temperature, top_k, top_p, min_p, instructions) == expected
 
 
@@ -86,9 +119,18 @@ def test_every_row_of_a_step_is_sampled_by_its_own_rules(tmp_path: Path, threads
         top_k=np.array([0, 0, 0, 3] * 5, np.int32),
         top_p=np.array([1, 1, 0.8, 1, 0.9, 1, 1] * 3, np.float32)[:20],
         min_p=np.array([0, 0, 0, 0, 0, 0.1] * 4, np.float32)[:20],
-        seeds=np.arange(20, dtype=np.uint64) * np.uint64(0x123456789ABCDEF))
+        seeds=np.arange(20, dtype=np.uint64) * np.uint64(0x123456789ABCDEF),
+    )
     expected = [
-        noise.choose(logits, int(inputs.seeds[at]), int(inputs.positions[inputs.sample_rows[at]]) + 1,
-                     float(inputs.temperature[at]), int(inputs.top_k[at]), float(inputs.top_p[at]), float(inputs.min_p[at]))
-        for at, logits in enumerate(decoder.logits(inputs))]
+        noise.choose(
+            logits,
+            int(inputs.seeds[at]),
+            int(inputs.positions[inputs.sample_rows[at]]) + 1,
+            float(inputs.temperature[at]),
+            int(inputs.top_k[at]),
+            float(inputs.top_p[at]),
+            float(inputs.min_p[at]),
+        )
+        for at, logits in enumerate(decoder.logits(inputs))
+    ]
     assert decoder.step(inputs).tolist() == expected

@@ -25,7 +25,9 @@ LOGITS_ROWS = range(len(PROMPT))
 Part = tuple[Sequence[int], int, Sequence[int]]  # tokens, position of the first, block table
 
 
-def step_of(*parts: Part, samples: Sequence[int] | None = None, temperature: float = 0.0, **sampling: float) -> StepInputs:
+def step_of(
+    *parts: Part, samples: Sequence[int] | None = None, temperature: float = 0.0, **sampling: float
+) -> StepInputs:
     """A step of the given sequences; `samples`: the rows wanted, by default the last of each sequence."""
     starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in parts)]).astype(np.int32)
     rows = np.asarray(starts[1:] - 1 if samples is None else samples, np.int32)
@@ -42,7 +44,8 @@ def step_of(*parts: Part, samples: Sequence[int] | None = None, temperature: flo
         top_k=np.full(len(rows), sampling.get("top_k", 0), np.int32),
         top_p=np.full(len(rows), sampling.get("top_p", 1), np.float32),
         min_p=np.full(len(rows), sampling.get("min_p", 0), np.float32),
-        seeds=np.full(len(rows), sampling.get("seed", 0), np.uint64))
+        seeds=np.full(len(rows), sampling.get("seed", 0), np.uint64),
+    )
 
 
 def whole(decoder: NativeDecoder | SpecifiedDecoder) -> NDArray[np.float32]:
@@ -71,10 +74,19 @@ def load(tiny: Path) -> Loader:
 
 
 @pytest.mark.parametrize("instructions", ["portable", "avx2"])
-@pytest.mark.parametrize("linear,head", [
-    (Kind.Q4_1, Kind.Q8_0), (Kind.Q8_0, Kind.Q8_0), (Kind.Q4_0, Kind.Q4_1), (Kind.F32, Kind.F16), (Kind.BF16, Kind.BF16)])
+@pytest.mark.parametrize(
+    "linear,head",
+    [
+        (Kind.Q4_1, Kind.Q8_0),
+        (Kind.Q8_0, Kind.Q8_0),
+        (Kind.Q4_0, Kind.Q4_1),
+        (Kind.F32, Kind.F16),
+        (Kind.BF16, Kind.BF16),
+    ],
+)
 def test_logits_are_the_specification_s_to_the_bit(
-        tmp_path: Path, load: Loader, instructions: str, linear: Kind, head: Kind) -> None:
+    tmp_path: Path, load: Loader, instructions: str, linear: Kind, head: Kind
+) -> None:
     if instructions == "avx2" and best_instructions() != "avx2":
         pytest.skip("this CPU has no AVX2")
     path = write_tiny_gguf(tmp_path / "model.gguf", Tiny(tied_head=False), linear=linear, head=head)
@@ -83,10 +95,16 @@ def test_logits_are_the_specification_s_to_the_bit(
     assert same_bits(whole(decoder), whole(SpecifiedDecoder(open_checkpoint(path), blocks=BLOCKS)))
 
 
-@pytest.mark.parametrize("shape", [
-    Tiny(heads=5, kv_heads=1, head_dim=32, hidden=96, ffn=160),  # tiles of three and two heads, a whole chunk of values
-    Tiny(heads=8, kv_heads=1, head_dim=48, hidden=32, ffn=32, layers=1),  # a chunk and a half
-    Tiny(heads=2, kv_heads=2, head_dim=64, vocabulary=77, layers=1)])  # a last panel that is not full
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Tiny(
+            heads=5, kv_heads=1, head_dim=32, hidden=96, ffn=160
+        ),  # tiles of three and two heads, a whole chunk of values
+        Tiny(heads=8, kv_heads=1, head_dim=48, hidden=32, ffn=32, layers=1),  # a chunk and a half
+        Tiny(heads=2, kv_heads=2, head_dim=64, vocabulary=77, layers=1),
+    ],
+)  # a last panel that is not full
 @pytest.mark.parametrize("threads", [1, 3])
 def test_odd_shapes_are_the_specification_s_too(tmp_path: Path, load: Loader, shape: Tiny, threads: int) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", shape)
@@ -106,8 +124,10 @@ def test_a_hugging_face_folder_runs_with_its_own_order_of_pairs(tmp_path: Path, 
 def test_the_cut_of_a_prompt_changes_no_bit(load: Loader, chunk: int) -> None:
     expected = whole(load())
     decoder = load()
-    parts = [decoder.logits(step_of((PROMPT[at : at + chunk], at, TABLE), samples=range(len(PROMPT[at : at + chunk]))))
-             for at in range(0, len(PROMPT), chunk)]
+    parts = [
+        decoder.logits(step_of((PROMPT[at : at + chunk], at, TABLE), samples=range(len(PROMPT[at : at + chunk]))))
+        for at in range(0, len(PROMPT), chunk)
+    ]
     assert same_bits(np.concatenate(parts), expected)
 
 
