@@ -18,6 +18,8 @@ from worker.mock_decoder import MockDecoder
 
 ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
 MOCK_BLOCKS_PER_MIB = 16
+# without one of these there is no CUDA device, and no need to spend two seconds on importing torch to learn that
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 _log = structlog.get_logger("worker.runner")
 
@@ -77,6 +79,8 @@ def engine_of(settings: WorkerSettings) -> str:
         raise ValueError(f"engine is {settings.engine!r}: choose one of {', '.join(ENGINES)}")
     if settings.engine != "auto":
         return settings.engine
+    if not any(device.exists() for device in GPU_DEVICES):
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
