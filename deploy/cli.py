@@ -12,9 +12,11 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 ENGINES = ("auto", "cpu", "cuda", "mock", "reference")
 
 app = typer.Typer(
@@ -49,21 +51,23 @@ def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "default") -> 
 
 @app.command()
 def up(
-    port: Annotated[int, typer.Option(help="port of the first gateway; others follow")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port of the first gateway; others follow")] = 8000,
     host: Annotated[str, typer.Option(help="address the gateways listen on")] = "127.0.0.1",
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    drafters: Annotated[int, typer.Option(min=0)] = 1,
-    routers: Annotated[int, typer.Option(min=1)] = 1,
-    gateways: Annotated[int, typer.Option(min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="how many", min=1)] = 1,
+    drafters: Annotated[int, typer.Option(help="how many", min=0)] = 1,
+    routers: Annotated[int, typer.Option(help="how many", min=1)] = 1,
+    gateways: Annotated[int, typer.Option(help="how many", min=1)] = 1,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
     engine: Annotated[str, typer.Option(help="auto, cpu, cuda, mock or reference (float32, slow)")] = "auto",
     nats: Annotated[str, typer.Option(help="URL of an existing NATS; default: an embedded one")] = "",
-    data: Annotated[Path | None, typer.Option(help="folder for logs and the broker's store")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder for logs and the broker's store; default: one per port in your home")
+    ] = None,
     all_in_one: Annotated[bool, typer.Option("--all-in-one", help="one process, no NATS")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="leave out the first answer")] = False,
     otlp: Annotated[str, typer.Option(help="OTLP/HTTP endpoint for traces, e.g. http://127.0.0.1:4318")] = "",
-    log_level: Annotated[str, typer.Option()] = "info",
-    drain_s: Annotated[float, typer.Option(help="seconds running streams get at the end")] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+    drain_s: Annotated[float, typer.Option(min=0.0, help="seconds running streams get at the end")] = 30.0,
 ) -> None:
     """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
     import uvloop
@@ -74,12 +78,16 @@ def up(
 
     if engine not in ENGINES:
         _leave(f"--engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+    if log_level not in LOG_LEVELS:
+        _leave(f"--log-level {log_level!r} is unknown: choose one of {', '.join(LOG_LEVELS)}")
+    if all_in_one and nats:
+        _leave("--all-in-one needs no NATS: leave out --nats")
     folder = _pull(model)
     if engine in ("auto", "cpu"):
         _compile()
     options = Options(
         model=folder,
-        data=data or data_folder(),
+        data=data or data_folder() / str(port),
         host=host,
         port=port,
         gateways=gateways,
@@ -130,16 +138,21 @@ def _compile() -> None:
     from kernels.native import build
 
     console = Console(stderr=True)
-    if reason := build.available():
-        console.print(f"[yellow]no fast CPU step: {reason}; the torch path serves, slowly[/]", highlight=False)
-        return
-    with console.status("compiling the CPU step, once ..."):
-        build.build()
+    reason = build.available()
+    if reason is None:
+        try:
+            with console.status("compiling the CPU step, once ..."):
+                build.build()
+        except (RuntimeError, OSError) as error:
+            reason = str(error)
+    if reason:
+        warning = Text(f"no fast CPU step: {reason}; the torch path serves, slowly", "yellow")
+        console.print(warning, soft_wrap=True)
 
 
 def _leave(reason: str) -> NoReturn:
     """One clear sentence, exit code 1."""
-    Console(stderr=True).print(f"[red]{reason}[/]", highlight=False)
+    Console(stderr=True).print(Text(reason, "red"), soft_wrap=True)
     raise SystemExit(1)
 
 

@@ -4,10 +4,15 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
 QUESTION = "In one sentence: what does a mill do?"
+
+
+class AnswerFailed(Exception):
+    """Why no answer came, in a sentence."""
 
 
 @dataclass
@@ -18,7 +23,7 @@ class Answer:
     ttft_s: float = 0.0
     total_s: float = 0.0
     completion_tokens: int = 0
-    mesh: dict[str, object] = field(default_factory=dict)  # usage.mill: worker, drafter, draft counts
+    mesh: dict[str, Any] = field(default_factory=dict)  # usage.mill: worker, drafter, draft counts
 
     @property
     def tokens_per_s(self) -> float:
@@ -30,8 +35,7 @@ class Answer:
 async def ask(
     url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64
 ) -> Answer:
-    """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises httpx.HTTPError."""
-    answer = Answer()
+    """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises AnswerFailed."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -40,20 +44,27 @@ async def ask(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    try:
+        return await _stream(f"{url}/v1/chat/completions", body, show)
+    except httpx.HTTPError as error:
+        raise AnswerFailed(str(error) or type(error).__name__) from error
+
+
+async def _stream(address: str, body: dict[str, Any], show: Callable[[str], None]) -> Answer:
+    answer = Answer()
     start = time.perf_counter()
     async with (
         httpx.AsyncClient(timeout=120.0, trust_env=False) as client,
-        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
+        client.stream("POST", address, json=body) as response,
     ):
         if response.status_code != 200:
-            await response.aread()
-        response.raise_for_status()
+            raise AnswerFailed(_message(await response.aread()) or f"HTTP status {response.status_code}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
             if "error" in event:
-                raise httpx.HTTPError(event["error"]["message"])
+                raise AnswerFailed(event["error"]["message"])
             if event.get("usage"):
                 answer.completion_tokens = event["usage"]["completion_tokens"]
                 answer.mesh = event["usage"].get("mill", {})
@@ -64,3 +75,11 @@ async def ask(
                     show(piece)
     answer.total_s = time.perf_counter() - start
     return answer
+
+
+def _message(body: bytes) -> str:
+    """The gateway's own words about an error, or nothing."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""

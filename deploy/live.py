@@ -1,65 +1,138 @@
 """The live table of `tokenmill up`: each process, its state, tokens/s, KV blocks, draft acceptance.
 
-Fed by the status messages everyone publishes; draws only what changed, and only on a terminal.
+Fed by the status messages everyone publishes. `rows` is pure; only `table` knows how it looks.
 """
 
+import asyncio
+import contextlib
+import time
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import msgspec
 from rich.table import Table
+from rich.text import Text
 
-from deploy.supervisor import Child
 from shared.bus import Delivery
 from shared.messages import DrafterStatus, GatewayStatus, RouterStatus, Status, WorkerStatus, decode
 
+SILENT_S = 3.0  # six heartbeats
+COLOURS = {"ready": "green", "running": "green", "starting": "yellow", "draining": "yellow", "stopping": "yellow"}
+
+
+class Process(Protocol):
+    """What the table must know of one process; `deploy.supervisor.Child` and `deploy.all_in_one.Service` are such."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def since(self) -> float:
+        """When it was started last, in seconds of `time.monotonic`."""
+
+
+class Row(NamedTuple):
+    """One line of the table, as text."""
+
+    process: str
+    state: str
+    pid: str
+    tokens_s: str = ""
+    kv_blocks: str = ""
+    drafts: str = ""
+    load: str = ""
+
 
 class Board:
-    """The last status of everyone."""
+    """The last status of everyone, and when it came."""
 
     def __init__(self) -> None:
-        self.statuses: dict[str, Status] = {}
+        self.heard: dict[str, tuple[float, Status]] = {}
+        self._news = asyncio.Event()
 
     def take(self, delivery: Delivery) -> None:
-        """Fold one status message in (a bus handler)."""
-        status: Status = decode(delivery.data, Status)  # type: ignore[arg-type]
-        self.statuses[status.id] = status
+        """Fold one status message in (a bus handler). What is no status this version knows is left out."""
+        with contextlib.suppress(msgspec.DecodeError):
+            status: Status = decode(delivery.data, Status)  # type: ignore[arg-type]
+            self.heard[status.id] = (time.monotonic(), status)
+            self._news.set()
 
-    def table(self, children: Sequence[Child]) -> Table:
-        """The table as it stands."""
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("process", "state", "pid", "load", "tokens/s", "KV blocks", "drafts accepted"):
-            table.add_column(title, justify="left" if title in ("process", "state", "load") else "right")
-        for child in children:
-            status = self.statuses.get(child.name)
-            table.add_row(child.name, _state(child, status), str(child.pid or "-"), *_figures(status))
-        return table
+    @property
+    def active(self) -> int:
+        """Streams under way in all gateways."""
+        return sum(status.active for _, status in self.heard.values() if isinstance(status, GatewayStatus))
 
+    async def drafter_of(self, worker: str, within_s: float = 2.0) -> str:
+        """The drafter that `worker` follows, as its next status says; empty when it follows none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while worker not in self.heard:
+                    self._news.clear()
+                    await self._news.wait()
+        _, status = self.heard.get(worker, (0.0, None))
+        return status.drafter if isinstance(status, WorkerStatus) else ""
 
-def _state(child: Child, status: Status | None) -> str:
-    state = child.state
-    if state == "running" and status is not None:
-        state = status.state
-    elif state == "running" and not child.name.startswith("nats"):
-        state = "starting"
-    colour = {"ready": "green", "running": "green", "starting": "yellow", "draining": "yellow"}.get(state, "red")
-    again = f" (restarted {child.restarts}x)" if child.restarts else ""
-    return f"[{colour}]{state}[/]{again}"
+    def rows(self, processes: Sequence[Process], now: float) -> list[Row]:
+        """The table as it stands; `now` in seconds of `time.monotonic`."""
+        return [self._row(process, now) for process in processes]
+
+    def _row(self, process: Process, now: float) -> Row:
+        heard_at, status = self.heard.get(process.name, (0.0, None))
+        if heard_at < process.since:  # the last words of its predecessor
+            status = None
+        state = process.state
+        if state == "running" and not process.name.startswith("nats"):
+            state = "starting" if status is None else "silent" if now - heard_at > SILENT_S else status.state
+        if state not in ("ready", "draining"):
+            status = None
+        if process.restarts:
+            state += f", {process.restarts} restart{'s' if process.restarts > 1 else ''}"
+        return Row(process.name, state, str(process.pid or ""), *_figures(status))
 
 
 def _figures(status: Status | None) -> tuple[str, str, str, str]:
+    """tokens/s, KV blocks, drafts accepted, load."""
     match status:
         case WorkerStatus():
             drafted, accepted = status.draft_tokens_total, status.accepted_draft_tokens_total
+            waiting = f", {status.waiting} waiting" if status.waiting else ""
             return (
-                f"{status.running} running, {status.waiting} waiting",
                 f"{status.decode_tok_s:.0f}",
                 f"{status.blocks_used}/{status.blocks_total}",
                 f"{accepted / drafted:.0%}" if drafted else "-",
+                f"{status.running} running{waiting}",
             )
         case RouterStatus():
-            load = f"{status.placed_total} placed, {status.refused_total} refused"
-            return (load, "", f"{status.indexed_blocks} known", "")
+            refused = f", {status.refused_total} refused" if status.refused_total else ""
+            return ("", "", "", f"{status.placed_total} placed{refused}")
         case DrafterStatus():
-            return (f"{status.following} followed", "", "", "")
+            return ("", "", "", f"{status.following} followed")
         case GatewayStatus():
-            return (f"{status.active} active", "", "", "")
+            return ("", "", "", f"{status.active} active")
     return ("", "", "", "")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """How it looks on a terminal. A line that would be too long ends in an ellipsis; none is wrapped."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for title, justify in (
+        ("process", "left"),
+        ("state", "left"),
+        ("pid", "right"),
+        ("tokens/s", "right"),
+        ("KV blocks", "right"),
+        ("drafts", "right"),
+    ):
+        drawn.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    drawn.add_column("load")
+    for row in rows:
+        colour = COLOURS.get(row.state.split(",")[0], "red")
+        drawn.add_row(
+            row.process, Text(row.state, colour), *row[2:6], Text(row.load, no_wrap=True, overflow="ellipsis")
+        )
+    return drawn

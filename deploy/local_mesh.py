@@ -7,23 +7,31 @@ async with LocalMesh(options) as mesh:      # starts nats-server and every servi
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
 from deploy import broker
-from deploy.supervisor import Child, Say, Supervisor, last_lines, service_command
+from deploy.paths import FolderInUse, claim
+from deploy.supervisor import Child, Say, Supervisor, foreign_command, last_lines, service_command
 from gateway.model_files import load_card
+from shared.bus import Bus, BusUnavailable
+from shared.ids import new_id
+from shared.nats_bus import NatsBus
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Settings, WorkerSettings, to_flags
 
 READY_WITHIN_S = 180.0  # a first start may load for long; children that die again and again end the wait at once
 KEEP_TRYING = 3
+CONNECT_WITHIN_S = 5.0
+
+Waiting = Callable[[str], None]
 
 
 class UpFailed(Exception):
@@ -51,14 +59,18 @@ class Options:
 
     @property
     def url(self) -> str:
-        """Of the first gateway."""
-        return f"http://{self.host}:{self.port}"
+        """Of the first gateway, as a client on this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
-    """The settings of every service: module name -> one entry per process, in starting order."""
+    """The settings of every service: module name -> one entry per process, in starting order.
+
+    On a broker that others may use the ids get random letters, so that two meshes never share one.
+    """
     name = load_card(options.model).name
-    threads = max(1, (os.cpu_count() or 1) // max(1, options.workers))
+    threads = max(1, _cores() // max(1, options.workers))
     common: dict[str, Any] = {
         "nats": nats,
         "otlp": options.otlp,
@@ -80,8 +92,14 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     for module, (kind, count, own) in kinds.items():
         own = common | own | dict(options.settings.get(module, {}))
         ports = ({"port": options.port + i} if module == "gateway" else {} for i in range(count))
-        services[module] = [kind(id=f"{module}-{i + 1}", **(own | port)) for i, port in enumerate(ports)]
+        ids = [new_id(f"{module}-{i + 1}") if options.nats else f"{module}-{i + 1}" for i in range(count)]
+        services[module] = [kind(id=id, **(own | port)) for id, port in zip(ids, ports, strict=True)]
     return services
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalMesh:
@@ -91,6 +109,7 @@ class LocalMesh:
         self.options = options
         self.nats = options.nats
         self._supervisor = Supervisor(say)
+        self._claim: IO[str] | None = None
 
     @property
     def children(self) -> Sequence[Child]:
@@ -121,22 +140,26 @@ class LocalMesh:
         """Start the broker (unless one was named) and every service. Raises UpFailed."""
         options = self.options
         check_ports(options)
-        logs = options.data / "logs"
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
+        with folder_problems(options.data):
+            self._claim = claim(options.data)
+            logs = options.data / "logs"
             if not self.nats:
                 self._start_broker(logs)
             for module, group in plan(options, self.nats).items():
                 for settings in group:
-                    self._start_service(module, settings, logs)
-        except OSError as error:
-            raise UpFailed(
-                f"cannot write to {options.data}: {error.strerror}; choose another folder with --data"
-            ) from None
+                    command = service_command(module, to_flags(settings))
+                    self._start(Child(settings.id, command, logs / f"{settings.id}.log", drain_s=settings.drain_s))
 
-    async def until_ready(self, stop: asyncio.Event | None = None) -> None:
-        """Until the first gateway's /ready says 200, or `stop`. Raises UpFailed."""
-        await until_ready(self.children, self.url, stop)
+    async def connect(self) -> Bus:
+        """A bus of its own on the mesh's broker. Raises UpFailed when the broker is out of reach."""
+        try:
+            return await NatsBus.connect(self.nats, name="tokenmill-up", timeout_s=CONNECT_WITHIN_S)
+        except (BusUnavailable, ValueError) as error:
+            raise UpFailed(str(error)) from None
+
+    async def until_ready(self, stop: asyncio.Event | None = None, waiting: Waiting = lambda reason: None) -> None:
+        """Until the first gateway's /ready says 200, or `stop`; `waiting` hears what is missing. Raises UpFailed."""
+        await until_ready(self.children, self.url, stop, waiting)
 
     async def stop(self) -> None:
         """Drain and end everything: gateways first, so that nothing new comes in; the broker last."""
@@ -144,14 +167,12 @@ class LocalMesh:
         await self._stop("gateway", drain_s=drain_s)
         await self._stop("worker", "router", "drafter", drain_s=min(drain_s, 5.0))
         await self._stop("nats", drain_s=5.0)
+        if self._claim is not None:
+            self._claim.close()
 
     def kill(self) -> None:
-        """End everything at once."""
-        for child in self.children:
-            child.wanted = False
-            if child.process and child.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.process.kill()
+        """End everything at once; `stop` then returns soon."""
+        self._supervisor.kill()
 
     async def _stop(self, *modules: str, drain_s: float) -> None:
         await self._supervisor.stop([child for child in self.children if child.name.startswith(modules)], drain_s)
@@ -163,42 +184,57 @@ class LocalMesh:
         except broker.BrokerMissing as error:
             raise UpFailed(str(error)) from None
         self.nats = f"nats://127.0.0.1:{port}"
-        self._supervisor.start(Child("nats-server", command, logs / "nats-server.log", drain_s=5.0))
+        self._start(Child("nats-server", foreign_command(command), logs / "nats-server.log", drain_s=5.0))
 
-    def _start_service(self, module: str, settings: Settings, logs: Path) -> None:
-        child = Child(
-            settings.id,
-            service_command(module, to_flags(settings)),
-            logs / f"{settings.id}.log",
-            drain_s=settings.drain_s,
-        )
+    def _start(self, child: Child) -> None:
         child.log.write_bytes(b"")
         self._supervisor.start(child)
 
 
-def check_ports(options: Options) -> None:
-    """Raises UpFailed when a gateway's port is taken."""
-    for port in range(options.port, options.port + options.gateways):
-        if not broker.port_is_free(options.host, port):
+@contextlib.contextmanager
+def folder_problems(data: Path) -> Iterator[None]:
+    """Turns what can be wrong with the data folder into UpFailed."""
+    try:
+        yield
+    except FolderInUse as error:
+        raise UpFailed(str(error)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UpFailed(
-                f"port {port} on {options.host} is in use: stop what listens there, or choose another with --port"
-            )
+                f"the disk of {data} is full: free some space, or choose a folder elsewhere with --data"
+            ) from None
+        raise UpFailed(f"cannot write to {data} ({error.strerror}): choose another folder with --data") from None
 
 
-async def until_ready(children: Sequence[Child], url: str, stop: asyncio.Event | None = None) -> None:
+def check_ports(options: Options) -> None:
+    """Raises UpFailed when a gateway could not listen on its port."""
+    for port in range(options.port, options.port + options.gateways):
+        if port > 65535:
+            raise UpFailed(f"there is no port {port}: choose a lower one with --port")
+        if problem := broker.port_problem(options.host, port):
+            raise UpFailed(problem)
+
+
+async def until_ready(
+    children: Sequence[Child],
+    url: str,
+    stop: asyncio.Event | None = None,
+    waiting: Waiting = lambda reason: None,
+) -> None:
     """Until GET url/ready says 200, or `stop`. Raises UpFailed when a child keeps dying or time is up."""
     deadline = time.monotonic() + READY_WITHIN_S
+    missing = "the gateway does not answer yet"
     async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
         while stop is None or not stop.is_set():
             for child in children:
                 if child.restarts >= KEEP_TRYING:
                     raise UpFailed(f"{child.name} does not start; the end of {child.log}:\n{last_lines(child.log)}")
             with contextlib.suppress(httpx.HTTPError):
-                if (await client.get(f"{url}/ready")).status_code == 200:
+                response = await client.get(f"{url}/ready")
+                if response.status_code == 200:
                     return
+                missing = "; ".join(response.json().get("reasons", [])) or missing
+            waiting(missing)
             if time.monotonic() > deadline:
-                raise UpFailed(
-                    f"the mesh was not ready within {READY_WITHIN_S:.0f} s: GET {url}/ready says what is "
-                    "missing, the logs of each service say why"
-                )
+                raise UpFailed(f"the mesh was not ready within {READY_WITHIN_S:.0f} s: {missing}; the logs say why")
             await asyncio.sleep(0.05)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 PAUSE_S = (0.25, 8.0)
 LIVED_S = 30.0
 
+LAUNCHER = (sys.executable, "-P", str(Path(__file__).with_name("child.py")))
+
 Say = Callable[[str], None]
 
 
 @dataclass
 class Child:
-    """One supervised process."""
+    """One supervised process. `state`: starting, running, restarting, stopping, stopped."""
 
     name: str
     command: Sequence[str]
@@ -31,8 +34,8 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     restarts: int = 0
     state: str = "starting"
-    wanted: bool = True
-    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    since: float = 0.0  # when the running process was started, in time.monotonic()
+    unwanted: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def pid(self) -> int | None:
@@ -55,64 +58,76 @@ class Supervisor:
     async def stop(self, children: Sequence[Child], drain_s: float | None = None) -> None:
         """End these children together: SIGTERM, wait for their drain, SIGKILL what is left."""
         for child in children:
-            child.wanted = False
-            child.state = "stopping"
-            _signal(child, signal.SIGTERM)
+            if child.name in self._tasks:
+                child.unwanted.set()
+                child.state = "stopping"
+                _signal(child, signal.SIGTERM)
         await asyncio.gather(*(self._ended(child, child.drain_s if drain_s is None else drain_s) for child in children))
+
+    def kill(self) -> None:
+        """End every child at once; `stop` then returns soon."""
+        for child in self.children:
+            child.unwanted.set()
+            _signal(child, signal.SIGKILL)
 
     async def _ended(self, child: Child, drain_s: float) -> None:
         task = self._tasks.pop(child.name, None)
         if task is None:
             return
-        if child.pid is None:  # waiting to be restarted, or not yet started
-            task.cancel()
         done, _ = await asyncio.wait({task}, timeout=drain_s + 2.0)
         if not done:
             self._say(f"{child.name} did not stop within {drain_s:.0f} s and was killed")
             _signal(child, signal.SIGKILL)
-            await asyncio.wait({task}, timeout=5.0)
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await task
         child.state = "stopped"
 
     async def _keep(self, child: Child) -> None:
-        loop = asyncio.get_running_loop()
         pause_s = PAUSE_S[0]
-        while child.wanted:
-            born = loop.time()
-            await self._run_once(child)
-            if not child.wanted:
+        while not child.unwanted.is_set():
+            child.since = time.monotonic()
+            how = await self._run_once(child)
+            if child.unwanted.is_set():
                 break
-            if loop.time() - born > LIVED_S:
+            if time.monotonic() - child.since > LIVED_S:
                 pause_s = PAUSE_S[0]
             child.restarts += 1
             child.state = "restarting"
-            code = child.process.returncode if child.process else None
-            self._say(f"{child.name} ended {_how(code)}; starting it again in {pause_s:g} s (log: {child.log})")
-            await asyncio.sleep(pause_s)
+            self._say(f"{child.name} {how}; starting it again in {pause_s:g} s (log: {child.log})")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.unwanted.wait(), pause_s)
             pause_s = min(pause_s * 2, PAUSE_S[1])
 
-    async def _run_once(self, child: Child) -> None:
-        with child.log.open("ab") as log:
-            child.process = await asyncio.create_subprocess_exec(
-                *child.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | child.environment,
-                start_new_session=True,
-            )
-        child.state = "running"
+    async def _run_once(self, child: Child) -> str:
+        """Returns how it ended, or why it could not be started."""
         try:
-            await child.process.wait()
+            with child.log.open("ab") as log:
+                child.process = await asyncio.create_subprocess_exec(
+                    *child.command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | child.environment,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            return f"could not be started ({error.strerror or error})"
+        child.state = "running"
+        if child.unwanted.is_set():  # while it was being born: it has nothing to drain
+            _signal(child, signal.SIGKILL)
+        try:
+            return f"ended {_how(await child.process.wait())}"
         finally:
-            if child.process.returncode is None:
-                child.process.kill()
+            _signal(child, signal.SIGKILL)
 
 
 def service_command(module: str, flags: Sequence[str]) -> list[str]:
     """The command line of one of our services as a child."""
-    return [sys.executable, "-m", "deploy.child", module, *flags]
+    return [*LAUNCHER, module, *flags]
+
+
+def foreign_command(command: Sequence[str]) -> list[str]:
+    """The command line of somebody else's program as a child; `command` begins with the path of a binary."""
+    return [*LAUNCHER, "--exec", *command]
 
 
 def last_lines(log: Path, count: int = 12) -> str:
@@ -124,14 +139,15 @@ def last_lines(log: Path, count: int = 12) -> str:
 
 
 def _signal(child: Child, number: signal.Signals) -> None:
-    if child.process and child.process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            child.process.send_signal(number)
+    """SIGKILL goes to all that the child started too: its process group."""
+    if child.pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if number == signal.SIGKILL:
+            os.killpg(child.pid, number)
+        else:
+            os.kill(child.pid, number)
 
 
-def _how(code: int | None) -> str:
-    if code is None:
-        return "without a trace"
-    if code < 0:
-        return f"by {signal.Signals(-code).name}"
-    return f"with exit code {code}"
+def _how(code: int) -> str:
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -10,21 +10,27 @@
 import asyncio
 import contextlib
 import json
+import shlex
 import signal
 import time
+from collections.abc import Coroutine
+from typing import Any
 
-import httpx
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from deploy import first_answer
 from deploy.all_in_one import OneProcess
-from deploy.live import Board
+from deploy.live import Board, table
 from deploy.local_mesh import LocalMesh, Options
 from gateway.model_files import load_card
 from shared import subjects
-from shared.bus import BusUnavailable
-from shared.nats_bus import NatsBus
+
+DRAW_S = 0.5
+FAILED_DRAIN_S = 1.0
+
+Mesh = LocalMesh | OneProcess
 
 
 async def run(options: Options, console: Console, *, one_process: bool, quiet: bool) -> None:
@@ -32,87 +38,142 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    start = time.perf_counter()
 
     def say(line: str) -> None:
-        console.print(f"[yellow]{line}[/]", highlight=False)
+        _print(console, Text(line, "yellow"))
 
-    mesh = OneProcess(options) if one_process else LocalMesh(options, say)
+    mesh: Mesh = OneProcess(options) if one_process else LocalMesh(options, say)
+    board = Board()
+    start = time.perf_counter()
     try:
-        mesh.start()
-        await mesh.until_ready(stop)
-        if not stop.is_set():
-            where = "all in this process" if one_process else f"logs in {options.data / 'logs'}"
-            console.print(f"[green]ready[/] in {time.perf_counter() - start:.1f} s, {where}", highlight=False)
+        async with contextlib.AsyncExitStack() as stack:
+            if options.nats:  # named by a person: say at once when nobody answers there
+                await _listen(mesh, board, stack)
+            mesh.start()
+            with console.status("starting ...") as status:
+                await mesh.until_ready(stop, lambda reason: status.update(Text(f"starting: {reason}")))
+            if not stop.is_set() and not options.nats:
+                await _listen(mesh, board, stack)
+            if not stop.is_set():
+                where = "all in this process, " if one_process else ""
+                said = f" in {time.perf_counter() - start:.1f} s, {where}logs in {options.data / 'logs'}"
+                _print(console, Text.assemble(("ready", "green"), said))
             name = load_card(options.model).name
-            if not quiet:
-                await _show_answer(options.url, name, console)
-            _print_curl(options.url, name, console)
-            await _watch(mesh, console, stop)
-    finally:
-        await _down(mesh, console, stop)
+            if not stop.is_set() and not quiet:
+                await _unless(stop, _show_answer(options.url, name, board, console))
+            if not stop.is_set():
+                _print_curl(options.url, name, console)
+                await _keep(mesh, board, console, stop)
+        await _drain(mesh, board, console, stop)
+    except BaseException:
+        await _give_up(mesh)
+        raise
 
 
-async def _show_answer(url: str, model: str, console: Console) -> None:
+async def _listen(mesh: Mesh, board: Board, stack: contextlib.AsyncExitStack) -> None:
+    """Let the board hear everyone until `stack` is left."""
+    bus = await mesh.connect()
+    stack.push_async_callback(bus.close)
+    await bus.subscribe(subjects.ALL_STATUS, board.take)
+
+
+async def _show_answer(url: str, model: str, board: Board, console: Console) -> None:
     def show(text: str) -> None:
-        console.print(text, end="", markup=False, highlight=False)
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
-    console.print(f"\n[bold]{first_answer.QUESTION}[/]", highlight=False)
+    _print(console, Text(f"\n{first_answer.QUESTION}", "bold"))
     try:
         answer = await first_answer.ask(url, model, show)
-    except httpx.HTTPError as error:
-        console.print(f"[red]the first answer failed: {error}[/]", highlight=False)
+    except first_answer.AnswerFailed as error:
+        _print(console, Text(f"the first answer failed: {error}", "red"))
         return
-    told = ", ".join(str(answer.mesh[key]) for key in ("worker", "drafter") if answer.mesh.get(key))
-    console.print(
-        f"\n[dim]TTFT {answer.ttft_s * 1000:.0f} ms, {answer.tokens_per_s:.0f} tokens/s, "
-        f"{answer.completion_tokens} tokens{', by ' + told if told else ''}[/]",
-        highlight=False,
+    worker = str(answer.mesh.get("worker", ""))
+    # it may have ended before the drafter had anything to say
+    drafter = answer.mesh.get("drafter") or await board.drafter_of(worker)
+    _print(console, Text(f"\n{_told(answer, worker, str(drafter))}", "dim"))
+
+
+def _told(answer: first_answer.Answer, worker: str, drafter: str) -> str:
+    """What the first answer took, and by whom."""
+    drafted, accepted = answer.mesh.get("draft_tokens", 0), answer.mesh.get("accepted_draft_tokens", 0)
+    drafts = f" ({accepted} of {drafted} drafts accepted)" if drafted else ""
+    return (
+        f"TTFT {answer.ttft_s * 1000:.0f} ms, {answer.tokens_per_s:.0f} tokens/s, {answer.completion_tokens} tokens, "
+        f"by {worker or 'no worker'} with {drafter or 'no drafter'}{drafts}"
     )
 
 
 def _print_curl(url: str, model: str, console: Console) -> None:
-    console.print("\nSend it something:\n", highlight=False)
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
-    console.print(
-        f"  curl -sN {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    address = shlex.quote(f"{url}/v1/chat/completions")
+    _print(console, Text("\nSend it something:\n"))
+    _print(console, Text(f"curl -sN {address} -H 'content-type: application/json' -d {shlex.quote(body)}\n"))
 
 
-async def _watch(mesh: LocalMesh | OneProcess, console: Console, stop: asyncio.Event) -> None:
-    """The live table on a terminal, silence elsewhere, until `stop`."""
+async def _keep(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:
+    """The live table on a terminal, one line elsewhere, until `stop`. Raises UpFailed when the mesh cannot go on."""
+    showing: Coroutine[Any, Any, object]
+    if console.is_terminal and not console.is_dumb_terminal:
+        showing = _show_table(mesh, board, console, stop)
+    else:
+        _print(console, Text("running; SIGINT or SIGTERM drains and stops"))
+        showing = stop.wait()
     if isinstance(mesh, OneProcess):
-        await mesh.until_stopped(stop)
-        return
-    if not console.is_terminal:
-        await stop.wait()
-        return
-    try:
-        bus = await NatsBus.connect(mesh.nats, name="tokenmill-up")
-    except BusUnavailable:
-        await stop.wait()
-        return
-    board = Board()
-    await bus.subscribe(subjects.ALL_STATUS, board.take)
+        await mesh.unless_it_ends(showing)
+    else:
+        await showing
+
+
+async def _show_table(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:
+    shown: object = None
+    # behind the last line stands what the terminal echoes for Ctrl-C
+    hint = Text("\nCtrl-C drains and stops ", "dim")
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while not stop.is_set():
-            live.update(board.table(mesh.children), refresh=True)
+            rows = board.rows(mesh.children, time.monotonic())
+            if shown != (shown := (rows, console.size)):
+                live.update(Group(table(rows), hint), refresh=True)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 1.0)
-    await bus.close()
+                await asyncio.wait_for(stop.wait(), DRAW_S)
 
 
-async def _down(mesh: LocalMesh | OneProcess, console: Console, stop: asyncio.Event) -> None:
-    console.print("draining ... (Ctrl-C again stops at once)", highlight=False)
+async def _drain(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:
+    """Let what runs end; a second signal ends it now."""
+    streams = f"{board.active} running, " if board.active else ""
+    _print(console, Text(f"draining ... ({streams}Ctrl-C again stops at once)"))
     stop.clear()
     down = asyncio.create_task(mesh.stop())
     again = asyncio.create_task(stop.wait())
     await asyncio.wait({down, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
     if not down.done():
         mesh.kill()
-    again.cancel()
     await down
-    console.print("stopped")
+    _print(console, Text("stopped"))
+
+
+async def _give_up(mesh: Mesh) -> None:
+    """End what had been started, quietly."""
+    down = asyncio.create_task(mesh.stop())
+    await asyncio.wait({down}, timeout=FAILED_DRAIN_S)
+    if not down.done():
+        mesh.kill()
+    await down
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; drop it when `stop` comes first."""
+    working = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait({working})
+    else:
+        await working
+
+
+def _print(console: Console, text: Text) -> None:
+    """One line, however long: a path or a command that a terminal broke up could not be copied."""
+    console.print(text, soft_wrap=True)
