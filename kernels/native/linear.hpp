@@ -7,7 +7,8 @@
 //     Q8   all scales first (16 fp16 per group, padded to 64 bytes), then per group 8 lines of 64 bytes:
 //          byte 4n+j of line i is output n, input 4i+j.
 //     F32, F16, BF16   per input 16 numbers.
-// Each thread's panels of all matrices lie in execution order in one region: a step is one stream per thread.
+// Each thread's panels of all matrices lie in execution order in one region: a step is one stream per thread. A thread that
+// is done with its own panels takes over what is left of the others'.
 //
 // Arithmetic, per output and for every number of rows: groups in ascending order,
 //     acc = fma(scale * row_scale, float(exact int32 dot), acc), and for Q4   acc = fma(minimum, row_scale * sum(q), acc);
@@ -44,6 +45,7 @@ struct Matrix {
   Kind kind = Kind::F32;
   int outputs = 0, inputs = 0;
   int panels_per_unit = 1;  // a unit is what is never split between threads
+  int stretch = 0;          // when a step reads it: the number of its stretch of weights
   size_t panel_bytes = 0;
   size_t unit_stride = 0;   // bytes from one unit of this matrix to the next in a thread's region
 

@@ -5,7 +5,7 @@
 //
 // Phases of a layer, with a meeting of the threads after each:
 //     1. normalise, quantise      at most two rows: every thread for itself, which saves the meeting
-//     2. queries, keys, values    a thread's own panels
+//     2. queries, keys, values    a thread's own panels, then what others have not begun (as 6, 8, 9 and the head)
 //     3. rotate keys, write the KV cache
 //     4. attention                by (row, KV head), taken as threads become free
 //     5. quantise                 as 1
@@ -152,6 +152,10 @@ void Model::place_weights(const mill_tensor* tensors) {
   stretches.push_back({part(head_, tied_ ? embedding : head, 1)});
   if (!tied_) stretches.push_back({part(embedding_, embedding, 1)});
 
+  taken_ = std::vector<Counter>(stretches.size() * size_t(team_.size()));
+  for (size_t index = 0; index < stretches.size(); index++)
+    for (const Part& each : stretches[index]) each.matrix->stretch = int(index);
+
   std::vector<size_t> sizes;
   for (int thread = 0; thread < team_.size(); thread++) {
     size_t offset = 0;
@@ -231,6 +235,7 @@ bool Model::step(const mill_inputs& inputs, int32_t* tokens, float* logits) {
     }
     normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
     head_input_.rows = samples;
+    for (Counter& counter : taken_) counter.next.store(0, std::memory_order_relaxed);
     team_.run([&](int thread) { run_pass(pass, thread); });
     if (!pass.finite) return false;
     sample += samples;
@@ -303,11 +308,24 @@ const Activations& Model::prepare(Activations& shared, Activations& own, int row
   return to;
 }
 
-// out[row][outputs] = or += matrix * x, for this thread's share of the outputs.
+// Calls work(share, first panel) for units nobody has begun: this thread's own, then the others'. A thread whose core is
+// taken away for a while holds up the step by one unit, not by its share.
+template <typename Work>
+void Model::share_out(const Matrix& matrix, int thread, Work work) {
+  for (int offset = 0; offset < team_.size(); offset++) {
+    const int owner = (thread + offset) % team_.size();
+    const Matrix::Share& share = matrix.shares[size_t(owner)];
+    std::atomic<int>& next = taken_[size_t(matrix.stretch * team_.size() + owner)].next;
+    int panel;
+    while ((panel = share.first + next.fetch_add(1, std::memory_order_relaxed) * matrix.panels_per_unit) < share.last)
+      work(share, panel);
+  }
+}
+
+// out[row][outputs] = or += matrix * x, for the outputs this thread gets.
 void Model::project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add) {
-  const Matrix::Share& share = matrix.shares[size_t(thread)];
   float* const acc = scratch_[size_t(thread)].acc.data();
-  for (int index = share.first; index < share.last; index++) {
+  share_out(matrix, thread, [&](const Matrix::Share& share, int index) {
     multiply_panel(matrix, matrix.panel(share, index), x, acc);
     const int count = std::min(kLanes, matrix.outputs - index * kLanes);
     for (int row = 0; row < x.rows; row++) {
@@ -318,7 +336,7 @@ void Model::project(const Matrix& matrix, const Activations& x, int thread, floa
       else
         for (int i = 0; i < count; i++) to[i] = add ? to[i] + from[i] : from[i];
     }
-  }
+  });
 }
 
 // Rotates the pairs of one head: (a cos - b sin, a sin + b cos), every operation rounded.
@@ -380,11 +398,11 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int first_head, i
 
 // down_input_ = silu(gate) * up, quantised as soon as a group of 32 is there.
 void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread) {
-  const Matrix::Share &gate = layer.gate.shares[size_t(thread)], &up = layer.up.shares[size_t(thread)];
   constexpr int per_unit = kGroup / kLanes;
   const size_t half = size_t(x.rows) * kLanes;
   float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
-  for (int index = gate.first; index < gate.last; index += per_unit) {
+  share_out(layer.gate, thread, [&](const Matrix::Share& gate, int index) {
+    const Matrix::Share& up = layer.up.shares[size_t(&gate - layer.gate.shares.data())];
     for (int i = 0; i < per_unit; i++) multiply_panel(layer.gate, layer.gate.panel(gate, index + i), x, gates + size_t(i) * half);
     for (int i = 0; i < per_unit; i++) multiply_panel(layer.up, layer.up.panel(up, index + i), x, ups + size_t(i) * half);
     for (int row = 0; row < x.rows; row++) {
@@ -395,7 +413,7 @@ void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scrat
       }
       down_input_.set_group(row, index / per_unit, config_.feed_forward, group);
     }
-  }
+  });
 }
 
 // The head for the rows whose next token is wanted, and the choice.
@@ -409,6 +427,7 @@ void Model::sample(Pass& pass, int thread) {
   });
   project(head_, x, thread, pass.logits, vocabulary, false);
   if (!pass.tokens) return;
+  team_.meet();
 
   const Matrix::Share& share = head_.shares[size_t(thread)];
   bool finite = true;

@@ -83,12 +83,17 @@ class Model {
     Region scores;
   };
   struct Pass;
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
 
   void place_weights(const mill_tensor* tensors);
   void run_pass(Pass& pass, int thread);
   void embed(const Pass& pass, int thread);
   template <typename Row>
   const Activations& prepare(Activations& shared, Activations& own, int rows, int width, int thread, Row values);
+  template <typename Work>
+  void share_out(const Matrix& matrix, int thread, Work work);
   void project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add);
   void write_cache(const Pass& pass, int layer, int thread);
   void attend_all(const Pass& pass, int layer, int thread);
@@ -116,6 +121,7 @@ class Model {
   Activations normed_input_, attended_input_, down_input_, head_input_;
   Region logits_;
   std::vector<Scratch> scratch_;
+  std::vector<Counter> taken_;  // [stretches][threads] units of a thread's share that somebody has begun, in this pass
   std::atomic<int> next_item_{0};
   Team team_;
 };
