@@ -6,13 +6,12 @@ use `serve` under a virtual clock; `tokenmill up --all-in-one` uses `OneProcess`
 
 import asyncio
 import contextlib
-import logging
 import os
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import structlog
 
@@ -84,7 +83,7 @@ class OneProcess:
         self.options = options
         self.children: list[Service] = []
         self._memory = MemoryBroker()
-        self._open = contextlib.ExitStack()
+        self._claim: IO[str] | None = None
         self._insisting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -92,8 +91,8 @@ class OneProcess:
         options = self.options
         check_ports(options)
         with folder_problems(options.data):
-            self._open.enter_context(claim(options.data))
-            self._open.enter_context(_logging_to(options.data / "logs" / LOG, options.log_level))
+            self._claim = claim(options.data)
+            _log_into(options.data / "logs" / LOG, options.log_level)
         clock = LoopClock()
         for group in plan(options, nats="").values():
             for settings in group:
@@ -124,15 +123,14 @@ class OneProcess:
 
     async def stop(self) -> None:
         """Let every service drain: gateways first, so that nothing new comes in."""
-        try:
-            for gateways in (True, False):
-                tasks = [child.task for child in self.children if child.name.startswith("gateway") == gateways]
-                for task in tasks:
-                    if not task.cancelling():
-                        task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-        finally:
-            self._open.close()
+        for gateways in (True, False):
+            tasks = [child.task for child in self.children if child.name.startswith("gateway") == gateways]
+            for task in tasks:
+                if not task.cancelling():
+                    task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._claim is not None:
+            self._claim.close()
 
     def kill(self) -> None:
         """Cut every drain short; `stop` then returns soon."""
@@ -146,19 +144,11 @@ class OneProcess:
             await asyncio.sleep(0.1)
 
 
-@contextlib.contextmanager
-def _logging_to(path: Path, level: str) -> Iterator[None]:
-    """What services and libraries log goes into this file while the block runs."""
-    before, handlers = structlog.get_config(), logging.getLogger().handlers[:]
-    with path.open("w", buffering=1) as file:
-        # it takes standard error as it finds it
-        with contextlib.redirect_stderr(file):
-            telemetry.configure_logging("tokenmill", "up", "console", level)
-        try:
-            yield
-        finally:
-            structlog.configure(**before)
-            logging.getLogger().handlers[:] = handlers
+def _log_into(path: Path, level: str) -> None:
+    """What services and libraries log goes into this file from now on, to the last word of the event loop."""
+    # configure_logging takes standard error as it finds it
+    with contextlib.redirect_stderr(path.open("w", buffering=1)):
+        telemetry.configure_logging("tokenmill", "up", "console", level)
 
 
 def _cause(error: BaseException | None) -> str:

@@ -82,6 +82,8 @@ def up(
         _leave(f"--log-level {log_level!r} is unknown: choose one of {', '.join(LOG_LEVELS)}")
     if all_in_one and nats:
         _leave("--all-in-one needs no NATS: leave out --nats")
+    if engine == "cuda":
+        _check_cuda()
     folder = _pull(model)
     if engine in ("auto", "cpu"):
         _compile()
@@ -148,6 +150,13 @@ def _compile() -> None:
     if reason:
         warning = Text(f"no fast CPU step: {reason}; the torch path serves, slowly", "yellow")
         console.print(warning, soft_wrap=True)
+
+
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        _leave("torch finds no CUDA device here: choose --engine auto or cpu")
 
 
 def _leave(reason: str) -> NoReturn:

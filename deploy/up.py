@@ -10,12 +10,14 @@
 import asyncio
 import contextlib
 import json
+import logging
 import shlex
 import signal
 import time
 from collections.abc import Coroutine
 from typing import Any
 
+import structlog
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -42,6 +44,7 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
     def say(line: str) -> None:
         _print(console, Text(line, "yellow"))
 
+    _keep_off_the_terminal()
     mesh: Mesh = OneProcess(options) if one_process else LocalMesh(options, say)
     board = Board()
     start = time.perf_counter()
@@ -68,6 +71,12 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
     except BaseException:
         await _give_up(mesh)
         raise
+
+
+def _keep_off_the_terminal() -> None:
+    """A log line would tear the table. What our own bus connection would say, every service logs for itself."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 async def _listen(mesh: Mesh, board: Board, stack: contextlib.AsyncExitStack) -> None:
