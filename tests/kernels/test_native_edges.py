@@ -1,8 +1,8 @@
 """Bad input is refused before anything happens; the library compiles once; nothing is left behind."""
 
+import asyncio
 import os
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,12 +130,21 @@ def test_calls_from_several_threads_take_turns(decoder: NativeDecoder) -> None:
     assert found == [expected] * 60
 
 
-def test_an_idle_decoder_uses_no_cpu_and_wakes_again(decoder: NativeDecoder) -> None:
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread states are read from /proc")
+async def test_the_helpers_of_an_idle_decoder_sleep_and_wake_again(tiny: Path) -> None:
+    before = set(os.listdir("/proc/self/task"))
+    decoder = NativeDecoder(open_checkpoint(tiny), blocks=BLOCKS, threads=3)
+    helpers = set(os.listdir("/proc/self/task")) - before
+    assert len(helpers) == 2
     expected = decoder.step(GOOD).tolist()
-    time.sleep(0.05)  # a helper spins a fraction of a millisecond, then sleeps
-    used = time.process_time()
-    time.sleep(0.2)
-    assert time.process_time() - used < 0.1
+
+    def states() -> set[str]:
+        stats = (Path(f"/proc/self/task/{helper}/stat").read_text() for helper in helpers)
+        return {stat.rsplit(")", 1)[1].split()[0] for stat in stats}
+
+    async with asyncio.timeout(20):
+        while states() != {"S"}:
+            await asyncio.sleep(0)
     assert decoder.step(GOOD).tolist() == expected
 
 
