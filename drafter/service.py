@@ -216,7 +216,10 @@ class Drafter:
             error="" if why == "closed" else why)
 
     def _forget_silent(self) -> None:
-        """Streams of workers that started again, or that neither speak nor tell of streams."""
+        """Streams of workers that started again, or that tell of none and neither speak nor have any.
+
+        A worker whose last `Close` was lost says nothing more, so that no gap shows: its status does.
+        """
         now = self._clock.now()
         for worker, epoch in self._started_again.items():
             for ended in self.contexts.drop_worker(worker, before_epoch=epoch):
@@ -224,7 +227,9 @@ class Drafter:
         self._started_again.clear()
         self._fleet.forget_silent(now, self._settings.silence_s)
         for worker, at in list(self._followed_at.items()):
-            if now - at > self._settings.silence_s and self._fleet.worker(worker) is None:
+            status = self._fleet.worker(worker)
+            at_work = status is not None and bool(status.running or status.waiting)
+            if now - at > self._settings.silence_s and not at_work:
                 del self._followed_at[worker]
                 for ended in self.contexts.drop_worker(worker):
                     self._end(ended)

@@ -10,8 +10,9 @@ Pure: no clock and no bus; `now_s` is monotonic seconds.
         |                             v
         +----- after a pause ----- waiting          (refusals and deaf meshes wait longer each time)
 
-What counts against `max_attempts`: attempts that were lost or failed. What does not: publishes that nobody heard and
-refusals once tokens were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
+What counts against `max_attempts`: attempts that were lost or failed, one after the other, without `PROGRESS_TOKENS`
+between them: a long stream may meet with more than a short one. What does not: publishes that nobody heard and refusals
+once tokens were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
 """
 
 from typing import Literal
@@ -32,6 +33,7 @@ from shared.errors import (
 from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Reply, Tokens
 from shared.tokens import pack, unpack
 
+PROGRESS_TOKENS = 16
 _PAUSE_S = 0.1  # first pause before a publish is repeated; doubles each time
 _MAX_PAUSE_S = 2.0
 _RETRY_AFTER_S = 1.0
@@ -50,7 +52,7 @@ class Limits(Struct, frozen=True):
     # one sender, so there this only delays the repair of a loss.
     reorder_s: float = 0.2
     suspect_s: float = 1.0  # after a lost reply, for the stream to show that it lives
-    max_attempts: int = 4
+    max_attempts: int = 4  # without progress between them
     max_deaths: int = 2  # workers that may die under one stream and it is still sent on
     max_barren_deaths: int = 2  # deaths without a token of that attempt: the mark of a request that kills workers
 
@@ -311,6 +313,8 @@ class StreamState:
         if self._deaths > self.limits.max_deaths or self._barren_deaths >= self.limits.max_barren_deaths:
             return [*actions, *self._fail(WorkerFailed(f"{self._deaths} workers died while serving this request: it is "
                                                        "not sent to another"))]
+        if len(self.delivered) - self._first_of_attempt >= PROGRESS_TOKENS:
+            self._tries = 0
         if self._tries >= self.limits.max_attempts:
             return [*actions, *self._fail(self._used_up(cause))]
         self._tries += 1

@@ -139,7 +139,8 @@ class Gateway:
     async def running(self) -> AsyncIterator[None]:
         """Listen, publish, keep time and beat while the block runs."""
         replies = await self.bus.subscribe(subjects.replies(self.id), self._on_replies)
-        statuses = await self.bus.subscribe(subjects.ALL_STATUS, self._on_status)
+        statuses = [await self.bus.subscribe(subjects.status(kind, "*"), self._on_status)
+                    for kind in ("worker", "router")]
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
                      for loop in (self._send, self._keep_time, self._beat)]
@@ -149,7 +150,8 @@ class Gateway:
                 for task in loops:
                     task.cancel()
                 await replies.unsubscribe()
-                await statuses.unsubscribe()
+                for standing in statuses:
+                    await standing.unsubscribe()
 
     async def drain(self) -> None:
         """Take nothing new and let what runs end, for `drain_s` at most; then end it with an error."""
@@ -171,9 +173,10 @@ class Gateway:
                 if out.unheard is not None:
                     out.unheard()
             except ValueError as error:
-                if out.too_large is None:
-                    raise
-                out.too_large(error)
+                # a sender may have called itself something that no subject can name: not a reason to stop sending
+                log.warning("publish_refused", subject=out.subject, reason=str(error))
+                if out.too_large is not None:
+                    out.too_large(error)
 
     async def _keep_time(self) -> None:
         while True:

@@ -5,7 +5,7 @@ order, so that no handler waits for the bus. What cannot leave is dropped and co
 that nobody accepted.
 
     generate.*  -> decide -> worker.<id>.generate, placed.<router>      or -> replies.<gateway> with the reason
-    worker.*.kv, status.>, placed.* -> the view                         -> worker.<id>.kv_request, when incomplete
+    worker.*.kv, status.worker.*, placed.* -> the view                  -> worker.<id>.kv_request, when incomplete
 """
 
 import asyncio
@@ -144,7 +144,7 @@ class Router:
 
     async def listen(self) -> None:
         """Subscribe; to requests last, when everything that helps to place them is heard."""
-        for subject, handler in ((subjects.ALL_STATUS, self.on_status), (subjects.ALL_KV, self.on_kv),
+        for subject, handler in ((subjects.status("worker", "*"), self.on_status), (subjects.ALL_KV, self.on_kv),
                                  (subjects.ALL_PLACED, self.on_placed)):
             await self._bus.subscribe(subject, handler)
         self._intake = await self._bus.subscribe(subjects.ALL_GENERATE, self.on_generate, subjects.ROUTER_QUEUE)
@@ -155,8 +155,6 @@ class Router:
             self._route(_Arrived(request, telemetry.extract(delivery.headers)))
 
     def on_status(self, delivery: Delivery) -> None:
-        if ".worker." not in delivery.subject:
-            return
         status = self._decoded(delivery, Status)
         if isinstance(status, WorkerStatus) and delivery.subject == subjects.status("worker", status.id):
             self._ask_snapshots(self.view.on_status(status, self._clock.now()))

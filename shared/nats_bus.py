@@ -254,7 +254,8 @@ class NatsBus:
         inbox = await self._client.subscribe(f"{self._inbox}.*", cb=_unexpected)
         self._client.receivers[inbox._id] = self._on_inbox
         for subscription in list(self._subscriptions):
-            await self._stand(subscription)
+            if subscription.active:
+                await self._stand(subscription)
         await self._settle()
 
     async def _stand(self, subscription: NatsSubscription) -> None:
@@ -364,6 +365,8 @@ class NatsBus:
         _log.warning("nats_client_gave_up", url=_without_secrets(self.url), do="new client")
         await self._part()
         self._client = _Client()
+        for subscription in self._subscriptions:
+            subscription.standing = None  # its number means another one on the new client
         await self._open()
 
     async def _on_error(self, error: Exception) -> None:

@@ -9,7 +9,6 @@ A step that raises never ends the loop: its sequences run again one by one, and 
 """
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -141,9 +140,11 @@ class Engine:
         if seconds:
             self._fresh.clear()
             await self._publish_kept()
-            with contextlib.suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(seconds):
                     await self._fresh.wait()
+            except TimeoutError:
+                self.draft_wait.missed()
 
     def _is_fresh(self, drafts: Drafts) -> bool:
         """Whether the drafter knew all that is committed. Its proposals of one message are of one age."""
@@ -229,11 +230,9 @@ class Engine:
             _log.warning("kv_blocks_repaired", **found._asdict())
 
     def _keep(self, events: list[Event]) -> None:
-        now = self._clock.now()
         self._kept += events
-        for event in events:
-            if isinstance(event, Advanced):
-                self.rate.count(len(event.tokens), now)
+        if tokens := sum(len(event.tokens) for event in events if isinstance(event, Advanced)):
+            self.rate.count(tokens, self._clock.now())
 
     async def _publish_kept(self) -> None:
         events, self._kept = self._kept, []

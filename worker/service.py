@@ -179,7 +179,8 @@ class Worker:
             (subjects.worker_cancel(self.name), self._on_cancel),
             (subjects.worker_drafts(self.name), self._on_drafts),
             (subjects.worker_kv_request(self.name), self._on_snapshot_request),
-            (subjects.ALL_STATUS, self._on_status),
+            (subjects.status("drafter", "*"), self._on_status),
+            (subjects.status("gateway", "*"), self._on_status),
         ]
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -193,6 +194,8 @@ class Worker:
 
     def _on_generate(self, delivery: Delivery) -> None:
         request = decode(delivery.data, Generate)
+        # a sign of life; one that dies before its first heartbeat arrives must fall silent too
+        self._gateways[request.gateway] = self._clock.now()
         if not allows(request.residency, self._settings.zone):
             error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
             self._turn_away(Refused(request, failed(request, error)))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from drafter import service
@@ -40,6 +41,7 @@ class Worker(Teller):
         super().__init__(name, epoch)
         self.bus = MemoryBus(broker)
         self.drafts: list[Drafts] = []
+        self.running = 1
         self._status = WorkerStatus(name, epoch, model, zone=zone)
 
     async def start(self) -> None:
@@ -48,7 +50,8 @@ class Worker(Teller):
         await self.say_status()
 
     async def say_status(self) -> None:
-        await self.bus.publish(subjects.status("worker", self.worker), encode(self._status))
+        status = replace(self._status, running=self.running)
+        await self.bus.publish(subjects.status("worker", self.worker), encode(status))
 
     async def says(self, *events: Open | Commit | Close) -> None:
         await self.bus.publish(subjects.drafter_follow("d0"), encode(self.tell(*events)))
@@ -223,6 +226,23 @@ def test_streams_of_a_silent_worker_are_forgotten_and_those_of_one_that_lives_ar
             await alive.say_status()
             await asyncio.sleep(0.5)
         assert stage.statuses[-1].following == 1
+
+    play(scenario)
+
+
+def test_a_stream_whose_close_was_lost_is_forgotten_when_its_worker_says_that_it_has_none() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        await worker.says(opened([1, 2, 3]))
+        worker.running = 0
+        for _ in range(10):
+            await worker.say_status()
+            await asyncio.sleep(0.5)
+        assert (stage.statuses[-1].following, stage.statuses[-1].epoch) == (0, stage.statuses[0].epoch)
+        worker.running = 1
+        await worker.say_status()
+        await worker.says(opened(LOOP * 3, "t"))
+        assert worker.proposals[-1].request_id == "t"
 
     play(scenario)
 

@@ -493,6 +493,20 @@ async def test_a_message_nobody_can_read_is_counted_and_harms_nobody() -> None:
         assert [cancel.request_id for cancel in mesh.cancels] == ["stranger"]
 
 
+async def test_a_sender_whose_name_fits_no_subject_does_not_end_the_gateways_sending() -> None:
+    async with gateway_and_mesh() as (client, mesh, gateway):
+        refused = gateway.bus.publish
+
+        async def publish(subject: str, *rest: Any) -> None:
+            if " " in subject:
+                raise ValueError("a subject with a space")  # as a broker's client does
+            await refused(subject, *rest)
+
+        gateway.bus.publish = publish  # type: ignore[method-assign]
+        await mesh.reply("g1", Tokens("stranger", 1, 0, pack([1])), sender="not a name")
+        assert (await client.post(CHAT, json=chat())).status_code == 200
+
+
 # --- the other endpoints ---------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit
+from gateway.failover import (
+    PROGRESS_TOKENS,
+    Action,
+    Deliver,
+    Fail,
+    Finish,
+    Limits,
+    SendCancel,
+    Senders,
+    StreamState,
+    Submit,
+)
 from shared.blocks import hash_chain, join_hashes
 from shared.errors import DeadlineExceeded, MeshUnavailable, NoEligibleWorker, Overloaded, WorkerFailed
 from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Reply, StepReplies, Tokens
@@ -100,6 +111,21 @@ def test_nobody_accepts_so_it_is_sent_again_and_at_last_refused() -> None:
         assert (submit.message.attempt, submit.cause) == (attempt, "not_accepted")
     (fail,) = state.tick(8.0)
     assert isinstance(fail, Fail) and isinstance(fail.error, MeshUnavailable) and fail.error.retry_after_s
+
+
+def test_a_long_stream_may_lose_more_attempts_than_a_short_one_if_each_made_progress() -> None:
+    state = running(max_tokens=1000)
+    done = 0
+    for attempt in range(1, 20):
+        state.hear(tokens(done, *range(100, 100 + PROGRESS_TOKENS), attempt=attempt), "w1", 5, float(attempt))
+        done += PROGRESS_TOKENS
+        lost = finished(0, attempt=attempt, reason="cancelled")
+        assert isinstance(state.hear(lost, "w1", 5, attempt + 0.5)[-1], Submit)
+    for attempt in range(20, 23):
+        (submit,) = state.tick(state._since_s + 2.0)
+        assert isinstance(submit, Submit) and submit.message.attempt == attempt + 1
+    (fail,) = state.tick(state._since_s + 2.0)
+    assert isinstance(fail, Fail) and isinstance(fail.error, WorkerFailed)
 
 
 def test_tokens_stand_for_a_lost_accepted() -> None:

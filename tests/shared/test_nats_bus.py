@@ -132,6 +132,25 @@ async def test_the_watchdog_replaces_a_client_that_gave_up(connect):
     await until(lambda: heard == [b"again"])
 
 
+async def test_unsubscribing_while_the_client_is_replaced_leaves_other_subscriptions_alone(connect, monkeypatch):
+    bus = await connect(probe_s=60.0)
+    heard: list[bytes] = []
+    leaving = await bus.subscribe("leaving", lambda delivery: heard.append(delivery.data))
+    await bus.subscribe("staying", lambda delivery: heard.append(delivery.data))
+    reopen = bus._open
+
+    async def unsubscribed_meanwhile():
+        await leaving.unsubscribe()
+        await reopen()
+
+    monkeypatch.setattr(bus, "_open", unsubscribed_meanwhile)
+    await bus._client.close()
+    await bus._replace()
+    await bus.publish("leaving", b"nobody")
+    await bus.publish("staying", b"still here")
+    await until(lambda: heard == [b"still here"])
+
+
 async def test_the_watchdog_restarts_a_reconnection_that_died(connect, monkeypatch):
     bus = await connect(probe_s=0.1)
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ from shared.clock import LoopClock
 from tests.virtual_time import run_virtual
 from tests.worker.builders import mock_decoder
 from worker.calibrate import calibrate
-from worker.draft_wait import MOST_STREAMS, DraftWait
+from worker.draft_wait import LONGEST_PATIENCE, MOST_MISSES, MOST_STREAMS, DraftWait
 from worker.runner import TimedRunner
 from worker.step_cost import StepCost
 
@@ -97,6 +97,21 @@ def test_nobody_waits_without_a_drafter_or_with_many_streams() -> None:
     wait.answered(0.001)
     assert wait.seconds(1, 0.01) == 0.002
     assert wait.seconds(MOST_STREAMS + 1, 0.01) == wait.seconds(0, 0.01) == 0.0
+
+
+def test_a_drafter_that_says_no_more_is_not_waited_for_once_waiting_had_won_for_long() -> None:
+    wait = DraftWait()
+    run(wait, 2000, 5.0, 3.0, 0.001)
+    wait.waiting, wait._patience = True, LONGEST_PATIENCE
+    held_s = 0.0
+    for _ in range(1000):
+        if seconds := wait.seconds(1, 0.010):
+            held_s += seconds
+            wait.missed()
+        wait.observe(1, 1, 0.010 + seconds)
+    assert held_s <= MOST_MISSES * 0.010
+    run(wait, 500, 5.0, 3.0, 0.001)
+    assert wait.waiting
 
 
 def test_proportions_that_were_found_once_hold_while_steps_are_alike() -> None:

@@ -223,6 +223,16 @@ def test_requests_of_a_gateway_that_fell_silent_are_dropped() -> None:
     assert len(play(scenario, silence_s=0.1).stream("r")) < 480
 
 
+def test_a_gateway_that_dies_before_its_first_heartbeat_falls_silent_too() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request(deadline=DEADLINE, max_tokens=480))
+        await mesh.until(lambda: mesh.statuses[-1].running)
+        await mesh.until(lambda: not mesh.statuses[-1].running)
+        assert mesh.clock.now() < 3.0
+
+    assert len(play(scenario, silence_s=0.1).stream("r")) < 480
+
+
 def test_routers_learn_every_block_once_and_a_snapshot_says_the_same() -> None:
     async def scenario(mesh: Mesh) -> None:
         assert mesh.kv == [KvSnapshot("w1", mesh.statuses[-1].epoch, 0, b"")]
