@@ -6,6 +6,7 @@ import numpy as np
 
 from kernels.step import Decoder, StepInputs
 from shared.messages import Sampling
+from worker.mock_decoder import ODD, PHRASE, MockDecoder
 
 
 def plain_stream(
@@ -37,3 +38,41 @@ def plain_stream(
             tokens.append(int(chosen[0]))
             made.append(int(chosen[0]))
     return tuple(made)
+
+
+def mock_stream(
+    decoder: MockDecoder, prompt: Sequence[int], sampling: Sampling, max_tokens: int, stop_token_ids: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """`plain_stream` of the mock, said again without blocks, steps or arrays: thirty times as fast, for many seeds."""
+    size, words, first = decoder.block_size_tokens, decoder._words, decoder._first
+    follows = decoder._follows.tolist()
+    noise = _mix(sampling.seed + int(ODD)) if sampling.temperature > 0 else 0
+    power, total, ends = 1, 0, 0
+    tokens = list(prompt)
+    made: list[int] = []
+    position = 0
+    while True:
+        token = tokens[position]
+        position += 1
+        power = power * int(ODD) & _MASK
+        total = total + _mix(token) * power & _MASK
+        if position % size == 0:
+            ends ^= total
+        if position < len(tokens):
+            continue
+        if len(made) == max_tokens or (made and made[-1] in stop_token_ids):
+            return tuple(made)
+        seeded = _mix(_mix(total + _mix(ends)) ^ noise)
+        word = (seeded >> 16) % words if seeded % int(PHRASE) == 0 else follows[(token - first) % words]
+        tokens.append(word + first)
+        made.append(word + first)
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    value &= _MASK
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)

@@ -2,7 +2,8 @@
 
 One seed decides everything: how messages are delayed, lost, doubled and reordered, which service dies when and comes
 back, when the broker is gone, what clients ask for and when they hang up. The services are the real ones; only the
-network and the clock are ours, and the model is the mock whose every token depends on all tokens before it.
+network and the clock are ours, and the model is the mock whose every token depends on all tokens before it. A witness
+reads what they say as they say it, and after the quiet their insides are looked at: nothing may be left anywhere.
 
     schedule = Schedule.draw(seed)          pure: what will happen
     history = run(schedule)                 what did
@@ -12,10 +13,11 @@ network and the clock are ours, and the model is the mock whose every token depe
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import structlog
 
@@ -25,22 +27,36 @@ import worker.service
 from gateway.service import Gateway
 from gateway.streams import Stream
 from shared import subjects
-from shared.blocks import hash_chain, join_hashes
+from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes
 from shared.clock import LoopClock
 from shared.errors import MillError
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.messages import Finished, Generate, Sampling, Status, WorkerStatus, decode
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, WorkerSettings
 from shared.tokens import pack
+from tests.laws.plain import mock_stream
+from tests.laws.witness import Witness
 from tests.virtual_time import run_virtual
 from worker.mock_decoder import MockDecoder
 
 EPOCH_S = 1_700_000_000.0
 MODEL = "mock"
 VOCABULARY = 2048
-SALT = b"0123456789abcdef"
+SALTS = {"red": b"0123456789abcdef", "blue": b"fedcba9876543210"}  # by tenant
 KNOWN_AGAIN_S = 2.0  # after a start, until everyone has heard of it
-QUIET_S = 30.0  # after the last fault, for everything to come to rest
+MAX_ATTEMPTS = 8
+QUIET_S = 12.0  # after the last fault, for everything to come to rest
+GATEWAY_QUIET_S = 26.0  # the same when a gateway died: its workers wait long before they let go of its streams
+SLOW = (
+    *[("", 0.0)] * 3,
+    ("generate.>", 2.2),
+    ("worker.*.generate", 1.5),
+    ("worker.*.cancel", 1.0),
+    ("worker.*.kv", 2.0),
+    ("worker.*.drafts", 0.3),
+    ("drafter.*.follow", 0.5),
+    ("status.>", 1.2),
+)
 SERVE = {"router": router.service.serve, "drafter": drafter.service.serve, "worker": worker.service.serve}
 
 
@@ -55,15 +71,20 @@ class Ask:
     sampling: Sampling
     stop_token_ids: tuple[int, ...]
     hang_up_after: int  # tokens read; 0: it stays
+    tenant: str = "red"
 
 
 @dataclass(frozen=True)
 class Blow:
-    """One service dies at `at_s` and is back `for_s` later. `who` is e.g. `worker-2` or `broker`."""
+    """One service goes at `at_s` and is back `for_s` later. `who` is e.g. `worker-2`, `gateway` or `broker`.
+
+    `drain_s`: it is asked to leave and may take so long over its streams. None: it dies at once.
+    """
 
     at_s: float
     who: str
     for_s: float
+    drain_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,64 +107,103 @@ class Schedule:
 
         Otherwise a stream that has not begun may be refused with a retryable error; one that has begun may not.
         """
-        if any(blow.who == "broker" for blow in self.blows):
+        if any(blow.who in ("broker", "gateway") for blow in self.blows):
             return False
         for kind, count in (("worker", self.workers), ("router", self.routers)):
             down = [
-                (blow.at_s, blow.at_s + blow.for_s + KNOWN_AGAIN_S) for blow in self.blows if blow.who.startswith(kind)
+                (blow.at_s, blow.at_s + (blow.drain_s or 0.0) + blow.for_s + KNOWN_AGAIN_S)
+                for blow in self.blows
+                if blow.who.startswith(kind)
             ]
             if any(sum(start <= moment < end for start, end in down) >= count for moment, _ in down):
                 return False
         return True
+
+    @property
+    def patience_s(self) -> float:
+        """How long a worker may go on with what nobody wants: cancels get lost, and are sent once a second."""
+        outages_s = sum(blow.for_s for blow in self.blows if blow.who == "broker")
+        # nobody tells the workers of a dead gateway: they notice
+        dead_s = 24.0 if any(blow.who == "gateway" for blow in self.blows) else 0.0
+        return 4.0 + outages_s + dead_s + 4 * self.slowest_s
+
+    @property
+    def longest_pause_s(self) -> float:
+        """What a stream may wait for its next token: well below the timers that notice what nothing else did."""
+        return 10.0 + sum(blow.for_s + (blow.drain_s or 0.0) for blow in self.blows) + 4 * self.slowest_s
+
+    @property
+    def slowest_s(self) -> float:
+        """The longest that a message may be under way."""
+        every = [self.faults, *(faults for _, faults in self.faults.overrides)]
+        return max(faults.delay_s[1] + faults.reorder_s[1] for faults in every)
 
     @staticmethod
     def draw(seed: int, *, blows: bool = True, loss: bool = True, drafters: int | None = None) -> "Schedule":
         """The schedule of `seed`; parts of it can be left out to isolate one law."""
         rng = random.Random(seed)
         workers, routers = rng.randint(2, 3), rng.randint(1, 2)
-        faults = Faults(
-            delay_s=(0.0002, rng.choice((0.001, 0.01, 0.05))),
-            loss=rng.choice((0.0, 0.002, 0.01)) if loss else 0.0,
-            duplication=rng.choice((0.0, 0.02)),
-            reordering=rng.choice((0.0, 0.02)),
-            reorder_s=(0.0, 0.05),
-        )
+        kv_blocks = rng.choice((20, 32, 48, 96, 512))
         shared = [rng.randrange(64, VOCABULARY) for _ in range(rng.randint(16, 96))]
-        asks = tuple(_ask(rng, number, shared) for number in range(rng.randint(4, 14)))
+        asks = tuple(_ask(rng, number, shared, kv_blocks * BLOCK_SIZE_TOKENS) for number in range(rng.randint(4, 14)))
         names = [
             f"{kind}-{i + 1}"
             for kind, count in (("worker", workers), ("router", routers), ("drafter", 1))
             for i in range(count)
-        ] + ["broker"]
-        struck = tuple(
-            Blow(rng.uniform(1.5, 7.0), who, rng.uniform(0.2, 3.0)) for who in rng.sample(names, rng.randint(1, 3))
-        )
+        ] + ["broker"] + ["gateway"] * (rng.random() < 0.4)
+        # several of them may strike the same service
+        struck = tuple(_blow(rng, rng.choice(names)) for _ in range(rng.choice((1, 2, 3, 3, 4, 6))))
         return Schedule(
             seed,
-            faults,
+            _faults(rng, loss),
             asks,
             struck if blows else (),
             workers,
             routers,
             rng.randint(0, 1) if drafters is None else drafters,
             rng.choice((32, 64, 256)),
-            rng.choice((48, 96, 512)),
+            kv_blocks,
         )
 
 
-def _ask(rng: random.Random, number: int, shared: list[int]) -> Ask:
+def _faults(rng: random.Random, loss: bool) -> Faults:
+    delay_s = rng.choice((0.001, 0.01, 0.05))
+    common = Faults(
+        delay_s=(0.0002, delay_s),
+        loss=rng.choice((0.0, 0.002, 0.01, 0.03)) if loss else 0.0,
+        duplication=rng.choice((0.0, 0.02)),
+        reordering=rng.choice((0.0, 0.02)),
+        reorder_s=(0.0, 0.05),
+    )
+    # one kind of message that takes its time: beyond the wait for an acceptance, up to what counts as silence
+    pattern, most_s = rng.choice(SLOW)
+    if not pattern or not loss:
+        return common
+    return replace(common, overrides=((f"mill.v1.{pattern}", replace(common, delay_s=(0.0, most_s))),))
+
+
+def _blow(rng: random.Random, who: str) -> Blow:
+    drains = who[:6] in ("worker", "router", "drafte") and rng.random() < 0.35
+    return Blow(rng.uniform(1.5, 8.0), who, rng.uniform(0.05, 3.0), rng.choice((0.0, 0.3, 2.0)) if drains else None)
+
+
+def _ask(rng: random.Random, number: int, shared: list[int], room_tokens: int) -> Ask:
     own = [rng.randrange(64, VOCABULARY) for _ in range(rng.randint(1, 60))]
     prompt = (shared if rng.random() < 0.6 else []) + own
     if rng.random() < 0.3:
         prompt += prompt[-20:] * 2  # something for drafters to find
+    hangs_up = rng.random() < 0.15
+    # who hangs up asked for much: what runs on is seen
+    max_tokens = 600 if hangs_up else rng.randint(1, 80)
     return Ask(
         number,
         rng.uniform(1.2, 6.0),
         tuple(prompt),
-        rng.randint(1, 80),
+        min(max_tokens, room_tokens - len(prompt)),
         Sampling(temperature=rng.choice((0.0, 0.8)), seed=rng.getrandbits(64)),
-        tuple(rng.randrange(64, 576) for _ in range(rng.choice((0, 0, 8)))),
-        rng.randint(1, 30) if rng.random() < 0.15 else 0,
+        () if hangs_up else tuple(rng.randrange(64, 576) for _ in range(rng.choice((0, 0, 8)))),
+        rng.randint(1, 30) if hangs_up else 0,
+        rng.choice(("red", "red", "blue")),
     )
 
 
@@ -156,6 +216,14 @@ class Told:
     ends: list[Finished | MillError] = field(default_factory=list)
     attempts: int = 0
     hung_up: bool = False
+    stream: Stream | None = None
+    lives: int = 0  # of its gateway: each starts the answer anew
+    longest_pause_s: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def request_id(self) -> str:
+        return f"ask-{self.ask.number}-{self.lives}"
 
 
 @dataclass
@@ -169,6 +237,7 @@ class History:
     lost_messages: int = 0
     handler_errors: int = 0
     accepted_drafts: int = 0
+    complaints: list[str] = field(default_factory=list)  # of the witness, and of those who looked inside afterwards
 
     @property
     def refused(self) -> int:
@@ -213,6 +282,14 @@ def _violations(history: History) -> Iterator[str]:
         left = (status.running, status.waiting, status.blocks_used, status.queued_tokens)
         if any(left):
             yield f"seed {history.schedule.seed}: law 9: {name} still holds {left} (running, waiting, blocks, tokens)"
+    for told in history.told:
+        if told.longest_pause_s > history.schedule.longest_pause_s:
+            yield (
+                f"seed {history.schedule.seed}, request {told.ask.number}: nothing came for "
+                f"{told.longest_pause_s:.1f} s, which no fault explains"
+            )
+    for complaint in history.complaints:
+        yield f"seed {history.schedule.seed}: {complaint}"
     if history.handler_errors:
         yield f"seed {history.schedule.seed}: {history.handler_errors} handlers raised"
 
@@ -224,11 +301,12 @@ def _first_difference(tokens: list[int], truth: tuple[int, ...]) -> int:
 @cache
 def expected(ask: Ask) -> tuple[int, ...]:
     """The stream as a decoder gives it that does nothing else: one token at a time, no cache, no drafts."""
-    from tests.laws.plain import plain_stream
+    return mock_stream(_mock(), ask.prompt, ask.sampling, ask.max_tokens, ask.stop_token_ids)
 
-    return plain_stream(
-        MockDecoder(blocks=64, vocabulary_size=VOCABULARY), ask.prompt, ask.sampling, ask.max_tokens, ask.stop_token_ids
-    )
+
+@cache
+def _mock() -> MockDecoder:
+    return MockDecoder(blocks=64, vocabulary_size=VOCABULARY)
 
 
 class _Mesh:
@@ -240,52 +318,172 @@ class _Mesh:
         self.broker = MemoryBroker(None, seed=schedule.seed)
         self.told = [Told(ask) for ask in schedule.asks]
         self.statuses: dict[str, WorkerStatus] = {}
+        self.gateway: Gateway | None = None
+        self.routers: dict[str, router.service.Router] = {}
+        self.drafters: dict[str, drafter.service.Drafter] = {}
+        self.workers: dict[str, worker.service.Worker] = {}
+        self.complaints: list[str] = []
+        self.witness = Witness(
+            schedule.patience_s,
+            not any(blow.who == "broker" for blow in schedule.blows),
+            lambda request: expected(self._ask_of(request)),
+            self._delivered,
+        )
         self._alive: dict[str, tuple[MemoryBus, asyncio.Task[None]]] = {}
+        self._gateway_changed = asyncio.Condition()
 
     async def play(self) -> History:
         schedule = self.schedule
-        watcher = MemoryBus(self.broker)
-        await watcher.subscribe(subjects.ALL_STATUS, self._see)
-        for kind, count in (("router", schedule.routers), ("drafter", schedule.drafters), ("worker", schedule.workers)):
-            for i in range(count):
-                self._start(f"{kind}-{i + 1}")
-        settings = GatewaySettings(id="gateway-1", model_name=MODEL, max_attempts=8)
-        gateway = Gateway(MemoryBus(self.broker), settings, self.clock, None)
-        async with gateway.running():
+        with self._watched():
+            await MemoryBus(self.broker).subscribe(subjects.ALL_STATUS, self._see)
+            for kind, count in (
+                ("router", schedule.routers),
+                ("drafter", schedule.drafters),
+                ("worker", schedule.workers),
+            ):
+                for i in range(count):
+                    self._start(f"{kind}-{i + 1}", 0.0)
+            self._start("gateway", 0.0)
             await asyncio.sleep(1.0)  # everyone has heard everyone
             self.broker.faults = schedule.faults
             async with asyncio.TaskGroup() as group:
                 for told in self.told:
-                    group.create_task(self._client(gateway, told))
+                    group.create_task(self._client(told))
                 for blow in schedule.blows:
                     group.create_task(self._strike(blow))
             self.broker.faults = None
-            await asyncio.sleep(QUIET_S)
+            gateway_died = any(blow.who == "gateway" for blow in schedule.blows)
+            await asyncio.sleep(GATEWAY_QUIET_S if gateway_died else QUIET_S)
+            await asyncio.sleep(0.0137)  # off the beat
+            self._look_inside()
             history = History(
                 schedule,
                 self.told,
                 dict(self.statuses),
-                sum(told.attempts - 1 for told in self.told),
+                sum(told.attempts - 1 for told in self.told if told.attempts),
                 self.broker.lost,
                 self.broker.handler_errors,
                 sum(status.accepted_draft_tokens_total for status in self.statuses.values()),
+                [*self.witness.complaints, *self.complaints],
             )
-        for name in list(self._alive):
-            await self._kill(name)
+            for name in list(self._alive):
+                await self._kill(name)
         return history
+
+    # --- what is seen
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Every message passes the witness, every service is known by its name."""
+        send = self.broker._send
+
+        def seen(sender: Any, delivery: Any, unheard: Any) -> None:
+            self.witness.see(delivery.subject, delivery.data, self.clock.now())
+            send(sender, delivery, unheard)
+
+        self.broker._send = seen  # type: ignore[method-assign]
+        with contextlib.ExitStack() as stack:
+            for module, name, found in (
+                (router.service, "Router", self.routers),
+                (drafter.service, "Drafter", self.drafters),
+                (worker.service, "Worker", self.workers),
+            ):
+                stack.enter_context(mock.patch.object(module, name, _noting(getattr(module, name), found)))
+            yield
 
     def _see(self, delivery: Any) -> None:
         status = decode(delivery.data, Status)  # type: ignore[arg-type]
         if isinstance(status, WorkerStatus):
             self.statuses[status.id] = status
 
-    def _start(self, name: str) -> None:
+    def _ask_of(self, request_id: str) -> Ask:
+        return self.schedule.asks[int(request_id.split("-")[1])]
+
+    def _delivered(self, request_id: str) -> int:
+        """Tokens that the stream has given to its client, fetched or not."""
+        stream = self.told[int(request_id.split("-")[1])].stream
+        return len(stream.state.delivered) if stream is not None else 0
+
+    def _look_inside(self) -> None:
+        """After the quiet: nothing is left of any stream, and routers know what workers hold."""
+        for name, (_, task) in self._alive.items():
+            if task.done():
+                self.complaints.append(f"{name} is dead: {task.exception()!r}")
+        self.complaints += self._left_over()
+        named = {name: set(self.workers[name]._pool.names()) for name in self._alive if name.startswith("worker")}
+        for name in (name for name in self._alive if name.startswith("router")):
+            index = self.routers[name].view.index
+            for held_by, names in named.items():
+                if index.blocks(held_by) != names:
+                    thought = index.blocks(held_by)
+                    self.complaints.append(
+                        f"{name} is wrong about {held_by}: {len(thought - names)} blocks too many, "
+                        f"{len(names - thought)} too few"
+                    )
+        allowed = {block for ask in self.schedule.asks for block in _blocks_of(ask)}
+        for name, names in named.items():
+            if names - allowed:
+                self.complaints.append(f"{name} names {len(names - allowed)} blocks that no stream of any tenant has")
+
+    def _left_over(self) -> Iterator[str]:
+        """What should be nothing and is something."""
+        assert self.gateway is not None
+        streams = self.gateway.streams
+        left = {"gateway": {"streams": len(streams), "outbox": streams.outbox.qsize(), "awake": streams.some.is_set()}}
+        for name, found in self.drafters.items():
+            if name in self._alive:
+                left[name] = {
+                    "contexts": len(found.contexts),
+                    "tokens": found.contexts.tokens,
+                    "inbox": found._inbox.qsize(),
+                }
+        for name, service in self.workers.items():
+            if name in self._alive:
+                scheduler, engine = service._scheduler, service._engine
+                left[name] = {
+                    "live": len(scheduler._live),
+                    "waiting": len(scheduler.waiting),
+                    "slots": service._settings.max_running - len(scheduler._slots),
+                    "blocks": scheduler.pool.blocks - scheduler.pool.available,
+                    "drafts": len(scheduler.drafts._streams),
+                    "inbox": len(engine._inbox),
+                    "unsaid": len(engine._kept) + len(service._turned_away),
+                    "open at its drafter": len(service._following._open),
+                    "failed steps": engine.failed_steps,
+                    "repairs": engine.repairs + scheduler.audit().repairs,
+                }
+                if not self.witness._always_connected:
+                    continue
+                sent = self.witness.tokens.get((name, service._outbox.epoch), 0)
+                left[name]["uncounted tokens"] = engine.rate.total - sent
+        for name, router_found in self.routers.items():
+            if name in self._alive:
+                left[name] = {"parked": len(router_found._parked), "outgoing": router_found._outgoing.qsize()}
+        for name, things in left.items():
+            if any(things.values()):
+                yield f"law 9: {name} still has {({what: much for what, much in things.items() if much})}"
+
+    # --- services
+
+    def _start(self, name: str, drain_s: float) -> None:
         kind = name.split("-")[0]
         bus = MemoryBus(self.broker)
-        task = asyncio.create_task(SERVE[kind](bus, self._settings(name), self.clock), name=name)
-        self._alive[name] = bus, task
+        if kind == "gateway":
+            run = self._serve_gateway(bus)
+        else:
+            run = SERVE[kind](bus, self._settings(name, drain_s), self.clock)
+        self._alive[name] = bus, asyncio.create_task(run, name=name)
 
-    def _settings(self, name: str) -> Any:
+    async def _serve_gateway(self, bus: MemoryBus) -> None:
+        settings = GatewaySettings(id="gateway-1", model_name=MODEL, max_attempts=MAX_ATTEMPTS)
+        gateway = Gateway(bus, settings, self.clock, None)
+        async with gateway.running():
+            self.gateway = gateway
+            async with self._gateway_changed:
+                self._gateway_changed.notify_all()
+            await asyncio.get_running_loop().create_future()
+
+    def _settings(self, name: str, drain_s: float) -> Any:
         kind = name.split("-")[0]
         if kind == "router":
             return RouterSettings(id=name)
@@ -299,7 +497,7 @@ class _Mesh:
             kv_blocks=self.schedule.kv_blocks,
             step_tokens=self.schedule.step_tokens,
             max_running=16,
-            drain_s=0.0,
+            drain_s=drain_s,
             mock_step_s=0.02,
             mock_row_s=0.0002,
             mock_token_s=0.0002,
@@ -309,26 +507,58 @@ class _Mesh:
         bus, task = self._alive.pop(name)
         bus.crash()  # from here on nothing it does is heard
         task.cancel()
+        if name == "gateway" and (dead := self.gateway) is not None:
+            self.gateway = None
+            for told in self.told:
+                if told.stream is not None and not told.ends and not told.hung_up:
+                    self.witness.unwanted(told.request_id, self.clock.now())
+                    told.stream.changed.set()
+            dead.draining = True
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
+
+    async def _ask_to_leave(self, name: str) -> None:
+        bus, task = self._alive.pop(name)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await bus.close()
 
     async def _strike(self, blow: Blow) -> None:
         await asyncio.sleep(blow.at_s)
         if blow.who == "broker":
-            self.broker.stop()
-            await asyncio.sleep(blow.for_s)
-            self.broker.start()
+            if self.broker.running:
+                self.broker.stop()
+                await asyncio.sleep(blow.for_s)
+                self.broker.start()
         elif blow.who in self._alive:
-            await self._kill(blow.who)
+            if blow.drain_s is None:
+                await self._kill(blow.who)
+            else:
+                await self._ask_to_leave(blow.who)
             await asyncio.sleep(blow.for_s)
-            self._start(blow.who)
+            self._start(blow.who, max((other.drain_s or 0.0) for other in self.schedule.blows))
 
-    async def _client(self, gateway: Gateway, told: Told) -> None:
+    # --- clients
+
+    async def _client(self, told: Told) -> None:
+        """Ask, and ask again when the gateway is gone."""
+        await asyncio.sleep(told.ask.at_s)
+        while not (told.ends or told.hung_up):
+            async with self._gateway_changed:
+                await self._gateway_changed.wait_for(lambda: self.gateway is not None)
+            assert self.gateway is not None
+            await self._listen(self.gateway, told)
+
+    async def _listen(self, gateway: Gateway, told: Told) -> None:
         ask = told.ask
-        await asyncio.sleep(ask.at_s)
         changed = asyncio.Event()
+        told.lives += 1
+        told.tokens.clear()
+        told.stream = None
+        salt = SALTS[ask.tenant]
         request = Generate(
-            request_id=f"ask-{ask.number}",
+            request_id=told.request_id,
             attempt=1,
             gateway="gateway-1",
             model=MODEL,
@@ -336,25 +566,45 @@ class _Mesh:
             max_tokens=ask.max_tokens,
             deadline=self.clock.wall() + 300.0,
             sampling=ask.sampling,
-            cache_salt=SALT,
-            block_hashes=join_hashes(hash_chain(ask.prompt, SALT)),
+            tenant=ask.tenant,
+            cache_salt=salt,
+            block_hashes=join_hashes(hash_chain(ask.prompt, salt)),
             stop_token_ids=ask.stop_token_ids,
         )
-        stream = gateway.streams.open(request, {}, changed, self.clock.now() + 300.0)
-        await _until(changed, lambda: self._take(gateway, stream, told))
+        heard_s = self.clock.now()
+        told.stream = gateway.streams.open(request, {}, changed, heard_s + 300.0)
+        while self.gateway is gateway:
+            if taken := told.stream.take():
+                told.longest_pause_s = max(told.longest_pause_s, self.clock.now() - heard_s)
+                heard_s = self.clock.now()
+                told.tokens += taken
+            told.attempts = told.stream.submitted
+            if told.stream.ended is not None:
+                told.longest_pause_s = max(told.longest_pause_s, self.clock.now() - heard_s)
+                told.ended_s = self.clock.now()
+                told.ends.append(told.stream.ended)
+                return
+            if ask.hang_up_after and len(told.tokens) >= ask.hang_up_after:
+                told.hung_up = True
+                gateway.streams.cancel(told.stream)
+                self.witness.unwanted(request.request_id, self.clock.now())
+                return
+            await changed.wait()
+            changed.clear()
 
-    def _take(self, gateway: Gateway, stream: Stream, told: Told) -> bool:
-        told.tokens += stream.take()
-        told.attempts = stream.submitted
-        if stream.ended is not None:
-            told.ends.append(stream.ended)
-        elif told.ask.hang_up_after and len(told.tokens) >= told.ask.hang_up_after:
-            told.hung_up = True
-            gateway.streams.cancel(stream)
-        return stream.ended is not None or told.hung_up
+
+def _noting(kind: Any, found: dict[str, Any]) -> Any:
+    """`kind`, which notes the newest of each name."""
+
+    class Noted(kind):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            found[self.name if hasattr(self, "name") else self.id] = self
+
+    return Noted
 
 
-async def _until(changed: asyncio.Event, done: Callable[[], bool]) -> None:
-    while not done():
-        await changed.wait()
-        changed.clear()
+@cache
+def _blocks_of(ask: Ask) -> tuple[bytes, ...]:
+    """All blocks that the stream of `ask` may fill."""
+    return tuple(hash_chain([*ask.prompt, *expected(ask)], SALTS[ask.tenant]))

@@ -1,4 +1,4 @@
-"""Laws 1, 2, 4, 5 and 6 over seeded schedules of delay, loss, duplication, reordering and crashes of any service.
+"""Laws 1, 2, 4, 5, 6, 9 and 10 over seeded schedules of delay, loss, duplication, reordering and crashes of any service.
 
 `make simulate SEEDS=1000` plays more of them. A seed that breaks a law stays here under its own name.
 """
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.laws.simulation import Schedule, run, violations
+from tests.laws.plain import mock_stream, plain_stream
+from tests.laws.simulation import VOCABULARY, Schedule, run, violations
+from worker.mock_decoder import MockDecoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,13 @@ def test_drafters_change_no_token(seed: int) -> None:
 
 def test_drafts_are_accepted_somewhere_or_the_law_about_them_is_empty() -> None:
     assert sum(run(Schedule.draw(seed, blows=False, loss=False, drafters=1)).accepted_drafts for seed in range(4)) > 20
+
+
+def test_the_truth_that_streams_are_held_to_is_what_the_simplest_loop_gives() -> None:
+    decoder = MockDecoder(blocks=64, vocabulary_size=VOCABULARY)
+    for ask in Schedule.draw(3).asks:
+        how = ask.prompt, ask.sampling, min(ask.max_tokens, 60), ask.stop_token_ids
+        assert mock_stream(decoder, *how) == plain_stream(decoder, *how)
 
 
 def test_the_same_seed_is_the_same_history() -> None:

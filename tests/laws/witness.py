@@ -1,0 +1,157 @@
+"""Who reads every message as it leaves, and notes what no service may ever say.
+
+Delay, loss and doubling happen behind this point, so each message is seen once and in the order it was sent. What a
+service says while its broker is gone is not seen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shared import subjects
+from shared.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    Generate,
+    Reply,
+    StepReplies,
+    Tokens,
+    decode,
+)
+from shared.tokens import unpack
+
+GENERATE = f"{subjects.PREFIX}.generate."
+REPLIES = f"{subjects.PREFIX}.replies."
+WORKER = f"{subjects.PREFIX}.worker."
+
+
+@dataclass
+class Said:
+    """What one worker, in one life, said of one attempt."""
+
+    next_index: int
+    ended: bool = False
+    accepted: bool = False
+
+
+@dataclass
+class Asked:
+    """What gateways said of one request."""
+
+    first: Generate
+    latest: Generate | None = None
+    attempt: int = 0
+    starts: dict[int, int] = field(default_factory=dict)  # attempt -> tokens that stood before it
+    unwanted_s: dict[int, float] = field(default_factory=dict)  # attempt -> since when nobody wants it
+    gone_s: float | None = None  # since when nobody wants any of it
+
+
+class Witness:
+    """`complaints` are the laws broken on the wire. `patience_s`: how long work nobody wants may go on."""
+
+    def __init__(self, patience_s: float, always_connected: bool, truth: Callable[[str], tuple[int, ...]],
+                 delivered: Callable[[str], int]) -> None:
+        self.complaints: list[str] = []
+        self.placements: dict[tuple[str, int], int] = {}
+        self.tokens: dict[tuple[str, int], int] = {}  # (worker, epoch) -> tokens it sent
+        self._patience_s = patience_s
+        self._always_connected = always_connected
+        self._truth = truth
+        self._delivered = delivered
+        self._asked: dict[str, Asked] = {}
+        self._said: dict[tuple[str, int, str, int], Said] = {}
+        self._seqs: dict[tuple[str, int, str], int] = {}
+
+    def unwanted(self, request_id: str, now_s: float) -> None:
+        """The client hung up, or its gateway died."""
+        if request_id in self._asked:
+            self._asked[request_id].gone_s = now_s
+
+    def see(self, subject: str, data: bytes, now_s: float) -> None:
+        """One message, as it leaves."""
+        if subject.startswith(GENERATE):
+            self._submitted(decode(data, Generate), now_s)
+        elif subject.startswith(REPLIES):
+            self._replied(decode(data, StepReplies), subject, now_s)
+        elif subject.startswith(WORKER) and subject.endswith(".generate"):
+            request = decode(data, Generate)
+            key = request.request_id, request.attempt
+            self.placements[key] = self.placements.get(key, 0) + 1
+        elif subject.startswith(WORKER) and subject.endswith(".cancel"):
+            cancel = decode(data, Cancel)
+            asked = self._asked.get(cancel.request_id)
+            if asked is None or cancel.attempt not in asked.starts:
+                self.complain(f"{cancel.request_id}/{cancel.attempt} is cancelled and was never asked for")
+
+    def complain(self, what: str) -> None:
+        self.complaints.append(what)
+
+    def _submitted(self, request: Generate, now_s: float) -> None:
+        name = f"{request.request_id}/{request.attempt}"
+        asked = self._asked.setdefault(request.request_id, Asked(request))
+        if request == asked.latest:
+            return  # what nobody heard is said again
+        if request.attempt <= asked.attempt:
+            self.complain(f"{name}: the attempt is used twice")
+        generated = tuple(unpack(request.generated))
+        if generated != self._truth(request.request_id)[:len(generated)]:
+            self.complain(f"{name}: resubmitted behind tokens that are not the stream's")
+        if len(generated) != self._delivered(request.request_id):
+            self.complain(f"{name}: resubmitted behind {len(generated)} tokens, the client has "
+                          f"{self._delivered(request.request_id)}")
+        if (request.tokens, request.sampling, request.deadline, request.tenant) != (
+                asked.first.tokens, asked.first.sampling, asked.first.deadline, asked.first.tenant):
+            self.complain(f"{name}: another request than before")
+        asked.unwanted_s |= {attempt: now_s for attempt in asked.starts if attempt not in asked.unwanted_s}
+        asked.attempt, asked.latest = request.attempt, request
+        asked.starts[request.attempt] = len(generated)
+
+    def _replied(self, message: StepReplies, subject: str, now_s: float) -> None:
+        key = message.sender, message.epoch, subject
+        if message.seq <= self._seqs.get(key, 0):
+            self.complain(f"{message.sender}: number {message.seq} comes after {self._seqs[key]}")
+        if self._always_connected and message.seq != self._seqs.get(key, 0) + 1:
+            self.complain(f"{message.sender}: number {message.seq} left out what stands before it")
+        self._seqs[key] = message.seq
+        for reply in message.replies:
+            self._heard(message, reply, now_s)
+
+    def _heard(self, message: StepReplies, reply: Reply, now_s: float) -> None:
+        name = f"{message.sender} on {reply.request_id}/{reply.attempt}"
+        asked = self._asked.get(reply.request_id)
+        if asked is None or reply.attempt not in asked.starts:
+            self.complain(f"{name}: nobody asked for that")
+            return
+        key = message.sender, message.epoch, reply.request_id, reply.attempt
+        said = self._said.setdefault(key, Said(asked.starts[reply.attempt]))
+        if said.ended:
+            self.complain(f"{name}: {type(reply).__name__} behind its last word")
+        match reply:
+            case Accepted():
+                said.accepted = True
+            case Tokens(index=index):
+                self._spoke(name, said, asked, reply, index, now_s)
+                self.tokens[key[:2]] = self.tokens.get(key[:2], 0) + len(reply.tokens) // 4
+            case Finished():
+                said.ended = True
+                if self._always_connected and reply.reason != "cancelled" \
+                        and reply.completion_tokens != said.next_index:
+                    self.complain(f"{name}: finished with {reply.completion_tokens} tokens, sent {said.next_index}")
+            case Failed():
+                said.ended = True
+
+    def _spoke(self, name: str, said: Said, asked: Asked, reply: Tokens, index: int, now_s: float) -> None:
+        tokens = tuple(unpack(reply.tokens))
+        if not said.accepted and self._always_connected:
+            self.complain(f"{name}: tokens before it was accepted")
+        if index < said.next_index or (index != said.next_index and self._always_connected):
+            self.complain(f"{name}: token {index} where {said.next_index} was due")
+        if not tokens or tokens != self._truth(reply.request_id)[index:index + len(tokens)]:
+            self.complain(f"{name}: law 1: token {index} is not the stream's")
+        said.next_index = index + len(tokens)
+        since_s = asked.unwanted_s.get(reply.attempt)
+        gone_s = asked.gone_s if since_s is None else min(since_s, asked.gone_s or since_s)
+        if gone_s is not None and now_s - gone_s > self._patience_s:
+            self.complain(f"{name}: still at work {now_s - gone_s:.1f} s after nobody wanted it")
+            asked.gone_s = asked.unwanted_s[reply.attempt] = now_s  # once is enough
