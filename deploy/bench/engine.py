@@ -149,7 +149,7 @@ async def _in_process(workload: Workload, engine: str, speculation: bool) -> dic
             service.result()
     client = _Client(MemoryBus(memory), clock)
     await client.listen()
-    await client.run([_prompt(tokenizer, workload, -1)], 1)  # the first token of a cold process
+    await client.run([_prompt(tokenizer, WORKLOADS["W1"], -1)], 1)  # the first token of a cold process
     cold_start_s = time.perf_counter() - BORN
     seen = await client.run([_prompt(tokenizer, workload, i) for i in range(workload.requests)], workload.out_tokens)
     for service in services:
