@@ -19,6 +19,9 @@ $(BIN)/.installed: pyproject.toml
 	@echo "installing into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.*'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		{ echo "no C++ compiler here: taking the one in the PyPI package ziglang"; \
+		  $(BIN)/python -m pip install --quiet --disable-pip-version-check ziglang; }
 	@touch $@
 
 install: $(BIN)/.installed   ## make the virtual environment
