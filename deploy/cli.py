@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
@@ -112,26 +112,23 @@ def _pull(ref: str) -> Path:
     """Pull with a progress bar; a failure is one sentence and exit code 1."""
     from deploy import pull as pulling
 
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=console,
-        transient=True,
-    ) as progress:
-        tasks: dict[str, int] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, TaskID] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(f"{ref}: {what}", total=total or None)
-            progress.update(tasks[what], completed=done)  # type: ignore[arg-type]
+    def report(what: str, done: int, total: int) -> None:
+        progress.start()  # only now: where nothing is to be fetched nothing is drawn
+        if what not in tasks:
+            tasks[what] = progress.add_task(f"{ref}: {what}", total=total or None)
+        progress.update(tasks[what], completed=done)
 
-        try:
-            return pulling.pull(ref, report)
-        except pulling.PullFailed as error:
-            reason = str(error)
+    try:
+        return pulling.pull(ref, report)
+    except pulling.PullFailed as error:
+        reason = str(error)
+    finally:
+        if tasks:
+            progress.stop()
     _leave(reason)
 
 

@@ -62,11 +62,6 @@ class Board:
             self.heard[status.id] = (time.monotonic(), status)
             self._news.set()
 
-    @property
-    def active(self) -> int:
-        """Streams under way in all gateways."""
-        return sum(status.active for _, status in self.heard.values() if isinstance(status, GatewayStatus))
-
     async def drafter_of(self, worker: str, within_s: float = 2.0) -> str:
         """The drafter that `worker` follows, as its next status says; empty when it follows none."""
         with contextlib.suppress(TimeoutError):

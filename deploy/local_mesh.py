@@ -29,7 +29,7 @@ from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Se
 
 READY_WITHIN_S = 180.0  # a first start may load for long; children that die again and again end the wait at once
 KEEP_TRYING = 3
-CONNECT_WITHIN_S = 5.0
+CONNECT_WITHIN_S = 3.0
 
 Waiting = Callable[[str], None]
 

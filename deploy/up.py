@@ -67,7 +67,7 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
             if not stop.is_set():
                 _print_curl(options.url, name, console)
                 await _keep(mesh, board, console, stop)
-        await _drain(mesh, board, console, stop)
+        await _drain(mesh, console, stop)
     except BaseException:
         await _give_up(mesh)
         raise
@@ -146,10 +146,9 @@ async def _show_table(mesh: Mesh, board: Board, console: Console, stop: asyncio.
                 await asyncio.wait_for(stop.wait(), DRAW_S)
 
 
-async def _drain(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:
+async def _drain(mesh: Mesh, console: Console, stop: asyncio.Event) -> None:
     """Let what runs end; a second signal ends it now."""
-    streams = f"{board.active} running, " if board.active else ""
-    _print(console, Text(f"draining ... ({streams}Ctrl-C again stops at once)"))
+    _print(console, Text("draining ... (Ctrl-C again stops at once)"))
     stop.clear()
     down = asyncio.create_task(mesh.stop())
     again = asyncio.create_task(stop.wait())

@@ -48,6 +48,42 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_its_time(tmp_path: P
     assert any("was killed" in line for line in said)
 
 
+async def test_a_child_that_cannot_be_started_is_tried_again_and_the_terminal_says_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    supervisor, child = Supervisor(said.append), Child("one", [str(tmp_path / "missing")], tmp_path / "one.log")
+    supervisor.start(child)
+    async with asyncio.timeout(20):
+        while child.restarts < 2:
+            await asyncio.sleep(0.01)
+    assert "one could not be started (No such file or directory); starting it again in 0.25 s" in said[0]
+    assert "starting it again in 0.5 s" in said[1]
+    await supervisor.stop([child])
+    assert child.state == "stopped"
+
+
+async def test_a_child_stopped_while_it_is_born_does_not_live(tmp_path: Path) -> None:
+    supervisor, child = Supervisor(lambda line: None), _child(tmp_path, STUBBORN)
+    supervisor.start(child)
+    await supervisor.stop([child])
+    assert child.process is None or child.process.returncode is not None
+
+
+async def test_a_child_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {STUBBORN!r}])\n"
+        "print('up', p.pid, flush=True); time.sleep(60)"
+    )
+    supervisor, child = Supervisor(lambda line: None), _child(tmp_path, code)
+    supervisor.start(child)
+    await _until_up(child, times=2)
+    grandchild = next(int(word) for word in child.log.read_text().split() if word.isdigit())
+    supervisor.kill()
+    await supervisor.stop([child])
+    async with asyncio.timeout(20):
+        while _state(grandchild) != "Z":
+            await asyncio.sleep(0.01)
+
+
 async def test_children_end_when_their_supervisor_is_killed(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time\n"

@@ -1,0 +1,108 @@
+"""What a local mesh consists of, and each way it can fail to start as one sentence."""
+
+import errno
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy import broker, local_mesh
+from deploy.local_mesh import LocalMesh, Options, UpFailed, check_ports, plan
+from shared.settings import GatewaySettings, WorkerSettings
+from tests.models import default_folder
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(model=default_folder(), data=tmp_path / "data", port=broker.free_port(), engine="mock", drain_s=1.0)
+
+
+def test_a_plan_names_every_process_and_gives_gateways_ports_in_a_row(options: Options) -> None:
+    services = plan(replace(options, gateways=2, workers=2, drafters=0), "nats://127.0.0.1:1")
+    assert [settings.id for group in services.values() for settings in group] == [
+        "router-1", "worker-1", "worker-2", "gateway-1", "gateway-2"]
+    ports = [settings.port for settings in services["gateway"] if isinstance(settings, GatewaySettings)]
+    assert ports == [options.port, options.port + 1]
+
+
+def test_workers_share_the_cores_and_speculate_only_with_drafters(options: Options) -> None:
+    def workers(count: int, drafters: int) -> list[WorkerSettings]:
+        made = plan(replace(options, workers=count, drafters=drafters), "")["worker"]
+        return [settings for settings in made if isinstance(settings, WorkerSettings)]
+
+    [alone] = workers(1, 1)
+    assert alone.speculation
+    assert alone.threads == len(os.sched_getaffinity(0))
+    assert {(worker.threads, worker.speculation) for worker in workers(99, 0)} == {(1, False)}
+
+
+def test_two_meshes_on_one_broker_never_share_an_id(options: Options) -> None:
+    shared = replace(options, nats="nats://127.0.0.1:1")
+    one, two = ({settings.id for group in plan(shared, shared.nats).values() for settings in group} for _ in range(2))
+    assert not one & two
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80"),
+     ("10.0.0.7", "http://10.0.0.7:80")])
+def test_the_url_is_one_a_client_on_this_machine_can_use(options: Options, host: str, url: str) -> None:
+    assert replace(options, host=host, port=80).url == url
+
+
+def test_the_port_of_any_gateway_may_be_the_one_in_use(options: Options) -> None:
+    with socket.create_server(("127.0.0.1", options.port)), pytest.raises(UpFailed, match=f"port {options.port} on"):
+        check_ports(replace(options, port=options.port - 1, gateways=2))
+
+
+def test_a_port_beyond_the_last_is_said(options: Options) -> None:
+    with pytest.raises(UpFailed, match="there is no port 65536: choose a lower one with --port"):
+        check_ports(replace(options, port=65535, gateways=2))
+
+
+def test_an_address_of_another_machine_is_said(options: Options) -> None:
+    with pytest.raises(UpFailed, match=r"cannot listen on 192.0.2.1 .* choose an address of its own with --host"):
+        check_ports(replace(options, host="192.0.2.1"))
+
+
+async def test_a_full_disk_is_one_sentence(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(local_mesh, "claim", full)
+    with pytest.raises(UpFailed, match=r"the disk of .* is full: free some space, or choose a folder elsewhere"):
+        async with LocalMesh(options):
+            pass
+
+
+async def test_a_folder_is_free_again_once_its_mesh_has_stopped(options: Options) -> None:
+    async with LocalMesh(replace(options, workers=0, drafters=0)):
+        with pytest.raises(UpFailed, match=f"another mesh .process {os.getpid()}. uses"):
+            async with LocalMesh(replace(options, port=broker.free_port())):
+                pass
+    async with LocalMesh(replace(options, workers=0, drafters=0)):
+        pass
+
+
+async def test_a_service_that_dies_again_and_again_ends_the_wait_with_its_last_words(options: Options) -> None:
+    said: list[str] = []
+    mesh = LocalMesh(replace(options, engine="steam"), said.append)
+    async with mesh:
+        with pytest.raises(UpFailed, match=r"worker-1 does not start; the end of .*worker-1.log:\n(.|\n)*steam"):
+            await mesh.until_ready()
+    assert len(said) == local_mesh.KEEP_TRYING
+    assert [line for line in said if "worker-1 ended with exit code 1; starting it again in" in line] == said
+    assert all(child.pid is None for child in mesh.children)
+
+
+def test_a_free_port_is_none_that_outgoing_connections_are_given() -> None:
+    assert broker.free_port() in broker.PORTS
+
+
+def test_a_folder_with_any_name_can_hold_the_broker(tmp_path: Path) -> None:
+    data = tmp_path / 'a "quoted" näme'
+    config = Path(broker.command(4222, data)[2])
+    assert f'store_dir: "{tmp_path}/a \\"quoted\\" näme/nats"' in config.read_text()
+    assert "listen: 127.0.0.1:4222" in config.read_text()
