@@ -1,7 +1,7 @@
 """The whole mesh in one process and one event loop, on the memory bus: no NATS, same code.
 
-Every service is its own `serve` coroutine with a bus connection of its own, exactly as when each is a process. Tests
-use `serve` under a virtual clock; `tokenmill up --all-in-one` uses `OneProcess` under the real one.
+Every service is its own `serve` coroutine with a bus connection of its own, exactly as when each is a process. `serve`
+runs them until cancelled; `OneProcess` is what `tokenmill up --all-in-one` starts, logs, shows and drains.
 """
 
 import asyncio

@@ -51,23 +51,26 @@ def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "default") -> 
 
 @app.command()
 def up(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="port of the first gateway; others follow")] = 8000,
-    host: Annotated[str, typer.Option(help="address the gateways listen on")] = "127.0.0.1",
-    workers: Annotated[int, typer.Option(help="how many", min=1)] = 1,
-    drafters: Annotated[int, typer.Option(help="how many", min=0)] = 1,
-    routers: Annotated[int, typer.Option(help="how many", min=1)] = 1,
-    gateways: Annotated[int, typer.Option(help="how many", min=1)] = 1,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "default",
-    engine: Annotated[str, typer.Option(help="auto, cpu, cuda, mock or reference (float32, slow)")] = "auto",
-    nats: Annotated[str, typer.Option(help="URL of an existing NATS; default: an embedded one")] = "",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="port of the first gateway")] = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="address the gateways listen on")] = "127.0.0.1",
+    workers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
+    drafters: Annotated[int, typer.Option(metavar="N", help="how many", min=0)] = 1,
+    routers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
+    gateways: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
+    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)] = "default",
+    engine: Annotated[str, typer.Option(metavar="ENGINE", help="auto, cpu, cuda, mock or reference (slow)")] = "auto",
+    nats: Annotated[str, typer.Option(metavar="URL", help="URL of an existing NATS; default: an embedded one")] = "",
     data: Annotated[
-        Path | None, typer.Option(help="folder for logs and the broker's store; default: one per port in your home")
+        Path | None,
+        typer.Option(metavar="DIR", help="folder for logs and the broker's store; default: one per port in your home"),
     ] = None,
     all_in_one: Annotated[bool, typer.Option("--all-in-one", help="one process, no NATS")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="leave out the first answer")] = False,
-    otlp: Annotated[str, typer.Option(help="OTLP/HTTP endpoint for traces, e.g. http://127.0.0.1:4318")] = "",
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
-    drain_s: Annotated[float, typer.Option(min=0.0, help="seconds running streams get at the end")] = 30.0,
+    otlp: Annotated[
+        str, typer.Option(metavar="URL", help="OTLP/HTTP endpoint for traces, e.g. http://127.0.0.1:4318")
+    ] = "",
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error")] = "info",
+    drain_s: Annotated[float, typer.Option(min=0.0, metavar="S", help="seconds running streams get at the end")] = 30.0,
 ) -> None:
     """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
     import uvloop

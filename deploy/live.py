@@ -63,12 +63,16 @@ class Board:
             self._news.set()
 
     async def drafter_of(self, worker: str, within_s: float = 2.0) -> str:
-        """The drafter that `worker` follows, as its next status says; empty when it follows none."""
+        """The drafter that `worker` follows, as soon as a status says so; empty when none did in time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while worker not in self.heard:
+                while not (drafter := self._drafter(worker)):
                     self._news.clear()
                     await self._news.wait()
+                return drafter
+        return ""
+
+    def _drafter(self, worker: str) -> str:
         _, status = self.heard.get(worker, (0.0, None))
         return status.drafter if isinstance(status, WorkerStatus) else ""
 

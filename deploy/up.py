@@ -63,7 +63,7 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 _print(console, Text.assemble(("ready", "green"), said))
             name = load_card(options.model).name
             if not stop.is_set() and not quiet:
-                await _unless(stop, _show_answer(options.url, name, board, console))
+                await _unless(stop, _show_answer(options, name, board, console))
             if not stop.is_set():
                 _print_curl(options.url, name, console)
                 await _keep(mesh, board, console, stop)
@@ -86,20 +86,22 @@ async def _listen(mesh: Mesh, board: Board, stack: contextlib.AsyncExitStack) ->
     await bus.subscribe(subjects.ALL_STATUS, board.take)
 
 
-async def _show_answer(url: str, model: str, board: Board, console: Console) -> None:
+async def _show_answer(options: Options, model: str, board: Board, console: Console) -> None:
     def show(text: str) -> None:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     _print(console, Text(f"\n{first_answer.QUESTION}", "bold"))
     try:
-        answer = await first_answer.ask(url, model, show)
+        answer = await first_answer.ask(options.url, model, show)
     except first_answer.AnswerFailed as error:
         _print(console, Text(f"the first answer failed: {error}", "red"))
         return
     worker = str(answer.mesh.get("worker", ""))
     # it may have ended before the drafter had anything to say
-    drafter = answer.mesh.get("drafter") or await board.drafter_of(worker)
-    _print(console, Text(f"\n{_told(answer, worker, str(drafter))}", "dim"))
+    drafter = str(answer.mesh.get("drafter", ""))
+    if not drafter and options.drafters:
+        drafter = await board.drafter_of(worker)
+    _print(console, Text(f"\n{_told(answer, worker, drafter)}", "dim"))
 
 
 def _told(answer: first_answer.Answer, worker: str, drafter: str) -> str:

@@ -1,5 +1,6 @@
 """The live table says what the statuses say, and of whom."""
 
+import asyncio
 import time
 from dataclasses import dataclass
 from io import StringIO
@@ -89,8 +90,12 @@ async def test_bytes_that_are_no_status_change_nothing() -> None:
 async def test_the_drafter_of_a_worker_is_known_from_its_status() -> None:
     board = _board(WorkerStatus("worker-1", 1, "m", drafter="drafter-2"), WorkerStatus("worker-2", 1, "m"))
     assert await board.drafter_of("worker-1") == "drafter-2"
-    assert await board.drafter_of("worker-2") == ""
-    assert await board.drafter_of("nobody", within_s=0.01) == ""
+    assert await board.drafter_of("worker-2", within_s=0.01) == ""
+    asking = asyncio.create_task(board.drafter_of("worker-2", within_s=60))
+    await asyncio.sleep(0)
+    later = WorkerStatus("worker-2", 1, "m", drafter="drafter-1")
+    board.take(Delivery("mill.v1.status", encode(later), {}))
+    assert await asking == "drafter-1"
 
 
 def test_no_line_is_wrapped_or_wider_than_the_terminal() -> None:
