@@ -10,9 +10,10 @@ Pure: no clock and no bus; `now_s` is monotonic seconds.
         |                             v
         +----- after a pause ----- waiting          (refusals and deaf meshes wait longer each time)
 
-What counts against `max_attempts`: attempts that were lost or failed, one after the other, without `PROGRESS_TOKENS`
-between them: a long stream may meet with more than a short one. What does not: publishes that nobody heard and refusals
-once tokens were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
+What counts against `max_attempts`: attempts that were lost or failed, one after the other, without progress between
+them: a long stream may meet with more than a short one. Progress is one token where only messages were lost, and
+`PROGRESS_TOKENS` where the worker failed. What does not count: publishes that nobody heard and refusals once tokens were
+delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
 """
 
 from typing import Literal
@@ -34,6 +35,7 @@ from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Reply,
 from shared.tokens import pack, unpack
 
 PROGRESS_TOKENS = 16
+_LOST_MESSAGES = ("gap", "lost_reply")
 _PAUSE_S = 0.1  # first pause before a publish is repeated; doubles each time
 _MAX_PAUSE_S = 2.0
 _RETRY_AFTER_S = 1.0
@@ -313,7 +315,8 @@ class StreamState:
         if self._deaths > self.limits.max_deaths or self._barren_deaths >= self.limits.max_barren_deaths:
             return [*actions, *self._fail(WorkerFailed(f"{self._deaths} workers died while serving this request: it is "
                                                        "not sent to another"))]
-        if len(self.delivered) - self._first_of_attempt >= PROGRESS_TOKENS:
+        progress = 1 if cause in _LOST_MESSAGES else PROGRESS_TOKENS
+        if len(self.delivered) - self._first_of_attempt >= progress:
             self._tries = 0
         if self._tries >= self.limits.max_attempts:
             return [*actions, *self._fail(self._used_up(cause))]

@@ -36,7 +36,7 @@ class Following:
         self._silence_s = silence_s
         self._heard: dict[str, tuple[DrafterStatus, float]] = {}
         self._open: set[Key] = set()
-        self._closing: tuple[str, list[Key]] | None = None
+        self._closing: list[tuple[str, list[Key]]] = []  # drafters that were left since the last step
         self._reopen = False
         self._seq = 0
 
@@ -58,8 +58,10 @@ class Following:
             return
         best = min(fitting.values(), default=None,
                    key=lambda status: (status.zone != self._zone, status.following, status.id))
-        if present is not None and present.id in self._heard and self._heard[present.id][0].epoch == present.epoch:
-            self._closing = (present.id, list(self._open))
+        heard = self._heard.get(present.id) if present is not None else None
+        # also to one that fell silent: it may live and only its heartbeats be lost
+        if present is not None and self._open and (heard is None or heard[0].epoch == present.epoch):
+            self._closing.append((present.id, list(self._open)))
         self.chosen = best
         self._open.clear()
         self._reopen = best is not None
@@ -73,7 +75,10 @@ class Following:
             self._reopen = False
             opening: list[Line] = [self._opening(sequence) for sequence in live
                        if sequence.admitted_at is not None and self._may_hear(sequence)]
-            return told + self._pack(self.chosen.id, opening)
+            # an epoch is also raised by a drafter that still knows the streams of before
+            over: list[Line] = [Close(event.sequence.key.request_id, event.sequence.key.attempt)
+                                for event in events if isinstance(event, Ended) and self._may_hear(event.sequence)]
+            return told + self._pack(self.chosen.id, over + opening)
         lines: list[Line] = []
         for event in events:
             match event:
@@ -100,11 +105,9 @@ class Following:
                     sequence.prompt_length, request.sampling, self._max_draft_tokens, sequence.traceparent)
 
     def _farewell(self) -> list[Outgoing]:
-        if self._closing is None:
-            return []
-        drafter, keys = self._closing
-        self._closing = None
-        return self._pack(drafter, [Close(key.request_id, key.attempt) for key in keys])
+        closing, self._closing = self._closing, []
+        return [message for drafter, keys in closing
+                for message in self._pack(drafter, [Close(key.request_id, key.attempt) for key in keys])]
 
     def _pack(self, drafter: str, lines: list[Line]) -> list[Outgoing]:
         packed: list[Outgoing] = []

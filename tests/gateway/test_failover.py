@@ -128,6 +128,15 @@ def test_a_long_stream_may_lose_more_attempts_than_a_short_one_if_each_made_prog
     assert isinstance(fail, Fail) and isinstance(fail.error, WorkerFailed)
 
 
+def test_messages_that_get_lost_between_tokens_do_not_use_up_the_attempts() -> None:
+    state = running(max_tokens=1000)
+    for done in range(20):
+        attempt, now_s = done + 1, 2.0 + done
+        assert state.hear(tokens(done, 7, attempt=attempt), "w1", 5, now_s)[0] == Deliver([7])
+        state.hear(tokens(done + 2, 7, attempt=attempt), "w1", 5, now_s)
+        assert isinstance(state.tick(now_s + LIMITS.reorder_s)[-1], Submit)
+
+
 def test_tokens_stand_for_a_lost_accepted() -> None:
     state = stream()
     assert state.hear(tokens(0, 7), "w1", 5, 1.0) == [Deliver([7])]

@@ -130,7 +130,8 @@ class Schedule:
     @property
     def longest_pause_s(self) -> float:
         """What a stream may wait for its next token: well below the timers that notice what nothing else did."""
-        return 10.0 + sum(blow.for_s + (blow.drain_s or 0.0) for blow in self.blows) + 4 * self.slowest_s
+        nobody_s = sum(blow.for_s + (blow.drain_s or 0.0) for blow in self.blows)
+        return 10.0 + 4 * self.slowest_s + (0.0 if self.someone_always_serves else nobody_s)
 
     @property
     def slowest_s(self) -> float:
@@ -143,9 +144,14 @@ class Schedule:
         """The schedule of `seed`; parts of it can be left out to isolate one law."""
         rng = random.Random(seed)
         workers, routers = rng.randint(2, 3), rng.randint(1, 2)
-        kv_blocks = rng.choice((20, 32, 48, 96, 512))
+        crowd = rng.random() < 0.25
+        kv_blocks = rng.choice((20, 32) if crowd else (20, 32, 48, 96, 512))
         shared = [rng.randrange(64, VOCABULARY) for _ in range(rng.randint(16, 96))]
-        asks = tuple(_ask(rng, number, shared, kv_blocks * BLOCK_SIZE_TOKENS) for number in range(rng.randint(4, 14)))
+        room_tokens = kv_blocks * BLOCK_SIZE_TOKENS
+        count = rng.randint(12, 20) if crowd else rng.randint(4, 14)
+        asks = tuple(_ask(rng, number, shared, room_tokens) for number in range(count))
+        if crowd:
+            asks = tuple(_grown(rng, ask, room_tokens) for ask in asks)
         names = [
             f"{kind}-{i + 1}"
             for kind, count in (("worker", workers), ("router", routers), ("drafter", 1))
@@ -153,7 +159,7 @@ class Schedule:
         ] + ["broker"] + ["gateway"] * (rng.random() < 0.4)
         # several of them may strike the same service
         struck = tuple(_blow(rng, rng.choice(names)) for _ in range(rng.choice((1, 2, 3, 3, 4, 6))))
-        return Schedule(
+        schedule = Schedule(
             seed,
             _faults(rng, loss),
             asks,
@@ -164,6 +170,17 @@ class Schedule:
             rng.choice((32, 64, 256)),
             kv_blocks,
         )
+        if schedule.someone_always_serves:
+            return schedule
+        # a stream outlasts its mesh for `stall_s` and no longer
+        return replace(schedule, blows=tuple(replace(blow, for_s=min(blow.for_s, 3.0)) for blow in schedule.blows))
+
+
+def _grown(rng: random.Random, ask: Ask, room_tokens: int) -> Ask:
+    """The same in a crowd whose prompts fit and whose answers do not: somebody has to give way."""
+    prompt = ask.prompt[-rng.randint(1, 20) :]
+    wanted = ask.max_tokens if ask.hang_up_after else rng.randint(100, 250)
+    return replace(ask, at_s=rng.uniform(1.2, 1.6), prompt=prompt, max_tokens=min(wanted, room_tokens - len(prompt)))
 
 
 def _faults(rng: random.Random, loss: bool) -> Faults:
@@ -184,7 +201,10 @@ def _faults(rng: random.Random, loss: bool) -> Faults:
 
 def _blow(rng: random.Random, who: str) -> Blow:
     drains = who[:6] in ("worker", "router", "drafte") and rng.random() < 0.35
-    return Blow(rng.uniform(1.5, 8.0), who, rng.uniform(0.05, 3.0), rng.choice((0.0, 0.3, 2.0)) if drains else None)
+    # some stay away for so long that nobody can wait for them
+    long = who.startswith(("worker", "router")) and rng.random() < 0.2
+    away_s = 24.0 if long else rng.uniform(0.05, 3.0)
+    return Blow(rng.uniform(1.5, 8.0), who, away_s, rng.choice((0.0, 0.3, 2.0)) if drains else None)
 
 
 def _ask(rng: random.Random, number: int, shared: list[int], room_tokens: int) -> Ask:
@@ -410,6 +430,11 @@ class _Mesh:
             if task.done():
                 self.complaints.append(f"{name} is dead: {task.exception()!r}")
         self.complaints += self._left_over()
+        struck = {blow.who.split("-")[0] for blow in self.schedule.blows}
+        if "worker" not in struck:
+            self.complaints += self.witness.placed_twice()
+        if not struck & {"broker", "drafter", "worker"}:
+            self.complaints += self.witness.never_closed()
         named = {name: set(self.workers[name]._pool.names()) for name in self._alive if name.startswith("worker")}
         for name in (name for name in self._alive if name.startswith("router")):
             index = self.routers[name].view.index

@@ -1,4 +1,4 @@
-"""Laws 1, 2, 4, 5, 6, 9 and 10 over seeded schedules of delay, loss, duplication, reordering and crashes of any service.
+"""Laws 1, 2, 4, 5, 6, 9 and 10 over seeded schedules of delay, loss, duplication, reordering and crashes.
 
 `make simulate SEEDS=1000` plays more of them. A seed that breaks a law stays here under its own name.
 """

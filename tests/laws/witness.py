@@ -11,9 +11,12 @@ from shared import subjects
 from shared.messages import (
     Accepted,
     Cancel,
+    Close,
     Failed,
     Finished,
+    Follow,
     Generate,
+    Open,
     Reply,
     StepReplies,
     Tokens,
@@ -53,7 +56,6 @@ class Witness:
     def __init__(self, patience_s: float, always_connected: bool, truth: Callable[[str], tuple[int, ...]],
                  delivered: Callable[[str], int]) -> None:
         self.complaints: list[str] = []
-        self.placements: dict[tuple[str, int], int] = {}
         self.tokens: dict[tuple[str, int], int] = {}  # (worker, epoch) -> tokens it sent
         self._patience_s = patience_s
         self._always_connected = always_connected
@@ -61,6 +63,8 @@ class Witness:
         self._delivered = delivered
         self._asked: dict[str, Asked] = {}
         self._said: dict[tuple[str, int, str, int], Said] = {}
+        self._placements: dict[tuple[str, int], int] = {}
+        self._followed: set[tuple[str, str, int]] = set()  # (worker, request, attempt) told to a drafter and not closed
         self._seqs: dict[tuple[str, int, str], int] = {}
 
     def unwanted(self, request_id: str, now_s: float) -> None:
@@ -77,15 +81,36 @@ class Witness:
         elif subject.startswith(WORKER) and subject.endswith(".generate"):
             request = decode(data, Generate)
             key = request.request_id, request.attempt
-            self.placements[key] = self.placements.get(key, 0) + 1
+            self._placements[key] = self._placements.get(key, 0) + 1
+        elif subject.endswith(".follow"):
+            self._told(decode(data, Follow))
         elif subject.startswith(WORKER) and subject.endswith(".cancel"):
             cancel = decode(data, Cancel)
             asked = self._asked.get(cancel.request_id)
             if asked is None or cancel.attempt not in asked.starts:
                 self.complain(f"{cancel.request_id}/{cancel.attempt} is cancelled and was never asked for")
 
+    def placed_twice(self) -> list[str]:
+        """Only where no worker died may nothing be placed again."""
+        placed = self._placements.items()
+        return [f"{name}/{attempt}: placed {count} times" for (name, attempt), count in placed if count > 1]
+
+    def never_closed(self) -> list[str]:
+        """Only where nobody died is every stream closed at its drafter."""
+        return [f"{worker} never told its drafter that {name}/{attempt} ended"
+                for worker, name, attempt in sorted(self._followed)]
+
     def complain(self, what: str) -> None:
         self.complaints.append(what)
+
+    def _told(self, message: Follow) -> None:
+        for event in message.events:
+            key = message.worker, event.request_id, event.attempt
+            match event:
+                case Open():
+                    self._followed.add(key)
+                case Close():
+                    self._followed.discard(key)
 
     def _submitted(self, request: Generate, now_s: float) -> None:
         name = f"{request.request_id}/{request.attempt}"

@@ -12,6 +12,7 @@ from shared.messages import (
     Cancel,
     Close,
     Commit,
+    DrafterStatus,
     Drafts,
     Failed,
     Finished,
@@ -28,8 +29,10 @@ from shared.messages import (
 )
 from shared.tokens import pack, unpack
 from tests.virtual_time import run_virtual
-from tests.worker.builders import BLOCK, VOCABULARY, mock_decoder, plain, request
+from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
+from worker.following import Following
+from worker.scheduler import Ended, Started
 
 DEADLINE = WALL_S + 1000.0
 
@@ -322,6 +325,32 @@ def test_a_drafter_hears_a_stream_without_gaps_and_from_its_start_after_a_restar
                 heard += unpack(event.tokens)
     assert opens == 2
     assert heard == [5, 6, 7, *plain(request(max_tokens=60))]
+
+
+def test_a_drafter_whose_heartbeats_were_lost_is_told_that_its_streams_are_over() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(mesh.drafter(), request(deadline=DEADLINE, max_tokens=400))
+        await mesh.until(lambda: any(isinstance(event, Commit) for follow in mesh.follows for event in follow.events))
+        await mesh.until(lambda: not mesh.statuses[-1].drafter)
+        assert mesh.statuses[-1].running
+
+    mesh = play(scenario, silence_s=0.5)
+    assert [type(event) for event in mesh.follows[-1].events] == [Close]
+
+
+def test_a_stream_that_ends_while_its_drafter_asks_for_all_again_is_closed_there() -> None:
+    following = Following("w1", 1, "", "", 8, 2.0)
+    scheduler = make_scheduler(mock_decoder())
+    sequence = scheduler.add(request(), 0.0, DEADLINE)
+    assert sequence is not None
+    following.hear(DrafterStatus("d1", 1), 0.0)
+    following.follow([], [])
+    opened = following.follow([Started(sequence)], [sequence])
+    assert [type(event) for event in opened[0].message.events] == [Open]  # type: ignore[attr-defined]
+    following.hear(DrafterStatus("d1", 2), 1.0)
+    end = Finished("r", 1, "stop")
+    (closed,) = following.follow([Ended(sequence, end)], [])
+    assert [type(event) for event in closed.message.events] == [Close]  # type: ignore[attr-defined]
 
 
 def test_a_drafter_never_hears_of_a_stream_that_its_zone_may_not_see() -> None:
