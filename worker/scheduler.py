@@ -256,7 +256,11 @@ class Scheduler:
         if self.limits.max_draft_tokens:
             self._add_drafts()
         for work in works:
-            work.sequence.steps += 1
+            sequence = work.sequence
+            sequence.steps += 1
+            if work.drafts:
+                sequence.verifying_steps += 1
+                sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
         return Step(works) if works else None
 
     def commit(self, step: Step, chosen: list[int], now: float) -> list[Event]:
@@ -273,6 +277,7 @@ class Scheduler:
             offset += count
             if work.drafts:
                 tokens = tokens[:self._judge(sequence, work.drafts, tokens) + 1]
+                sequence.verified_until = now
             self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now)
         return self.take_events()
 

@@ -26,7 +26,7 @@ class Sequence:
         "acceptance", "accepted_drafts", "admitted_at", "arrived_at", "blocks", "cached_tokens", "computed", "deadline",
         "drafted", "end_length", "ended", "first_token_at", "hashes", "key", "lease", "order", "preemptions",
         "prompt_length", "rank", "request", "resumed_length", "slot", "steps", "stop_ids", "stored", "tokens",
-        "traceparent",
+        "traceparent", "verified_from", "verified_until", "verifying_steps",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -56,6 +56,9 @@ class Sequence:
         self.acceptance = -1.0  # probability that a draft agrees; below 0 while unmeasured
         self.preemptions = 0
         self.steps = 0
+        self.verifying_steps = 0  # steps that had drafts of this stream in them
+        self.verified_from: float | None = None
+        self.verified_until: float | None = None
         self.ended = False
         self.traceparent = ""
 

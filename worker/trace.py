@@ -1,4 +1,5 @@
-"""The spans of a stream, recorded when it has ended: queue, prefill and decode inside one `generate`.
+"""The spans of a stream, recorded when it has ended: queue, prefill and decode inside one `generate`,
+and inside decode the stretch of steps that verified drafts.
 
 Rule: nothing on the way of a token; one call per stream, and a look-up where nothing is traced.
 """
@@ -24,7 +25,6 @@ def record_stream(sequence: Sequence, last: Finished | Failed, worker: str, draf
         trace_names.WORKER: worker, trace_names.ZONE: zone,
         trace_names.USAGE_INPUT_TOKENS: sequence.prompt_length, trace_names.USAGE_OUTPUT_TOKENS: sequence.delivered,
         trace_names.CACHED_TOKENS: sequence.cached_tokens, "mill.preemptions": sequence.preemptions,
-        "mill.steps": sequence.steps,
     }
     error = last.code if isinstance(last, Failed) else ""
     if isinstance(last, Finished):
@@ -36,6 +36,9 @@ def record_stream(sequence: Sequence, last: Finished | Failed, worker: str, draf
     if admitted is not None:
         span_at("prefill", unix(admitted), wall if first is None else unix(first), context)
     if first is not None:
-        span_at("decode", unix(first), wall, context, {
-            trace_names.DRAFTER: drafter, trace_names.DRAFT_TOKENS: sequence.drafted,
-            trace_names.DRAFT_ACCEPTED_TOKENS: sequence.accepted_drafts})
+        decode = span_at("decode", unix(first), wall, context, {"mill.steps": sequence.steps})
+        if sequence.verified_from is not None and sequence.verified_until is not None:
+            span_at("verify", unix(sequence.verified_from), unix(sequence.verified_until), decode, {
+                "mill.steps": sequence.verifying_steps, trace_names.DRAFTER: drafter,
+                trace_names.DRAFT_TOKENS: sequence.drafted,
+                trace_names.DRAFT_ACCEPTED_TOKENS: sequence.accepted_drafts})

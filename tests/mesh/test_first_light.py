@@ -75,4 +75,4 @@ async def test_one_request_is_one_trace_through_all_four_services(mesh: LocalMes
     roots = [span for span in spans.values() if span.parent_id not in spans]
     assert [(root.service, root.parent_id) for root in roots] == [("tokenmill-gateway", parent)]
     names = {span.name for span in spans.values() if span.service == "tokenmill-worker"}
-    assert {"queue", "prefill", "decode"} <= names
+    assert {"queue", "prefill", "decode", "verify"} <= names

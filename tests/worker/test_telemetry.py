@@ -3,9 +3,10 @@
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import generate_latest
 
-from shared.messages import Finished
+from shared.messages import Finished, Proposal
 from shared.telemetry import configure_tracing
-from tests.worker.builders import Bench, mock_decoder, request
+from shared.tokens import pack
+from tests.worker.builders import Bench, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S
 from worker.metrics import COUNTERS, GAUGES, Metrics
 from worker.scheduler import Ended
@@ -45,6 +46,34 @@ def test_a_stream_leaves_one_span_with_its_parts_under_the_trace_of_its_request(
     assert spans["queue"].end_time == spans["prefill"].start_time
     assert spans["prefill"].end_time == spans["decode"].start_time
     assert whole.attributes is not None and whole.attributes["gen_ai.usage.output_tokens"] == 5
+
+
+def test_a_stream_that_verified_drafts_shows_for_how_long_and_with_what_luck() -> None:
+    exporter = InMemorySpanExporter()
+    tracing = configure_tracing("worker", "w1", exporter=exporter)
+    bench = Bench(mock_decoder())
+    asked = request(max_tokens=8)
+    truth = plain(asked)
+    bench.add(asked)
+    sequence = next(iter(bench.scheduler.live))
+    bench.step()
+    start = sequence.prompt_length
+    assert bench.scheduler.drafts.offer(Proposal("r", 1, start + 1, pack([*truth[1:3], truth[3] ^ 1])))
+    bench.finish()
+    (end,) = bench.ends["r", 1]
+    assert isinstance(end, Finished)
+    try:
+        record_stream(sequence, end, "w1", "d1", "eu", bench.now, WALL_S)
+    finally:
+        tracing.shutdown()
+        configure_tracing("worker", "w1")
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    verify = spans["verify"]
+    assert verify.parent == spans["decode"].context
+    assert verify.attributes is not None
+    assert verify.attributes["mill.draft.tokens"] == 3
+    assert verify.attributes["mill.draft.accepted_tokens"] == 2
+    assert verify.attributes["mill.steps"] == 1
 
 
 def test_every_figure_is_served_and_streams_are_observed() -> None:
