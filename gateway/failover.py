@@ -12,8 +12,8 @@ Pure: no clock and no bus; `now_s` is monotonic seconds.
 
 What counts against `max_attempts`: attempts that were lost or failed, one after the other, without progress between
 them: a long stream may meet with more than a short one. Progress is one token where only messages were lost, and
-`PROGRESS_TOKENS` where the worker failed. What does not count: publishes that nobody heard and refusals once tokens were
-delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
+`PROGRESS_TOKENS` where the worker failed. What does not count: publishes that nobody heard, and refusals once tokens
+were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
 """
 
 from typing import Literal
@@ -184,6 +184,12 @@ class StreamState:
         """A message of `worker` went missing and may have been about this stream: watch it."""
         if self.state == "running" and worker == self.worker and self._suspect_s is None:
             self._suspect_s = now_s + self.limits.suspect_s
+        return []
+
+    def found_reply(self, worker: str) -> list[Action]:
+        """What was missing of `worker` was only late."""
+        if self.state == "running" and worker == self.worker and not self._end_reason():
+            self._suspect_s = None
         return []
 
     def cancel(self) -> list[Action]:
@@ -387,17 +393,26 @@ class Senders:
     def __init__(self, most: int = 4096) -> None:
         self._most = most
         self._last: dict[str, tuple[int, int]] = {}  # sender -> (epoch, seq)
+        self._missing: dict[str, set[int]] = {}  # sender -> numbers below that which never came
 
     def heard(self, sender: str, epoch: int, seq: int) -> str:
-        """Note one message: "fine", "gap" (one before it is missing) or "restarted" (a new life of the sender)."""
+        """Note one message: "fine", "gap" (one before it is missing), "filled" (it was the last one missing, and only
+        late) or "restarted" (a new life of the sender).
+        """
         known = self._last.get(sender)
         if known is None or epoch > known[0]:
+            self._missing.pop(sender, None)
             self._note(sender, epoch, seq)
             return "fine" if known is None else "restarted"
-        if epoch < known[0] or seq <= known[1]:
-            return "fine"  # late or twice: indices sort it out
+        if epoch < known[0]:
+            return "fine"
+        if seq <= known[1]:  # late or twice: indices sort it out
+            return "filled" if self._fill(sender, seq) else "fine"
         self._note(sender, epoch, seq)
-        return "fine" if seq == known[1] + 1 else "gap"
+        if seq == known[1] + 1:
+            return "fine"
+        self._miss(sender, range(known[1] + 1, seq))
+        return "gap"
 
     def told(self, sender: str, epoch: int, sent: int) -> bool:
         """Note that `sender` says it has sent up to `sent`. Returns whether something is missing, once per loss."""
@@ -405,11 +420,28 @@ class Senders:
         if known is None or epoch != known[0] or sent <= known[1]:
             return False
         self._note(sender, epoch, sent)
+        self._miss(sender, range(known[1] + 1, sent + 1))
         return True
+
+    def _miss(self, sender: str, numbers: range) -> None:
+        missing = self._missing.setdefault(sender, set())
+        missing.update(numbers[-_MAX_EARLY:])
+        if len(missing) > _MAX_EARLY:
+            self._missing[sender] = set(sorted(missing)[-_MAX_EARLY:])
+
+    def _fill(self, sender: str, seq: int) -> bool:
+        """Whether nothing is missing any more, now that `seq` has come."""
+        missing = self._missing.get(sender)
+        if not missing or seq not in missing:
+            return False
+        missing.discard(seq)
+        return not missing
 
     def _note(self, sender: str, epoch: int, seq: int) -> None:
         if sender not in self._last and len(self._last) >= self._most:
-            del self._last[next(iter(self._last))]
+            oldest = next(iter(self._last))
+            del self._last[oldest]
+            self._missing.pop(oldest, None)
         self._last[sender] = (epoch, seq)
 
 

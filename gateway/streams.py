@@ -132,6 +132,8 @@ class Streams:
         match self._senders.heard(sender, epoch, message.seq):
             case "gap":
                 self._lost(sender, now_s)
+            case "filled":
+                self._each_on(sender, lambda state: state.found_reply(sender))
             case "restarted":
                 self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
         known = self._fleet.worker(sender)

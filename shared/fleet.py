@@ -7,7 +7,8 @@ when a status was heard and what time it is, both in seconds of one clock.
     a status of an unknown id                    it joins
     a status of the same epoch                   replaces the one before
     a status of a higher epoch                   replaces it: the service has started again
-    a status of a lower epoch                    is ignored: a late message of the service that was
+    a status of a lower epoch                    is ignored: a late message of the service that was; but not for longer
+                                                 than `LATE_S` after that one died: then a clock was set back
     a status of an epoch that fell silent        it joins again: it was only unreachable
 """
 
@@ -18,6 +19,7 @@ from shared.messages import DrafterStatus, GatewayStatus, RouterStatus, Status, 
 S = TypeVar("S", WorkerStatus, RouterStatus, DrafterStatus, GatewayStatus)
 
 REMEMBERED_DEAD = 4096
+LATE_S = 60.0  # no message is under way for longer
 
 
 class Seen(NamedTuple):
@@ -32,15 +34,15 @@ class Fleet:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[type[Status], str], Seen] = {}
-        self._dead_epochs: dict[tuple[type[Status], str], int] = {}
+        self._dead_epochs: dict[tuple[type[Status], str], tuple[int, float]] = {}  # with when it was last heard
 
     def fold(self, status: Status, now: float) -> bool:
         """Take in a status heard at `now`. True when it is of a start not known before: a new id or a new epoch."""
         key = (type(status), status.id)
         known = self._seen.get(key)
         if known is None:
-            last_epoch = self._dead_epochs.get(key, -1)
-            if status.epoch < last_epoch:
+            last_epoch, heard_s = self._dead_epochs.get(key, (-1, now))
+            if status.epoch < last_epoch and now - heard_s <= LATE_S:
                 return False
             self._dead_epochs.pop(key, None)
             self._seen[key] = Seen(status, now)
@@ -111,6 +113,7 @@ class Fleet:
         return seen.status if seen is not None and isinstance(seen.status, kind) else None
 
     def _bury(self, key: tuple[type[Status], str]) -> None:
-        self._dead_epochs[key] = self._seen.pop(key).status.epoch
+        last = self._seen.pop(key)
+        self._dead_epochs[key] = last.status.epoch, last.heard_s
         if len(self._dead_epochs) > REMEMBERED_DEAD:
             del self._dead_epochs[next(iter(self._dead_epochs))]

@@ -376,7 +376,7 @@ def test_senders_are_counted_per_life() -> None:
     assert senders.heard("w", 1, 5) == "fine"
     assert senders.heard("w", 1, 5) == "fine"
     assert senders.heard("w", 1, 7) == "gap"
-    assert senders.heard("w", 1, 6) == "fine"
+    assert senders.heard("w", 1, 6) == "filled"
     assert senders.heard("w", 2, 1) == "restarted"
     assert senders.heard("w", 1, 9) == "fine"
     assert not senders.told("w", 2, 1)
@@ -384,6 +384,25 @@ def test_senders_are_counted_per_life() -> None:
     assert not senders.told("w", 2, 2)
     assert not senders.told("w", 1, 50)
     assert not senders.told("unknown", 1, 50)
+
+
+def test_a_message_that_was_only_late_clears_its_sender() -> None:
+    senders = Senders()
+    assert [senders.heard("w", 1, seq) for seq in (1, 3, 5, 2, 2, 4, 4)] == [
+        "fine", "gap", "gap", "fine", "fine", "filled", "fine"]
+    assert senders.told("w", 1, 6) and senders.heard("w", 1, 6) == "filled"
+    assert senders.heard("w", 1, 9) == "gap" and senders.heard("w", 2, 1) == "restarted"
+    assert senders.heard("w", 1, 8) == "fine"
+
+
+def test_a_stream_that_waits_its_turn_is_not_sent_again_for_a_message_that_was_only_late() -> None:
+    state = running(7)
+    state.lost_reply("w1", 2.0)
+    state.found_reply("w1")
+    assert state.tick(4.0) == []
+    whole = running(*range(20, 28))
+    whole.found_reply("w1")
+    assert isinstance(whole.tick(4.0)[-1], Finish)  # its last word is missing still
 
 
 def test_senders_are_bounded() -> None:

@@ -4,12 +4,13 @@
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.laws.plain import mock_stream, plain_stream
-from tests.laws.simulation import VOCABULARY, Schedule, run, violations
+from tests.laws.simulation import VOCABULARY, Blow, Schedule, run, violations
 from worker.mock_decoder import MockDecoder
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,23 @@ def test_a_mesh_without_faults_sends_nothing_twice(seed: int) -> None:
     history = run(Schedule.draw(seed, blows=False, loss=False))
     assert violations(history) == []
     assert history.resubmissions == 0
+
+
+@pytest.mark.parametrize("seed", range(3000, 3006))
+def test_a_worker_that_stays_away_costs_its_streams_a_pause_and_nothing_else(seed: int) -> None:
+    schedule = replace(Schedule.draw(seed, loss=False), blows=(Blow(2.2, "worker-1", 24.0),))
+    assert schedule.someone_always_serves
+    assert violations(run(schedule)) == []
+
+
+# each of these broke a law once
+@pytest.mark.parametrize("seed", [
+    40,  # a drafter kept a stream whose close was lost
+    347,  # a drafter whose heartbeats were lost was never told that streams had ended
+    601,  # nor one that asked for all streams again, of those that ended meanwhile
+])
+def test_what_broke_once_stays_mended(seed: int) -> None:
+    assert violations(run(Schedule.draw(seed))) == []
 
 
 @pytest.mark.parametrize("seed", range(2000, 2006))

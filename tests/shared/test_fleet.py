@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.fleet import Fleet
+from shared.fleet import LATE_S, Fleet
 from shared.messages import DrafterStatus, GatewayStatus, RouterStatus, WorkerStatus
 
 
@@ -53,6 +53,16 @@ def test_whoever_is_silent_too_long_dies_and_can_come_back():
     assert fleet.workers() == [] and [g.id for g in fleet.gateways()] == ["g"]
     assert fleet.fold(worker("a"), 4.0)
     assert fleet.worker("a") is not None
+
+
+def test_a_service_that_started_again_with_a_clock_set_back_is_not_ignored_for_ever():
+    fleet = Fleet()
+    fleet.fold(worker(epoch=1000), 0.0)
+    assert not fleet.fold(worker(epoch=7), 1.0)
+    assert fleet.forget_silent(3.0, 2.0) == ["w1"]
+    assert not fleet.fold(worker(epoch=7), LATE_S)
+    assert fleet.fold(worker(epoch=7), LATE_S + 0.5)
+    assert fleet.worker("w1") == worker(epoch=7)
 
 
 def test_a_dead_epoch_does_not_return_after_a_newer_one_died():

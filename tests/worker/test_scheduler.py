@@ -337,3 +337,16 @@ def test_a_tenant_with_many_requests_does_not_starve_one_with_few() -> None:
 def test_a_budget_too_small_for_the_streams_is_refused_at_start() -> None:
     with pytest.raises(ValueError, match="step_tokens=8 is less than max_running=64"):
         Bench(mock_decoder(), step_tokens=8)
+
+
+def test_a_sequence_that_gave_way_names_its_blocks_again_when_it_computes_them_again() -> None:
+    bench = Bench(mock_decoder(blocks=17), max_running=4, step_tokens=16)
+    for name, first in (("older", 10), ("younger", 100)):
+        bench.add(request(name, list(range(first, first + 8)), 60))
+    sequences = list(bench.scheduler.live)
+    bench.finish()
+    assert bench.scheduler.preemptions > 0
+    last = sequences[1]
+    assert last.preemptions > 0
+    names = set(bench.scheduler.pool.names())
+    assert all(last.name(index, BLOCK) in names for index in range((len(last.tokens) - 1) // BLOCK))
