@@ -120,6 +120,10 @@ class Schedule:
         return True
 
     @property
+    def worker_deaths(self) -> int:
+        return sum(blow.who.startswith("worker") and blow.drain_s is None for blow in self.blows)
+
+    @property
     def patience_s(self) -> float:
         """How long a worker may go on with what nobody wants: cancels get lost, and are sent once a second."""
         outages_s = sum(blow.for_s for blow in self.blows if blow.who == "broker")
@@ -292,6 +296,8 @@ def _violations(history: History) -> Iterator[str]:
         if len(told.ends) != 1:
             yield f"{who}: law 5: it ended {len(told.ends)} times"
         elif isinstance(error := told.ends[0], MillError):
+            if "workers died while serving" in error.message and history.schedule.worker_deaths >= 2:
+                continue  # the law's own limit: it might be the request that kills them
             if told.tokens or not error.retryable or history.schedule.someone_always_serves:
                 yield f"{who}: law 5: it failed after {len(told.tokens)} tokens ({error.code}: {error.message})"
         elif len(told.tokens) != len(truth):
