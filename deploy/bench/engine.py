@@ -80,7 +80,8 @@ def main() -> None:
     ]
     report: dict[str, object] = {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.engine", *sys.argv[1:]]),
+        "command": f"python -m deploy.bench.engine --workloads {options.workloads} --repeats {options.repeats} "
+        f"--engine {options.engine}",
         "rows": rows,
     }
     if options.json:
