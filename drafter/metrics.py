@@ -3,12 +3,11 @@
 One registry per drafter, so that several can live in one process.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from shared.telemetry import start_metrics_server
+from shared.telemetry import metrics_served
 
 
 class Metrics:
@@ -32,16 +31,6 @@ class Metrics:
         self.context_tokens = Gauge("mill_drafter_context_tokens", "Tokens in these streams.", registry=own)
         self.recent_tokens = Gauge("mill_drafter_recent_tokens", "Tokens of recent outputs.", registry=own)
 
-    @contextmanager
-    def served(self, port: int) -> Iterator[None]:
-        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
-        server = start_metrics_server(port)
-        if server is None:
-            yield
-            return
-        REGISTRY.register(self.registry)
-        try:
-            yield
-        finally:
-            REGISTRY.unregister(self.registry)
-            server.close()
+    def served(self, port: int, host: str = "127.0.0.1") -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
+        return metrics_served(self.registry, port, host)

@@ -3,12 +3,11 @@
 One registry per router, so that several can live in one process.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.telemetry import start_metrics_server
+from shared.telemetry import metrics_served
 
 _ESTIMATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DECISION_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
@@ -39,16 +38,6 @@ class Metrics:
         self.decision_s = Histogram("mill_router_decision_seconds", "Time to place one request.",
                                     buckets=_DECISION_S, registry=own)
 
-    @contextmanager
-    def served(self, port: int) -> Iterator[None]:
-        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
-        server = start_metrics_server(port)
-        if server is None:
-            yield
-            return
-        REGISTRY.register(self.registry)
-        try:
-            yield
-        finally:
-            REGISTRY.unregister(self.registry)
-            server.close()
+    def served(self, port: int, host: str = "127.0.0.1") -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
+        return metrics_served(self.registry, port, host)

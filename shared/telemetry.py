@@ -13,11 +13,12 @@ the task that called them and to what it starts.
 Times are unix seconds, as `Clock.wall` gives them. Attribute names stand in `shared.trace_names`.
 """
 
+import contextlib
 import contextvars
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
@@ -26,6 +27,7 @@ import structlog
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import CollectorRegistry
 
 from shared.trace_names import ERROR_TYPE
 
@@ -245,3 +247,18 @@ def start_metrics_server(port: int, host: str = "127.0.0.1") -> MetricsServer | 
     except OSError as error:
         raise OSError(error.errno, f"cannot serve metrics on {host}:{port} ({error.strerror}): "
                                    "choose another --metrics-port, or 0 for none") from error
+
+
+@contextlib.contextmanager
+def metrics_served(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Iterator[None]:
+    """Let Prometheus read `registry` on `port` while the block runs, among the figures of the process; 0: nothing."""
+    server = start_metrics_server(port, host)
+    if server is None:
+        yield
+        return
+    prometheus_client.REGISTRY.register(registry)
+    try:
+        yield
+    finally:
+        prometheus_client.REGISTRY.unregister(registry)
+        server.close()

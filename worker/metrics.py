@@ -4,13 +4,13 @@ One registry per worker, so that several can live in one process.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from prometheus_client import REGISTRY, CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared.telemetry import start_metrics_server
+from shared.telemetry import metrics_served
 from shared.trace_names import FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 from worker.sequence import Sequence
 
@@ -53,19 +53,9 @@ class Metrics(Collector):
                                   buckets=FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, registry=self.registry)
         self.registry.register(self)
 
-    @contextmanager
-    def served(self, port: int, host: str) -> Iterator[None]:
-        """Let Prometheus read these figures on `port`, among those of the process; 0: nothing is served."""
-        server = start_metrics_server(port, host)
-        if server is None:
-            yield
-            return
-        REGISTRY.register(self.registry)
-        try:
-            yield
-        finally:
-            REGISTRY.unregister(self.registry)
-            server.close()
+    def served(self, port: int, host: str) -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
+        return metrics_served(self.registry, port, host)
 
     def observe(self, sequence: Sequence, now: float) -> None:
         """Take in a stream that has ended."""

@@ -1,0 +1,53 @@
+"""A service as a process of its own: settings, log, broker, signals, and one sentence when it cannot start.
+
+    if __name__ == "__main__":
+        run("router", RouterSettings, serve)
+
+SIGTERM and SIGINT cancel `serve`, which drains; a second one ends it at once.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+from msgspec.structs import replace
+
+from shared import telemetry
+from shared.bus import Bus, BusUnavailable
+from shared.clock import Clock, LoopClock
+from shared.ids import new_id
+from shared.nats_bus import NatsBus
+from shared.settings import Settings, load
+
+S = TypeVar("S", bound=Settings)
+Serve = Callable[[Bus, S, Clock], Coroutine[Any, Any, None]]
+
+
+def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lambda settings: settings) -> None:
+    """Serve until told to stop. `check` refuses settings with a ValueError before anything is connected."""
+    try:
+        settings = load(kind, name, sys.argv[1:], os.environ)
+        settings = check(replace(settings, id=settings.id or new_id(name)))
+        telemetry.configure_logging(name, settings.id, settings.log, settings.log_level)
+        uvloop.run(_serve(settings, serve))
+    except (ValueError, BusUnavailable) as error:
+        sys.exit(f"{name}: {error}")
+    except OSError as error:
+        sys.exit(f"{name}: {error.strerror or error}")
+
+
+async def _serve(settings: S, serve: Serve[S]) -> None:
+    bus = await NatsBus.connect(settings.nats, name=settings.id)
+    serving = asyncio.create_task(serve(bus, settings, LoopClock()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+    finally:
+        await bus.close()
