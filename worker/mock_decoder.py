@@ -18,8 +18,8 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 # of so many tokens one depends on the whole stream; the others follow from the token before, as words in a phrase
 PHRASE = np.uint64(8)
 WORDS = 96
-# ids below are taken for control tokens and never come out
-FIRST_WORD = 64
+# byte-level vocabularies have whole words from about here on, so that a mock mesh streams text and not broken bytes
+FIRST_WORD = 1024
 
 Hashes = NDArray[np.uint64]
 

@@ -226,7 +226,7 @@ def _ask(rng: random.Random, number: int, shared: list[int], room_tokens: int) -
         tuple(prompt),
         min(max_tokens, room_tokens - len(prompt)),
         Sampling(temperature=rng.choice((0.0, 0.8)), seed=rng.getrandbits(64)),
-        () if hangs_up else tuple(rng.randrange(64, 576) for _ in range(rng.choice((0, 0, 8)))),
+        () if hangs_up else tuple(rng.randrange(1024, 1536) for _ in range(rng.choice((0, 0, 8)))),
         rng.randint(1, 30) if hangs_up else 0,
         rng.choice(("red", "red", "blue")),
     )
