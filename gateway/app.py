@@ -170,13 +170,13 @@ class _Envelope:
 
 async def _send_error(send: Send, error: MillError) -> None:
     body = error_json(error)
-    await send({"type": "http.response.start", "status": error.status, "headers": _error_headers(error)})
+    await send({"type": "http.response.start", "status": error.status, "headers": _error_headers(error, len(body))})
     await send({"type": "http.response.body", "body": body})
 
 
-def _error_headers(error: MillError) -> list[tuple[bytes, bytes]]:
+def _error_headers(error: MillError, length: int) -> list[tuple[bytes, bytes]]:
     """When to come back, in both units that clients read; and when not to."""
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
     if error.retry_after_s is not None:
         headers += [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()),
                     (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 class Endpoint:
-    """What differs between the generating endpoints. `operation` is the convention's name for the span."""
+    """What differs between the generating endpoints.
+
+    `operation` is the convention's name for the span, `source` the field that prompts come in.
+    """
 
     operation: str
+    source: str
     reply: type[chat.ChatReply] | type[completions.CompletionReply]
     decode: common.BodyDecoder
 
@@ -37,7 +41,7 @@ class Endpoint:
 
 
 class Chat(Endpoint):
-    operation, reply = "chat", chat.ChatReply
+    operation, source, reply = "chat", "messages", chat.ChatReply
     decode = common.BodyDecoder(chat.ChatRequest)
 
     def options(self, body: chat.ChatRequest) -> Options:
@@ -52,7 +56,7 @@ class Chat(Endpoint):
 
 
 class TextCompletion(Endpoint):
-    operation, reply = "text_completion", completions.CompletionReply
+    operation, source, reply = "text_completion", "prompt", completions.CompletionReply
     decode = common.BodyDecoder(completions.CompletionRequest)
 
     def options(self, body: completions.CompletionRequest) -> Options:
@@ -85,7 +89,8 @@ class Generation:
         texts = endpoint.prompts(body, model, gateway.clock.wall())
         with gateway.places(len(texts) * options.choices):
             prompts = await gateway.aside(len(raw), lambda: [
-                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt)
+                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt,
+                             endpoint.source)
                 for tokens in texts])
             answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s)
             await answer.give(receive, send)

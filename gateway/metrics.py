@@ -1,7 +1,8 @@
 """What Prometheus sees of a gateway.
 
 Rules: the `gen_ai_server_*` histograms have the buckets of OpenTelemetry's conventions, the `mill_*` ones finer
-buckets, because 10 ms per token is slow here; worker gauges are read from the fleet when scraped, not kept in step.
+buckets, because 10 ms per token is slow here; `mill_fleet_*`, what workers said of themselves, are read when scraped,
+not kept in step, and named apart from the `mill_worker_*` that each worker serves: a sum over both would count twice.
 One registry per gateway, so that several can live in one process.
 """
 
@@ -9,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shared.messages import WorkerStatus
@@ -22,19 +23,22 @@ _FINE_FIRST_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 
 _FINE_PER_TOKEN_S = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0065, 0.008, 0.01, 0.0125, 0.015, 0.02, 0.03,
                      0.04, 0.06, 0.1, 0.2, 0.5, 1.0)
 
-_WORKER_GAUGES = (
-    ("running", "Streams in the batch."),
-    ("waiting", "Streams that wait for their turn."),
-    ("queued_tokens", "Prompt tokens still to compute."),
-    ("blocks_total", "KV blocks."),
-    ("blocks_used", "KV blocks held by running streams."),
-    ("decode_tok_s", "Tokens per second, decoding."),
-    ("prefill_tok_s", "Tokens per second, prefill, as measured."),
-    ("tokens_total", "Tokens sampled since the worker started."),
-    ("draft_tokens_total", "Draft tokens verified since the worker started."),
-    ("accepted_draft_tokens_total", "Draft tokens accepted since the worker started."),
-    ("steps_total", "Steps since the worker started."),
-    ("price_usd_per_hour", "What the worker costs."),
+_FLEET_LABELS = ("worker", "model", "zone", "sku")
+_FLEET_GAUGES = (  # field of a worker's status, name behind mill_fleet_, help
+    ("running", "running", "Streams in the batch."),
+    ("waiting", "waiting", "Streams that wait for their turn."),
+    ("queued_tokens", "queued_tokens", "Prompt tokens still to compute."),
+    ("blocks_total", "blocks", "KV blocks there are."),
+    ("blocks_used", "blocks_held", "KV blocks held by streams."),
+    ("decode_tok_s", "decode_tokens_per_second", "Decoding, lately."),
+    ("prefill_tok_s", "prefill_tokens_per_second", "Prefill, as measured."),
+    ("price_usd_per_hour", "price_usd_per_hour", "What the worker costs."),
+)
+_FLEET_COUNTERS = (
+    ("tokens_total", "tokens", "Tokens sampled since the worker started."),
+    ("draft_tokens_total", "draft_tokens", "Draft tokens verified since the worker started."),
+    ("accepted_draft_tokens_total", "accepted_draft_tokens", "Draft tokens accepted since the worker started."),
+    ("steps_total", "steps", "Steps since the worker started."),
 )
 
 
@@ -69,7 +73,7 @@ class Metrics:
                                            buckets=_FINE_FIRST_TOKEN_S, registry=own)
         self._fine_per_token = Histogram("mill_time_per_output_token_seconds", "Per token after the first.",
                                          buckets=_FINE_PER_TOKEN_S, registry=own)
-        self.registry.register(_Workers(workers))
+        self.registry.register(_Fleet(workers))
 
     def ended(self, operation: str, model: str, duration_s: float, error: str = "") -> None:
         """Note one whole request; `error` is its code, empty for success."""
@@ -107,14 +111,16 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Workers(Collector):
+class _Fleet(Collector):
     def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
         self._workers = workers
 
     def collect(self) -> Iterable[Metric]:
         seen = list(self._workers())
-        for field, help_text in _WORKER_GAUGES:
-            gauge = GaugeMetricFamily(f"mill_worker_{field}", help_text, labels=["worker", "model", "zone", "sku"])
-            for worker in seen:
-                gauge.add_metric([worker.id, worker.model, worker.zone, worker.sku], getattr(worker, field))
-            yield gauge
+        kinds = ((GaugeMetricFamily, _FLEET_GAUGES), (CounterMetricFamily, _FLEET_COUNTERS))
+        for kind, figures in kinds:
+            for field, name, help_text in figures:
+                family = kind(f"mill_fleet_{name}", help_text, labels=_FLEET_LABELS)
+                for worker in seen:
+                    family.add_metric([worker.id, worker.model, worker.zone, worker.sku], getattr(worker, field))
+                yield family

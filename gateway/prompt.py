@@ -57,21 +57,22 @@ class ServedModel:
         """The tokens of plain text."""
         return self.tokenizer.encode(text, add_special=add_special)
 
-    def prompt(self, tokens: list[int], max_tokens: int | None, default_max_tokens: int, salt: bytes) -> Prompt:
-        """Tokens made ready to travel.
+    def prompt(self, tokens: list[int], max_tokens: int | None, default_max_tokens: int, salt: bytes,
+               param: str = "prompt") -> Prompt:
+        """Tokens made ready to travel; `param` is the field they came in.
 
         `max_tokens` None: the default, or what is left of the context. Raises BadRequest for ids the model does not
         have and ContextTooLong when prompt and answer do not fit.
         """
         context = self.card.context_length
         if not tokens:
-            raise BadRequest("the prompt is empty: send at least one token", param="prompt")
+            raise BadRequest("the prompt is empty: send at least one token", param=param)
         if max(tokens) >= self.card.vocabulary_size or min(tokens) < 0:
-            raise BadRequest(f"prompt holds a token id outside 0..{self.card.vocabulary_size - 1}", param="prompt")
+            raise BadRequest(f"prompt holds a token id outside 0..{self.card.vocabulary_size - 1}", param=param)
         if len(tokens) >= context or len(tokens) + (max_tokens or 1) > context:
             raise ContextTooLong(f"this model's maximum context length is {context} tokens: the prompt has "
                                  f"{len(tokens)} and {max_tokens or 'at least 1'} more were asked for; shorten the "
-                                 "prompt or lower max_tokens", param="messages")
+                                 "prompt or ask for fewer", param=param)
         left = context - len(tokens)
         return Prompt(tokens, pack(tokens), join_hashes(hash_chain(tokens, salt)),
                       min(default_max_tokens, left) if max_tokens is None else max_tokens)

@@ -87,6 +87,7 @@ class BodyDecoder:
             reason = str(error)[:found.start()] if found else str(error)
             if missing := re.search(r"missing required field `(\w+)`", reason):
                 param = f"{param}.{missing[1]}" if param else missing[1]
+                raise BadRequest(f"{param} is missing", param=param) from None
             raise BadRequest(f"{param or 'body'}: {reason}", param=param) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadRequest(f"the body is not readable JSON: {error}") from None

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.service import Gateway
 from shared import subjects
@@ -265,12 +266,22 @@ async def test_a_body_that_is_no_request_is_a_clear_400(body: bytes) -> None:
         assert "body" in response.json()["error"]["message"]
 
 
+async def test_a_missing_field_is_said_plainly_and_an_error_tells_its_length() -> None:
+    async with gateway_and_mesh() as (client, _, _):
+        response = await client.post(CHAT, json={"messages": [{"content": "a"}]})
+        assert response.json()["error"]["message"] == "messages[0].role is missing"
+        assert response.headers["content-length"] == str(len(response.content))
+
+
 async def test_an_over_long_prompt_is_refused_before_any_worker_sees_it() -> None:
     async with gateway_and_mesh() as (client, mesh, _):
         for more in ({"prompt": "a" * 400}, {"prompt": "a" * 390, "max_tokens": 20}):
             response = await client.post(TEXT, json=more)
             assert response.status_code == 400
-            assert response.json()["error"]["code"] == "context_length_exceeded"
+            error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+        error = (await client.post(CHAT, json=chat(messages=[{"role": "user", "content": "a" * 400}]))).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
         assert not mesh.requests
 
 
@@ -557,8 +568,12 @@ async def test_metrics_tell_requests_tokens_latencies_and_workers() -> None:
                      'mill_gateway_requests_total{route="/v1/chat/completions",status="400"} 1.0',
                      "mill_gateway_completion_tokens_total 14.0", "mill_gateway_cached_tokens_total 16.0",
                      "mill_gateway_active_streams 0.0", "mill_time_to_first_token_seconds_count 1.0",
-                     "gen_ai_server_request_duration_seconds_bucket", 'mill_worker_running{model="tiny",'):
+                     "gen_ai_server_request_duration_seconds_bucket", 'mill_fleet_running{model="tiny",',
+                     "# TYPE mill_fleet_tokens_total counter"):
             assert line in response.text, line
+        for family in text_string_to_metric_families(response.text):
+            assert family.documentation, family.name
+            assert not family.name.endswith("_total") or family.type == "counter", family.name
 
 
 async def test_a_long_prompt_is_tokenised_aside_and_gives_the_same() -> None:
