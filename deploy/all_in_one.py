@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import structlog
 
 import drafter.service
@@ -25,7 +26,15 @@ from shared import telemetry
 from shared.bus import Bus
 from shared.clock import Clock, LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Settings, WorkerSettings
+from shared.settings import (
+    DrafterSettings,
+    GatewaySettings,
+    RouterSettings,
+    Settings,
+    WorkerSettings,
+    load,
+    to_flags,
+)
 
 SERVE: Mapping[type[Settings], Any] = {
     RouterSettings: router.service.serve,
@@ -92,12 +101,12 @@ class OneProcess:
         check_ports(options)
         with folder_problems(options.data):
             self._claim = claim(options.data)
-            _log_into(options.data / "logs" / LOG, options.log_level)
+            services = [_with_environment(made) for group in plan(options, nats="").values() for made in group]
+            _log_into(options.data / "logs" / LOG, services[0].log, services[0].log_level)
         clock = LoopClock()
-        for group in plan(options, nats="").values():
-            for settings in group:
-                task = asyncio.create_task(_serve_one(settings, clock, self._memory), name=settings.id)
-                self.children.append(Service(settings.id, task, time.monotonic()))
+        for settings in services:
+            task = asyncio.create_task(_serve_one(settings, clock, self._memory), name=settings.id)
+            self.children.append(Service(settings.id, task, time.monotonic()))
 
     async def connect(self) -> Bus:
         """A bus of its own on the mesh's broker."""
@@ -144,11 +153,22 @@ class OneProcess:
             await asyncio.sleep(0.1)
 
 
-def _log_into(path: Path, level: str) -> None:
+def _with_environment(settings: Settings) -> Settings:
+    """These settings as the service would have them in a process of its own. Raises UpFailed."""
+    kind = type(settings)
+    try:
+        found = load(kind, KINDS[kind], to_flags(settings), os.environ)
+    except ValueError as error:
+        raise UpFailed(str(error)) from None
+    own = {name: getattr(settings, name) for name in ("port", "metrics_port") if hasattr(settings, name)}
+    return msgspec.structs.replace(found, **own)
+
+
+def _log_into(path: Path, style: str, level: str) -> None:
     """What services and libraries log goes into this file from now on, to the last word of the event loop."""
     # configure_logging takes standard error as it finds it
     with contextlib.redirect_stderr(path.open("w", buffering=1)):
-        telemetry.configure_logging("tokenmill", "up", "console", level)
+        telemetry.configure_logging("tokenmill", "up", style, level)
 
 
 def _cause(error: BaseException | None) -> str:

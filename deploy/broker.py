@@ -59,8 +59,8 @@ def free_port() -> int:
             return port
 
 
-def port_problem(host: str, port: int) -> str | None:
-    """Why a server could not listen there; None when it could."""
+def port_problem(host: str, port: int, flag: str = "--port") -> str | None:
+    """Why a server could not listen there, and that `flag` names another port; None when it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,8 +68,8 @@ def port_problem(host: str, port: int) -> str | None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return f"port {port} on {host} is in use: stop what listens there, or choose another with --port"
+                return f"port {port} on {host} is in use: stop what listens there, or choose another with {flag}"
             if error.errno == errno.EACCES:
-                return f"port {port} needs privileges: choose one above 1023 with --port"
+                return f"port {port} needs privileges: choose one above 1023 with {flag}"
             return f"this machine cannot listen on {host} ({error.strerror}): choose an address of its own with --host"
     return None

@@ -69,6 +69,11 @@ def up(
     otlp: Annotated[
         str, typer.Option(metavar="URL", help="OTLP/HTTP endpoint for traces, e.g. http://127.0.0.1:4318")
     ] = "",
+    metrics_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, metavar="PORT", envvar="TOKENMILL_METRICS_PORT", show_envvar=False,
+                     help="port of the first router's figures; drafters' and workers' follow; 0: none"),
+    ] = 0,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error")] = "info",
     drain_s: Annotated[float, typer.Option(min=0.0, metavar="S", help="seconds running streams get at the end")] = 30.0,
 ) -> None:
@@ -85,6 +90,8 @@ def up(
         _leave(f"--log-level {log_level!r} is unknown: choose one of {', '.join(LOG_LEVELS)}")
     if all_in_one and nats:
         _leave("--all-in-one needs no NATS: leave out --nats")
+    if all_in_one and metrics_port:
+        _leave("--metrics-port is for services that are processes: leave out --all-in-one")
     if engine == "cuda":
         _check_cuda()
     folder = _pull(model)
@@ -102,6 +109,7 @@ def up(
         engine=engine,
         nats=nats,
         otlp=otlp,
+        metrics_port=metrics_port,
         log_level=log_level,
         drain_s=drain_s,
     )

@@ -8,6 +8,7 @@ async with LocalMesh(options) as mesh:      # starts nats-server and every servi
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Se
 READY_WITHIN_S = 180.0  # a first start may load for long; children that die again and again end the wait at once
 KEEP_TRYING = 3
 CONNECT_WITHIN_S = 3.0
+METRICS_HOST = "127.0.0.1"
 
 Waiting = Callable[[str], None]
 
@@ -53,6 +55,7 @@ class Options:
     engine: str = "auto"
     nats: str = ""  # empty: embedded
     otlp: str = ""
+    metrics_port: int = 0  # of the first router; drafters and workers follow. 0: none. A gateway's are at its /metrics
     log_level: str = "info"
     drain_s: float = 30.0
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module -> more settings for its processes
@@ -89,12 +92,23 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "gateway": (GatewaySettings, options.gateways, model | {"host": options.host}),
     }
     services: dict[str, list[Settings]] = {}
+    metrics_ports = itertools.count(options.metrics_port)
     for module, (kind, count, own) in kinds.items():
         own = common | own | dict(options.settings.get(module, {}))
-        ports = ({"port": options.port + i} if module == "gateway" else {} for i in range(count))
+        ports: list[dict[str, Any]] = [
+            {"port": options.port + i} if module == "gateway"
+            else {"metrics_port": next(metrics_ports)} if options.metrics_port else {}
+            for i in range(count)
+        ]
         ids = [new_id(f"{module}-{i + 1}") if options.nats else f"{module}-{i + 1}" for i in range(count)]
         services[module] = [kind(id=id, **(own | port)) for id, port in zip(ids, ports, strict=True)]
     return services
+
+
+def _own_ports(settings: Settings) -> list[str]:
+    """Flags for what is each process's own, said even where it is a default: they share one environment."""
+    names = [name for name in ("port", "metrics_port") if name in settings.__struct_fields__]
+    return [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in names]
 
 
 def _cores() -> int:
@@ -147,7 +161,7 @@ class LocalMesh:
                 self._start_broker(logs)
             for module, group in plan(options, self.nats).items():
                 for settings in group:
-                    command = service_command(module, to_flags(settings))
+                    command = service_command(module, [*to_flags(settings), *_own_ports(settings)])
                     self._start(Child(settings.id, command, logs / f"{settings.id}.log", drain_s=settings.drain_s))
 
     async def connect(self) -> Bus:
@@ -207,12 +221,23 @@ def folder_problems(data: Path) -> Iterator[None]:
 
 
 def check_ports(options: Options) -> None:
-    """Raises UpFailed when a gateway could not listen on its port."""
-    for port in range(options.port, options.port + options.gateways):
-        if port > 65535:
-            raise UpFailed(f"there is no port {port}: choose a lower one with --port")
-        if problem := broker.port_problem(options.host, port):
-            raise UpFailed(problem)
+    """Raises UpFailed when a gateway, or who serves figures, could not listen on its port."""
+    gateways = range(options.port, options.port + options.gateways)
+    others = options.routers + options.drafters + options.workers if options.metrics_port else 0
+    metrics = range(options.metrics_port, options.metrics_port + others)
+    if set(gateways) & set(metrics):
+        raise UpFailed(f"the ports of gateways ({_span(gateways)}) and of --metrics-port ({_span(metrics)}) overlap: "
+                       "choose another --metrics-port")
+    for ports, host, flag in ((gateways, options.host, "--port"), (metrics, METRICS_HOST, "--metrics-port")):
+        for port in ports:
+            if port > 65535:
+                raise UpFailed(f"there is no port {port}: choose a lower one with {flag}")
+            if problem := broker.port_problem(host, port, flag):
+                raise UpFailed(problem)
+
+
+def _span(ports: range) -> str:
+    return f"{ports[0]} to {ports[-1]}" if len(ports) > 1 else str(ports[0])
 
 
 async def until_ready(

@@ -9,6 +9,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import shlex
@@ -61,6 +62,8 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 where = "all in this process, " if one_process else ""
                 said = f" in {time.perf_counter() - start:.1f} s, {where}logs in {options.data / 'logs'}"
                 _print(console, Text.assemble(("ready", "green"), said))
+                if figures := figures_at(options):
+                    _print(console, Text(figures))
             name = load_card(options.model).name
             if not stop.is_set() and not quiet:
                 await _unless(stop, _show_answer(options, name, board, console))
@@ -84,6 +87,17 @@ async def _listen(mesh: Mesh, board: Board, stack: contextlib.AsyncExitStack) ->
     bus = await mesh.connect()
     stack.push_async_callback(bus.close)
     await bus.subscribe(subjects.ALL_STATUS, board.take)
+
+
+def figures_at(options: Options) -> str:
+    """Where Prometheus finds everyone's figures; empty when only gateways have any."""
+    if not options.metrics_port:
+        return ""
+    counts = {"router": options.routers, "drafter": options.drafters, "worker": options.workers}
+    names = [f"{kind}-{i + 1}" for kind, count in counts.items() for i in range(count)]
+    ports = itertools.count(options.metrics_port)
+    shown = ", ".join(f"{name} :{port}" for name, port in zip(names, ports, strict=False))
+    return f"figures for Prometheus at /metrics: gateway-1 :{options.port}, {shown}"
 
 
 async def _show_answer(options: Options, model: str, board: Board, console: Console) -> None:

@@ -1,6 +1,7 @@
 """The whole mesh in one process: the same services, no NATS, and nothing left behind."""
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -64,6 +65,35 @@ def test_a_second_ctrl_c_ends_it_in_the_middle_of_a_stream(tmp_path: Path) -> No
             command.interrupt()
             assert command.code() == 0
         assert command.errors == ""
+
+
+async def test_the_environment_tells_services_in_one_process_what_it_tells_processes(
+    options: Options, monkeypatch: pytest.MonkeyPatch, logging_restored: None
+) -> None:
+    monkeypatch.setenv("TOKENMILL_MAX_ACTIVE", "2")
+    monkeypatch.setenv("TOKENMILL_LOG", "json")
+    mesh = OneProcess(options)
+    mesh.start()
+    try:
+        await mesh.until_ready()
+        body = {"messages": [{"role": "user", "content": "a"}], "n": 3}
+        async with httpx.AsyncClient(trust_env=False) as client:
+            refused = await client.post(f"{options.url}/v1/chat/completions", json=body)
+    finally:
+        await mesh.stop()
+    assert "at most 2 choices" in refused.json()["error"]["message"]
+    lines = (options.data / "logs" / all_in_one.LOG).read_text().splitlines()
+    assert {"gateway_serving", "request_refused"} <= {json.loads(line)["event"] for line in lines}
+
+
+async def test_a_bad_setting_in_the_environment_is_one_sentence(
+    options: Options, monkeypatch: pytest.MonkeyPatch, logging_restored: None
+) -> None:
+    monkeypatch.setenv("TOKENMILL_MAX_ACTIVE", "many")
+    mesh = OneProcess(options)
+    with pytest.raises(UpFailed, match="bad setting for gateway: TOKENMILL_MAX_ACTIVE = 'many'"):
+        mesh.start()
+    await mesh.stop()
 
 
 async def test_services_together_answer_until_cancelled(options: Options) -> None:

@@ -26,7 +26,7 @@ def _assert_refused(expected: str, *arguments: str) -> None:
 def test_help_names_every_option_of_up() -> None:
     shown = _run("up", "--help").output
     options = ("port", "host", "workers", "drafters", "routers", "gateways", "model", "engine", "nats", "data",
-               "all-in-one", "quiet", "otlp", "log-level", "drain-s")
+               "all-in-one", "quiet", "otlp", "metrics-port", "log-level", "drain-s")
     assert [option for option in options if f"--{option} " not in shown] == []
 
 
@@ -40,6 +40,11 @@ def test_an_unknown_log_level_is_answered_with_those_there_are() -> None:
 
 def test_all_in_one_and_a_broker_exclude_each_other() -> None:
     _assert_refused("--all-in-one needs no NATS: leave out --nats", "--all-in-one", "--nats", "nats://127.0.0.1:4222")
+
+
+def test_all_in_one_has_no_ports_for_figures() -> None:
+    _assert_refused("--metrics-port is for services that are processes: leave out --all-in-one",
+                    "--all-in-one", "--metrics-port", "9000")
 
 
 def test_cuda_without_a_device_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from deploy import broker, local_mesh
@@ -25,6 +26,39 @@ def test_a_plan_names_every_process_and_gives_gateways_ports_in_a_row(options: O
         "router-1", "worker-1", "worker-2", "gateway-1", "gateway-2"]
     ports = [settings.port for settings in services["gateway"] if isinstance(settings, GatewaySettings)]
     assert ports == [options.port, options.port + 1]
+
+
+def test_everyone_but_gateways_gets_a_port_for_figures_when_asked(options: Options) -> None:
+    def ports(metrics_port: int) -> dict[str, int]:
+        services = plan(replace(options, workers=2, metrics_port=metrics_port), "nats://127.0.0.1:1")
+        return {settings.id: settings.metrics_port for group in services.values() for settings in group}
+
+    assert ports(9000) == {"router-1": 9000, "drafter-1": 9001, "worker-1": 9002, "worker-2": 9003, "gateway-1": 0}
+    assert set(ports(0).values()) == {0}
+
+
+def test_ports_for_figures_are_checked_like_those_of_gateways(options: Options) -> None:
+    with pytest.raises(UpFailed, match=f"of --metrics-port .{options.port - 1} to {options.port + 1}. overlap"):
+        check_ports(replace(options, metrics_port=options.port - 1))
+    free = broker.free_port()
+    with socket.create_server(("127.0.0.1", free)), pytest.raises(UpFailed, match="choose another with --metrics-port"):
+        check_ports(replace(options, metrics_port=free))
+
+
+async def test_a_port_in_the_environment_moves_no_gateway(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_PORT", str(broker.free_port()))
+    async with LocalMesh(replace(options, port=GatewaySettings().port, host="127.0.0.3")) as mesh:
+        await mesh.until_ready()
+
+
+async def test_routers_and_workers_serve_their_figures_where_told(options: Options) -> None:
+    first = broker.free_port()
+    async with LocalMesh(replace(options, metrics_port=first, drafters=0)) as mesh:
+        await mesh.until_ready()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            router, worker = [(await client.get(f"http://127.0.0.1:{first + i}/metrics")).text for i in range(2)]
+    assert "mill_router_workers 1.0" in router
+    assert "mill_worker_running 0.0" in worker
 
 
 def test_workers_share_the_cores_and_speculate_only_with_drafters(options: Options) -> None:
