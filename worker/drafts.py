@@ -19,6 +19,9 @@ ACCEPTANCE_MEMORY = 0.1
 # a stream whose drafts were left out drifts back by this much a step, so that it is tried again one day
 ACCEPTANCE_DRIFT = 0.02
 FIRST_ACCEPTANCE = 0.6
+# a batch whose step takes less than this many times what its rows cost is not speculated: of what a draft could save
+# there is so little that an error of the estimate, or the drafter's own work beside the step, would turn it into a loss
+LEAST_SAVING = 1.25
 
 
 class Draft(NamedTuple):
@@ -111,11 +114,16 @@ def drifted_acceptance(acceptance: float) -> float:
     return acceptance + ACCEPTANCE_DRIFT * (FIRST_ACCEPTANCE - acceptance)
 
 
+def can_pay(streams: int, step_s: float, row_s: float) -> bool:
+    """Whether drafts that are all right would save enough: a plain step of so many streams takes `step_s`."""
+    return step_s >= LEAST_SAVING * streams * row_s
+
+
 def rows_worth_verifying(candidates: Sequence[Candidate], sure_tokens: int, step_s: float, row_s: float,
                          budget: int) -> list[int]:
     """How many drafts of each candidate to verify, so that expected tokens a second are highest.
 
-    `sure_tokens` come out of the step anyway, which without drafts takes `step_s`; each draft adds `row_s`.
+    `sure_tokens` come out of a step anyway, which without drafts takes `step_s`; each draft adds `row_s`.
     Draft j of a stream counts only if all before it agree: its worth is acceptance ** j. The most promising row is
     taken while it is worth more than its time at the present rate. Takes at most `budget` rows.
     """

@@ -130,12 +130,15 @@ class Engine:
                 await self._run_one_by_one(step)
                 continue
             self._keep(self.scheduler.commit(step, chosen, self._clock.now()))
-            self.draft_wait.observe(len(step.works), self.rate.total - tokens, self._clock.now() - started)
+            if self.scheduler.speculates:
+                self.draft_wait.observe(len(step.works), self.rate.total - tokens, self._clock.now() - started)
 
     async def _wait_for_drafts(self) -> None:
         """Hold the next step back where that has paid so far."""
         scheduler = self.scheduler
         streams = len(scheduler.running)
+        if not scheduler.speculates:
+            return
         seconds = self.draft_wait.seconds(streams, scheduler.cost.expected_s(streams))
         if seconds:
             self._fresh.clear()

@@ -2,7 +2,8 @@
 
 Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never
 mentioned to it; nobody asks a drafter anything. A drafter that is new, or new again (another epoch), is told every
-stream from its start. Pure.
+stream from its start. While drafts cannot pay nothing is told but the ends; what was missed follows at once when they
+can. Pure.
 """
 
 from collections.abc import Iterable
@@ -35,9 +36,10 @@ class Following:
         self._max_draft_tokens = max_draft_tokens
         self._silence_s = silence_s
         self._heard: dict[str, tuple[DrafterStatus, float]] = {}
-        self._open: set[Key] = set()
+        self._open: dict[Key, int] = {}  # tokens of each stream that the drafter knows
         self._closing: list[tuple[str, list[Key]]] = []  # drafters that were left since the last step
         self._reopen = False
+        self._behind = False  # something was not told
         self._seq = 0
 
     @property
@@ -66,11 +68,17 @@ class Following:
         self._open.clear()
         self._reopen = best is not None
 
-    def follow(self, events: list[Event], live: Iterable[Sequence]) -> list[Outgoing]:
-        """What the drafter is told of a step. `live` is the state behind the last of `events`."""
+    def follow(self, events: list[Event], live: Iterable[Sequence], pays: bool = True) -> list[Outgoing]:
+        """What the drafter is told of a step. `live` is the state behind the last of `events`. `pays`: drafts can."""
         told = self._farewell()
         if self.chosen is None:
             return told
+        if not pays or self._behind:
+            self._behind = not pays
+            ends = [line for event in events if isinstance(event, Ended) for line in self._end(event.sequence)]
+            news = [line for sequence in live for line in self._catch_up(sequence)] if pays else []
+            self._reopen = self._reopen and not pays
+            return told + self._pack(self.chosen.id, ends + news)
         if self._reopen:
             self._reopen = False
             opening: list[Line] = [self._opening(sequence) for sequence in live
@@ -84,11 +92,13 @@ class Following:
             match event:
                 case Advanced(sequence, index, tokens) if sequence.key in self._open:
                     key = sequence.key
-                    lines.append(Commit(key.request_id, key.attempt, sequence.prompt_length + index, pack(tokens)))
+                    base = sequence.prompt_length + index
+                    self._open[key] = base + len(tokens)
+                    lines.append(Commit(key.request_id, key.attempt, base, pack(tokens)))
                 case Started(sequence) if self._may_hear(sequence):
                     lines.append(self._opening(sequence, sequence.resumed_length))
                 case Ended(sequence) if sequence.key in self._open:
-                    self._open.discard(sequence.key)
+                    del self._open[sequence.key]
                     lines.append(Close(sequence.key.request_id, sequence.key.attempt))
         return told + self._pack(self.chosen.id, lines)
 
@@ -98,10 +108,32 @@ class Following:
     def _may_hear(self, sequence: Sequence) -> bool:
         return self.chosen is not None and allows(sequence.request.residency, self.chosen.zone)
 
+    def _end(self, sequence: Sequence) -> list[Line]:
+        """The last of a stream that is open: the rest of its text, which later streams may repeat, and its close."""
+        if sequence.key not in self._open:
+            # one that was told of another epoch of this drafter may still be known there
+            unsure = self._reopen and self._may_hear(sequence)
+            return [Close(sequence.key.request_id, sequence.key.attempt)] if unsure else []
+        rest = self._catch_up(sequence)
+        del self._open[sequence.key]
+        return [*rest, Close(sequence.key.request_id, sequence.key.attempt)]
+
+    def _catch_up(self, sequence: Sequence) -> list[Line]:
+        """What the drafter does not know of a stream that was admitted."""
+        known = self._open.get(sequence.key)
+        if known is None:
+            admitted = sequence.admitted_at is not None and self._may_hear(sequence)
+            return [self._opening(sequence)] if admitted else []
+        if known == len(sequence.tokens):
+            return []
+        self._open[sequence.key] = len(sequence.tokens)
+        return [Commit(sequence.key.request_id, sequence.key.attempt, known, pack(sequence.tokens[known:]))]
+
     def _opening(self, sequence: Sequence, length: int | None = None) -> Open:
-        self._open.add(sequence.key)
+        tokens = sequence.tokens[:length]
+        self._open[sequence.key] = len(tokens)
         request = sequence.request
-        return Open(request.request_id, request.attempt, pack(sequence.tokens[:length]), request.tenant,
+        return Open(request.request_id, request.attempt, pack(tokens), request.tenant,
                     sequence.prompt_length, request.sampling, self._max_draft_tokens, sequence.traceparent)
 
     def _farewell(self) -> list[Outgoing]:

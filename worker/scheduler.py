@@ -29,6 +29,7 @@ from worker.drafts import (
     FIRST_ACCEPTANCE,
     Candidate,
     DraftBook,
+    can_pay,
     drifted_acceptance,
     rows_worth_verifying,
     updated_acceptance,
@@ -139,6 +140,7 @@ class Scheduler:
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
         self.acceptance = FIRST_ACCEPTANCE  # over all sequences
+        self.speculates = limits.max_draft_tokens > 0  # whether drafts can pay for the streams there are now
         self.closed_because: str | None = None  # set while draining
         self._live: dict[str, Sequence] = {}
         self._seen: OrderedDict[str, int] = OrderedDict()  # request -> highest attempt registered
@@ -254,7 +256,12 @@ class Scheduler:
         if self.preemptions == preempted:
             self._admit(budget, computing, now)
         if self.limits.max_draft_tokens:
-            self._add_drafts()
+            # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
+            streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
+            step_s = self.cost.expected_s(streams)
+            self.speculates = can_pay(streams, step_s, self.cost.row_s)
+            if self.speculates:
+                self._add_drafts(streams, step_s)
         for work in works:
             sequence = work.sequence
             sequence.steps += 1
@@ -386,17 +393,16 @@ class Scheduler:
         self._leave(victim)
         self.waiting.push_back(victim)
 
-    def _add_drafts(self) -> None:
-        """Fill what is left of the budget with the drafts that are worth it."""
+    def _add_drafts(self, streams: int, step_s: float) -> None:
+        """Fill what is left of the budget with the drafts that are worth it to so many streams.
+
+        `step_s`: their step without prompts, whose time an accepted draft does not save.
+        """
         budget = self.limits.step_tokens - sum(work.rows for work in self._works)
         drafted: list[tuple[Work, list[int]]] = []
-        sampled = prefilled = 0
         for work in self._works:
             if not work.samples:
-                prefilled += work.rows
                 continue
-            sampled += 1
-            prefilled += work.rows - 1
             sequence = work.sequence
             most = min(self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
             draft = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 else []
@@ -405,10 +411,8 @@ class Scheduler:
         if not drafted or budget <= 0:
             return
         candidates = [Candidate(self._acceptance(work.sequence), len(draft)) for work, draft in drafted]
-        step_s = self.cost.expected_s(sampled, prefilled) or 1.0
-        row_s = self.cost.row_s
-        for (work, draft), taken in zip(drafted, rows_worth_verifying(candidates, sampled, step_s, row_s, budget),
-                                        strict=True):
+        worth = rows_worth_verifying(candidates, streams, step_s or 1.0, self.cost.row_s, budget)
+        for (work, draft), taken in zip(drafted, worth, strict=True):
             sequence = work.sequence
             taken = self._draft_room(sequence, taken)
             if taken:

@@ -234,7 +234,9 @@ class Worker:
     async def _publish(self, events: list[Event]) -> None:
         """Everything one step has to say."""
         replies = self._outbox.replies(events, self._following.name)
-        told = self._following.follow(events, self._scheduler.live) if self._speculates else []
+        told = []
+        if self._speculates:
+            told = self._following.follow(events, self._scheduler.live, self._scheduler.speculates)
         await self._sender.send(replies + told)
         async with self._kv_order:
             await self._sender.send(self._outbox.kv_events(self._pool))

@@ -4,7 +4,9 @@
 
 `rows` are the rows whose next token is wanted (decode and verification), prefill tokens are all others.
 Rule: least squares with forgetting. While steps are all alike nothing can tell the three apart: then proportions hold
-that were found when steps last differed (`worker.calibrate` makes them differ at the start). No cost is ever negative.
+that were found when steps last differed (`worker.calibrate` makes them differ at the start). No cost is ever negative,
+and the base, which decides whether drafts pay, never more than the shortest step took: else the pauses of a disturbed
+machine would be taken for it.
 Pure.
 """
 
@@ -18,6 +20,8 @@ SPREAD = 0.3
 # a step that took longer than this many times what was expected is a pause of the machine, not a cost
 OUTLIER = 4.0
 WARM_STEPS = 8
+# the shortest step counts for this many times as long with each step since, so that a device may become slower
+SHORTEST_GROWTH = 1.0005
 
 
 class StepCost:
@@ -29,6 +33,7 @@ class StepCost:
         self.base_s = 0.0
         self.row_s = 0.0
         self.token_s = 0.0
+        self._shortest_s = float("inf")
         self._matrix = [[0.0] * 3 for _ in range(3)]
         self._vector = [0.0] * 3
         self._row_share = FIRST_ROW_SHARE
@@ -38,6 +43,7 @@ class StepCost:
         """Learn from one step."""
         if self.steps >= WARM_STEPS:
             seconds = min(seconds, OUTLIER * self.expected_s(rows, prefill_tokens))
+        self._shortest_s = min(SHORTEST_GROWTH * self._shortest_s, seconds)
         self.steps += 1
         self.prefill_tokens += prefill_tokens
         features = (1.0, float(rows), float(prefill_tokens))
@@ -67,6 +73,10 @@ class StepCost:
             matrix[i][i] += PRIOR_WEIGHT
             vector[i] += PRIOR_WEIGHT * prior[i]
         base, row, token = solve(matrix, vector)
+        if base > self._shortest_s:
+            base = self._shortest_s
+            row, token = solve([line[1:] for line in matrix[1:]],
+                               [sum_ - base * line[0] for sum_, line in zip(vector[1:], matrix[1:], strict=True)])
         self.row_s = max(row, 0.0)
         self.token_s = max(token, 0.0)
         self.base_s = max(base, 0.0)

@@ -9,6 +9,7 @@ from worker.drafts import (
     PROPOSALS_PER_STREAM,
     Candidate,
     DraftBook,
+    can_pay,
     drifted_acceptance,
     rows_worth_verifying,
     updated_acceptance,
@@ -126,3 +127,12 @@ def test_speculation_fades_as_the_batch_grows() -> None:
         return sum(taken) / streams
     assert rows_per_stream(1) >= 3
     assert rows_per_stream(1) > rows_per_stream(8) > rows_per_stream(64)
+
+
+@given(st.integers(1, 256), st.floats(0.0001, 0.1), st.floats(0.0, 0.02), st.integers(1, 8))
+def test_where_drafts_cannot_pay_even_right_ones_would_save_little(
+        streams: int, base_s: float, row_s: float, drafts: int) -> None:
+    step_s = base_s + streams * row_s
+    saving = (1 + drafts) * step_s / (step_s + streams * drafts * row_s)
+    assert can_pay(streams, step_s, row_s) or saving < 1.25 + 1e-9
+    assert can_pay(1, 0.0, 0.0)  # nothing is known yet

@@ -42,6 +42,17 @@ def test_one_pause_of_the_machine_does_not_upset_the_cost() -> None:
     assert cost.expected_s(4) < 1.2 * before
 
 
+def test_the_pauses_of_a_disturbed_machine_are_not_taken_for_the_base_of_a_step() -> None:
+    rng = random.Random(2)
+    cost = StepCost()
+    for rows in (1, 8, 32) * 3:
+        cost.observe(rows, 0, 0.0025 + 0.001 * rows)
+    for _ in range(300):
+        cost.observe(rng.randint(28, 36), 0, 0.036 + rng.choice([0.0, 0.0, 0.1]))
+    assert cost.base_s <= 0.005
+    assert 0.03 < cost.expected_s(32) < 0.12
+
+
 def test_no_cost_is_ever_negative_or_known_without_a_step() -> None:
     cost = StepCost()
     assert cost.expected_s(5, 5) == cost.prefill_tok_s(256) == 0.0

@@ -125,6 +125,26 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
     assert end.draft_tokens >= end.accepted_draft_tokens > len(stream) / 2
 
 
+@pytest.mark.parametrize(("row_s", "others", "drafted"),
+                         [(0.0001, 0, True), (0.0001, 30, True), (0.001, 0, True), (0.001, 30, False)])
+def test_drafts_are_verified_only_where_the_streams_that_run_or_wait_leave_something_to_save(
+        row_s: float, others: int, drafted: bool) -> None:
+    bench = Bench(mock_decoder(blocks=256), step_tokens=64, max_running=32)
+    for _ in range(200):
+        for rows in (1, 8, 32):
+            bench.scheduler.cost.observe(rows, 0, 0.003 + rows * row_s)
+    wanted = request(max_tokens=20)
+    stream = plain(wanted)
+    bench.add(wanted)
+    bench.step()
+    for number in range(others):
+        bench.add(request(f"other{number}", [number] * 40))
+    bench.scheduler.drafts.offer(Proposal("r", 1, 4, pack(stream[1:6])))
+    step = bench.scheduler.plan(bench.now)
+    assert step is not None
+    assert bool(step.works[0].drafts) is bench.scheduler.speculates is drafted
+
+
 def test_a_full_hit_recomputes_one_token_and_no_more() -> None:
     bench = Bench(mock_decoder())
     prompt = list(range(4 * BLOCK + 1))
