@@ -359,9 +359,10 @@ class Answer:
             attributes |= {names.LATENCY_IN_QUEUE: ends[0].queue_s, names.LATENCY_PREFILL: ends[0].prefill_s,
                            names.LATENCY_DECODE: ends[0].decode_s}
         span.end(self._unix(now_s), attributes, error)
-        log.info("request_ended", operation=operation, prompt_tokens=usage.prompt_tokens, cached_tokens=cached,
-                 completion_tokens=usage.completion_tokens, worker=mill.worker, attempts=mill.attempts,
-                 seconds=round(now_s - self._began_s, 4), error=error or None)
+        # routers and workers log `request=` the response's number and that of the choice
+        log.info("request_ended", response=self._reply.id, operation=operation, prompt_tokens=usage.prompt_tokens,
+                 cached_tokens=cached, completion_tokens=usage.completion_tokens, worker=mill.worker,
+                 attempts=mill.attempts, seconds=round(now_s - self._began_s, 4), error=error or None)
 
     def _unix(self, monotonic_s: float) -> float:
         return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)

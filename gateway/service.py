@@ -40,6 +40,7 @@ T = TypeVar("T")
 TICK_S = 0.1  # how finely deadlines and silence are noticed
 FORGET_S = 60.0
 LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
+MOST_NAMED = 128  # characters of an unknown model's name that its error repeats
 CLOSE_S = 5.0  # for HTTP connections to end once nothing runs
 
 log = structlog.get_logger("gateway")
@@ -79,9 +80,9 @@ class Gateway:
         """The served model under its mesh name or its own; absent means the one there is. Raises ModelNotFound."""
         if self.model is None:
             raise ModelNotFound("this gateway serves no model: start it with --model", param="model")
-        if name not in (None, self.model.name, self.model.card.name):
-            raise ModelNotFound(f"the model {name!r} does not exist here: this gateway serves {self.model.name!r}",
-                                param="model")
+        if name is not None and name not in (self.model.name, self.model.card.name):
+            raise ModelNotFound(f"the model {_shortened(name)!r} does not exist here: this gateway serves "
+                                f"{self.model.name!r}", param="model")
         return self.model
 
     @contextlib.contextmanager
@@ -282,6 +283,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self._ready is not None:
             self._ready.set()
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MOST_NAMED else f"{name[:MOST_NAMED]}..."
 
 
 def _listen(host: str, port: int) -> socket.socket:

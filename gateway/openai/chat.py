@@ -65,7 +65,8 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """
     for i, message in enumerate(messages):
         if message.role not in ROLES:
-            raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}; got {message.role!r}",
+            # what stands there is not repeated: it may be a prompt in the wrong field, and errors are logged
+            raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}",
                              param=f"messages[{i}].role")
     return [{name: value for name, value in structs.asdict(message).items() if value is not None or name == "content"}
             for message in messages]

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.service import Gateway
@@ -271,6 +272,14 @@ async def test_a_missing_field_is_said_plainly_and_an_error_tells_its_length() -
         response = await client.post(CHAT, json={"messages": [{"content": "a"}]})
         assert response.json()["error"]["message"] == "messages[0].role is missing"
         assert response.headers["content-length"] == str(len(response.content))
+
+
+async def test_an_error_repeats_no_text_that_could_be_a_prompt_and_no_long_name() -> None:
+    async with gateway_and_mesh() as (client, _, _):
+        swapped = await client.post(CHAT, json=chat(messages=[{"role": "my secret", "content": "user"}]))
+        assert swapped.status_code == 400 and "secret" not in swapped.text
+        unknown = await client.post(CHAT, json=chat(model="m" * 10_000))
+        assert unknown.status_code == 404 and len(unknown.content) < 400
 
 
 async def test_an_over_long_prompt_is_refused_before_any_worker_sees_it() -> None:
@@ -574,6 +583,15 @@ async def test_metrics_tell_requests_tokens_latencies_and_workers() -> None:
         for family in text_string_to_metric_families(response.text):
             assert family.documentation, family.name
             assert not family.name.endswith("_total") or family.type == "counter", family.name
+
+
+async def test_the_log_joins_the_clients_id_with_the_one_that_the_mesh_knows() -> None:
+    async with gateway_and_mesh() as (client, mesh, _):
+        with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+            await client.post(CHAT, json=chat(), headers={"x-request-id": "theirs"})
+        [ended] = [line for line in lines if line["event"] == "request_ended"]
+        assert ended["request_id"] == "theirs"
+        assert f"{ended['response'].removeprefix('chatcmpl-')}-0" == mesh.requests[0].request_id
 
 
 async def test_a_long_prompt_is_tokenised_aside_and_gives_the_same() -> None:
