@@ -30,6 +30,9 @@ Serve = Callable[[Bus, S, Clock], Coroutine[Any, Any, None]]
 
 def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lambda settings: settings) -> None:
     """Serve until told to stop. `check` refuses settings with a ValueError before anything is connected."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(name, kind()))
+        return
     try:
         settings = load(kind, name, sys.argv[1:], os.environ)
         settings = check(replace(settings, id=settings.id or new_id(name)))
@@ -39,6 +42,15 @@ def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lam
         sys.exit(f"{name}: {error}")
     except OSError as error:
         sys.exit(f"{name}: {error.strerror or error}")
+
+
+def help_text(name: str, defaults: Settings) -> str:
+    """Every setting of a service as a flag, with its default."""
+    fields = {field: getattr(defaults, field) for field in defaults.__struct_fields__}
+    width = max(len(field) for field in fields) + 4
+    lines = [f"  {'--' + field.replace('_', '-'):<{width}}{value!r}" for field, value in fields.items()]
+    head = f"python -m {name} [--setting value ...]      flag over TOKENMILL_SETTING over --config FILE over default"
+    return "\n".join([head, "", *lines])
 
 
 async def _serve(settings: S, serve: Serve[S]) -> None:
