@@ -214,23 +214,27 @@ class Engine:
             self.scheduler.fail(work.sequence, WorkerFailed(f"{reason}; it was tried twice"), retryable=device)
 
     async def _rest(self) -> None:
-        """Publish what is left and wait for something to do. Nothing lives now."""
+        """Publish what is left and wait for something to do. Nothing lives now, unless blocks were lost."""
         await self._publish_kept()
         if self._inbox:
             return
         now = self._clock.now()
-        if now - self._audited_at >= AUDIT_PERIOD_S:
+        stuck = len(self.scheduler.waiting) > 0
+        if stuck or now - self._audited_at >= AUDIT_PERIOD_S:
             self._audited_at = now
-            self._audit()
+            if self._audit() and stuck:
+                return
         self.idle.set()
         self._wake.clear()
         await self._wake.wait()
 
-    def _audit(self) -> None:
+    def _audit(self) -> bool:
+        """Check the cache's books; whether anything had to be mended."""
         found = self.scheduler.audit()
         if found.repairs:
             self.repairs += found.repairs
             _log.warning("kv_blocks_repaired", **found._asdict())
+        return found.repairs > 0
 
     def _keep(self, events: list[Event]) -> None:
         self._kept += events

@@ -331,6 +331,9 @@ class Scheduler:
                 self.drafts.open(sequence.key)
                 self._events.append(Started(sequence))
             budget -= self._prefill(sequence, budget, computing)
+            if sequence.slot < 0:
+                # it had to give way to itself: blocks are missing that nobody here holds, until an audit finds them
+                return
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether all its tokens have room beside what running ones need and one block more for each.

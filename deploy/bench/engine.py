@@ -33,7 +33,7 @@ from shared import blocks, subjects
 from shared.bus import Delivery
 from shared.clock import LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.messages import Failed, Finished, Generate, Sampling, StepReplies, Tokens, decode, encode
+from shared.messages import Failed, Finished, GatewayStatus, Generate, Sampling, StepReplies, Tokens, decode, encode
 from shared.settings import DrafterSettings, WorkerSettings
 from shared.tokens import count, pack
 
@@ -150,6 +150,7 @@ async def _in_process(workload: Workload, engine: str, speculation: bool) -> dic
             service.result()
     client = _Client(MemoryBus(memory), clock)
     await client.listen()
+    services.append(asyncio.create_task(client.beat()))
     await client.run([_prompt(tokenizer, WORKLOADS["W1"], -1)], 1)  # the first token of a cold process
     cold_start_s = time.perf_counter() - BORN
     seen = await client.run([_prompt(tokenizer, workload, i) for i in range(workload.requests)], workload.out_tokens)
@@ -183,6 +184,12 @@ class _Client:
 
     async def listen(self) -> None:
         await self._bus.subscribe(subjects.replies("bench"), self._take)
+
+    async def beat(self) -> None:
+        """Stay alive in the worker's eyes: streams of a silent gateway are dropped."""
+        while True:
+            await self._bus.publish(subjects.status("gateway", "bench"), encode(GatewayStatus("bench", 1)))
+            await self._clock.sleep(0.5)
 
     async def run(self, prompts: list[list[int]], out_tokens: int) -> dict[str, float | None]:
         self._runs += 1
@@ -225,6 +232,8 @@ class _Client:
                     self._first.setdefault(reply.request_id, now)
                     self._last[reply.request_id] = now
                     self._counts[reply.request_id] = self._counts.get(reply.request_id, 0) + count(reply.tokens)
+                case Finished(reason="cancelled"):
+                    raise RuntimeError(f"the worker dropped {reply.request_id}")
                 case Finished():
                     self._open.discard(reply.request_id)
                 case Failed():

@@ -370,3 +370,13 @@ def test_a_sequence_that_gave_way_names_its_blocks_again_when_it_computes_them_a
     assert last.preemptions > 0
     names = set(bench.scheduler.pool.names())
     assert all(last.name(index, BLOCK) in names for index in range((len(last.tokens) - 1) // BLOCK))
+
+
+def test_blocks_that_nobody_returns_are_an_audit_away_from_use_and_no_endless_loop() -> None:
+    bench = Bench(mock_decoder(blocks=8))
+    assert bench.scheduler.pool.allocate(8)  # leaked: no sequence holds them
+    bench.add(request(prompt=[100, 101, 102]))
+    assert bench.scheduler.plan(0.0) is None
+    assert bench.scheduler.audit().repairs
+    bench.finish()
+    assert isinstance(bench.ends["r", 1][0], Finished)
