@@ -4,6 +4,7 @@ Rule: everything a client can get wrong is found here, before any place is taken
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gateway.service import Gateway
 
 
-class Endpoint:
+class Endpoint(ABC):
     """What differs between the generating endpoints.
 
     `operation` is the convention's name for the span, `source` the field that prompts come in.
@@ -32,12 +33,13 @@ class Endpoint:
     reply: type[chat.ChatReply] | type[completions.CompletionReply]
     decode: common.BodyDecoder
 
+    @abstractmethod
     def options(self, body: Any) -> Options:
-        raise NotImplementedError
+        """What is asked of the mesh. Raises BadRequest."""
 
+    @abstractmethod
     def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
         """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
-        raise NotImplementedError
 
 
 class Chat(Endpoint):
