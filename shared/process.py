@@ -23,13 +23,20 @@ from shared.clock import Clock, LoopClock
 from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import Settings, load
+from shared.timeline import Timeline
 
 S = TypeVar("S", bound=Settings)
 Serve = Callable[[Bus, S, Clock], Coroutine[Any, Any, None]]
 
 
-def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lambda settings: settings) -> None:
-    """Serve until told to stop. `check` refuses settings with a ValueError before anything is connected."""
+def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lambda settings: settings,
+        timeline: Timeline | None = None) -> None:
+    """Serve until told to stop. `check` refuses settings with a ValueError before anything is connected.
+
+    `timeline` is marked with what happens before `serve`: imports, settings, bus.
+    """
+    timeline = timeline or Timeline.of_process()
+    timeline.mark("imports")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(name, kind()))
         return
@@ -37,7 +44,8 @@ def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lam
         settings = load(kind, name, sys.argv[1:], os.environ)
         settings = check(replace(settings, id=settings.id or new_id(name)))
         telemetry.configure_logging(name, settings.id, settings.log, settings.log_level)
-        uvloop.run(_serve(settings, serve))
+        timeline.mark("settings")
+        uvloop.run(_serve(settings, serve, timeline))
     except (ValueError, BusUnavailable) as error:
         sys.exit(f"{name}: {error}")
     except OSError as error:
@@ -53,8 +61,9 @@ def help_text(name: str, defaults: Settings) -> str:
     return "\n".join([head, "", *lines])
 
 
-async def _serve(settings: S, serve: Serve[S]) -> None:
+async def _serve(settings: S, serve: Serve[S], timeline: Timeline) -> None:
     bus = await NatsBus.connect(settings.nats, name=settings.id)
+    timeline.mark("bus")
     serving = asyncio.create_task(serve(bus, settings, LoopClock()))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)

@@ -4,9 +4,13 @@ SIGTERM and SIGINT drain it: no new streams, what runs ends (`drain_s` at most),
 ends it at once.
 """
 
+from functools import partial
+
 from shared.process import run
 from shared.settings import WorkerSettings
+from shared.timeline import Timeline
 from worker.service import serve
 
 if __name__ == "__main__":
-    run("worker", WorkerSettings, serve)
+    timeline = Timeline.of_process()
+    run("worker", WorkerSettings, partial(serve, timeline=timeline), timeline=timeline)

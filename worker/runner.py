@@ -14,6 +14,7 @@ import structlog
 from kernels.step import Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
+from shared.timeline import Timeline
 from worker.mock_decoder import MockDecoder
 
 ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
@@ -86,8 +87,11 @@ def engine_of(settings: WorkerSettings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_decoder(settings: WorkerSettings) -> Decoder:
-    """The decoder that the settings ask for. Blocking, for seconds. Raises ValueError when there is no model."""
+def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> Decoder:
+    """The decoder that the settings ask for. Blocking, for seconds. Raises ValueError when there is no model.
+
+    On the CPU `timeline` is marked with `native_library`: found in the cache, or compiled if that took seconds.
+    """
     engine = engine_of(settings)
     blocks = settings.kv_blocks or None
     if engine == "mock":
@@ -99,8 +103,13 @@ def load_decoder(settings: WorkerSettings) -> Decoder:
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
         try:
+            from kernels.native.build import build
             from kernels.native.decoder import NativeDecoder
 
+            if timeline is not None:
+                timeline.mark("engine_imports")
+                build()
+                timeline.mark("native_library")
             native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads)
             return native
         except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -37,6 +37,7 @@ from shared.messages import (
 from shared.residency import allows
 from shared.settings import WorkerSettings
 from shared.telemetry import configure_tracing
+from shared.timeline import Timeline
 from worker.batch import Batch
 from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
@@ -59,8 +60,13 @@ _log = structlog.get_logger("worker")
 
 
 async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio.Event | None = None,
-                decoder: Decoder | None = None) -> None:
-    """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain."""
+                decoder: Decoder | None = None, timeline: Timeline | None = None) -> None:
+    """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain.
+
+    `timeline` is the start so far; when the worker is ready it is logged with the phases that came here: weights
+    (the checkpoint read and repacked), calibration, doors (subscribed, first messages sent).
+    """
+    timeline = timeline or Timeline()
     name = subjects.check_id(settings.id or new_id("worker"))
     epoch = new_epoch(clock)
     sender = Sender(bus)
@@ -68,13 +74,15 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     engine = settings.engine
     if decoder is None:
         engine = engine_of(settings)
-        decoder = load_decoder(settings) if engine == "mock" else await asyncio.to_thread(load_decoder, settings)
+        decoder = (load_decoder(settings, timeline) if engine == "mock"
+                   else await asyncio.to_thread(load_decoder, settings, timeline))
+        timeline.mark("weights")
     runner = runner_for(decoder, settings, clock)
     worker = Worker(sender, settings, clock, runner, engine, name, epoch)
     tracing = configure_tracing("worker", name, settings.otlp)
     try:
         with worker.metrics.served(settings.metrics_port, settings.metrics_host):
-            await worker.run(bus, ready)
+            await worker.run(bus, ready, timeline)
     finally:
         runner.close()
         if tracing.tracer is not None:
@@ -140,9 +148,10 @@ class Worker:
         self._refusals_wanted = asyncio.Event()
         self._kv_order = asyncio.Lock()
 
-    async def run(self, bus: Bus, ready: asyncio.Event | None) -> None:
+    async def run(self, bus: Bus, ready: asyncio.Event | None, timeline: Timeline) -> None:
         """Until cancelled, then drained."""
         await self._calibrate()
+        timeline.mark("calibration")
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             own = [tasks.create_task(work) for work in
                    (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals())]
@@ -152,6 +161,8 @@ class Worker:
                 self._snapshot_wanted.set()
                 self._enter("ready")
                 _log.info("worker_ready", worker=self.name, blocks=self._pool.blocks, recipe=self._decoder.recipe)
+                timeline.mark("doors")
+                _log.info("worker_started", **timeline.milliseconds())
                 if ready is not None:
                     ready.set()
                 await asyncio.Event().wait()

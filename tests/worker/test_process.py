@@ -1,6 +1,7 @@
 """A worker as a process of its own, on a real nats-server."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -49,6 +50,24 @@ async def test_a_worker_process_serves_and_drains_on_sigterm(tmp_path: Path) -> 
     finally:
         await bus.close()
         server.stop()
+
+
+async def test_a_start_leaves_one_line_with_the_milliseconds_of_each_phase(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path).start()
+    try:
+        process = await worker_process("--id=w1", f"--nats={server.url}", "--log=json")
+        assert process.stderr is not None
+        async with asyncio.timeout(60):
+            while (line := json.loads(await process.stderr.readline()))["event"] != "worker_started":
+                pass
+        process.send_signal(signal.SIGTERM)
+        rest, _ = await process.communicate()
+    finally:
+        server.stop()
+    phases = [name for name in line if name.endswith("_ms")]
+    assert phases == ["imports_ms", "settings_ms", "bus_ms", "weights_ms", "calibration_ms", "doors_ms", "total_ms"]
+    assert all(isinstance(line[name], int) for name in phases)
+    assert b"worker_started" not in (rest or b"")
 
 
 async def test_a_wrong_flag_ends_with_one_sentence() -> None:
