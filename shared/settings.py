@@ -61,6 +61,7 @@ class WorkerSettings(Settings, frozen=True, kw_only=True):
     price_usd_per_hour: float = 0.0
     kv_blocks: int = 0  # 0: from kv_mib
     kv_mib: int = 256
+    kv_format: str = "fp16"  # or int8, fp8: twice the blocks in the same memory, each a recipe of its own; engine cpu
     max_running: int = 64
     max_waiting: int = 256
     step_tokens: int = 256  # token budget of one step

@@ -94,6 +94,9 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     """
     engine = engine_of(settings)
     blocks = settings.kv_blocks or None
+    if settings.kv_format != "fp16" and engine != "cpu":
+        raise ValueError(f"engine {engine} has no KV format {settings.kv_format}: leave out --kv-format, or use "
+                         "--engine cpu")
     if engine == "mock":
         return MockDecoder(blocks=blocks or settings.kv_mib * MOCK_BLOCKS_PER_MIB,
                            vocabulary_size=settings.mock_vocabulary)
@@ -102,17 +105,22 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     path = Path(settings.model)
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
-        try:
-            from kernels.native.build import build
-            from kernels.native.decoder import NativeDecoder
+        from kernels.native.build import build
+        from kernels.native.decoder import NativeDecoder, recipe_of
 
+        recipe_of(settings.kv_format)
+        try:
             if timeline is not None:
                 timeline.mark("engine_imports")
                 build()
                 timeline.mark("native_library")
-            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads)
+            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads,
+                                                 kv_format=settings.kv_format)
             return native
         except (ImportError, OSError, RuntimeError, ValueError) as error:
+            if settings.kv_format != "fp16":
+                raise ValueError(f"only the native step has KV format {settings.kv_format}, and it is not available "
+                                 f"({error}): leave out --kv-format") from error
             _log.warning("native_step_unavailable", error=str(error), instead="the torch reference, which is slow")
     from kernels.decoder import TorchDecoder
 

@@ -39,6 +39,10 @@ MILL_EXPORT void* mill_open(const mill_config* config, const mill_tensor* tensor
 
 MILL_EXPORT void mill_close(void* model) { delete static_cast<mill::Model*>(model); }
 
+// The KV cache of a model: block b is the mill_block_bytes from b times mill_block_bytes on. Not during a step.
+MILL_EXPORT uint8_t* mill_cache(void* model) { return static_cast<mill::Model*>(model)->cache().base; }
+MILL_EXPORT int64_t mill_block_bytes(void* model) { return int64_t(static_cast<mill::Model*>(model)->cache().block_bytes()); }
+
 // Fills `tokens`, or `logits` when that is not null. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
 MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, int32_t* tokens, float* logits, char* message, int32_t capacity) {
   try {

@@ -1,13 +1,22 @@
 // Attention of one row over the paged KV cache.
 //
-// A block holds 16 tokens of all layers: [layer][kv head], each piece keys then values in fp16.
+// A block holds 16 tokens of all layers: [layer][kv head], each piece a side of keys and a side of values.
 //     keys    [head_dim][16 tokens]                 scores come out as 16 tokens in 16 lanes
 //     values  [head_dim / 32][16 tokens][32]        outputs come out as dimensions in lanes (a last chunk may be 16 wide)
+// A number is stored in one of three formats (a token's own when it is written, so no cut of a prompt can change it):
+//     half    fp16, clamped to +-65504
+//     int8    x / step rounded to even; step = largest magnitude / 127 of the token's key, or value, in this head. The 16
+//             steps of a side stand behind its numbers, in float32. A step below the smallest normal number counts as 0
+//     fp8     e4m3, clamped to +-448; read as number / 256, so that its step is 256
+// int8 and fp8 store keys spread by a Hadamard transform over the largest power of two, w, that divides head_dim: a few
+// large dimensions of a key would set the step of all. Queries are spread as well, which leaves their dot products: 1 / w,
+// as two powers of two, goes to keys (w >> floor(log2(w) / 2)) and queries.
 // Arithmetic, per row and query head, whatever stands beside it:
-//     score[t] = (fma chain over even dimensions) + (fma chain over odd ones), in ascending order; the query is scaled
+//     score[t] = ((fma chain over even dimensions) + (fma chain over odd ones), in ascending order) * key step[t]; the
+//                query is scaled before it is spread
 //     p[t]     = exponential(score[t] - largest score)
 //     total    = 16 lanes, lane t % 16, blocks ascending, then sum_of
-//     out      = (fma chain over t ascending of p[t] * value[t]) * (1 / total)
+//     out      = (fma chain over t ascending of (p[t] * value step[t]) * value[t]) * (1 / total)
 // Slots beyond the row's position are never read into a sum: they may hold anything.
 #pragma once
 
@@ -21,20 +30,23 @@ namespace mill {
 constexpr int kBlockTokens = 16;
 constexpr int kHeadsTogether = 3;  // query heads of a KV head that share its loads: 12 sums of 8 lanes in registers
 
+enum class KvFormat : int32_t { half = 0, int8 = 1, fp8 = 2 };
+
 struct KvCache {
   uint8_t* base = nullptr;
   int layers = 0, heads = 0, head_dim = 0;
+  KvFormat format = KvFormat::half;
 
-  size_t piece_bytes() const { return size_t(2) * kBlockTokens * size_t(head_dim) * 2; }
-  size_t block_bytes() const { return piece_bytes() * size_t(layers) * size_t(heads); }
-  uint16_t* keys(int block, int layer, int head) const {
-    return (uint16_t*)(base + size_t(block) * block_bytes() + (size_t(layer) * size_t(heads) + size_t(head)) * piece_bytes());
+  size_t number_bytes() const { return format == KvFormat::half ? 2 : 1; }
+  size_t step_bytes() const { return format == KvFormat::int8 ? sizeof(float) : 0; }
+  size_t side_bytes() const { return size_t(kBlockTokens) * (size_t(head_dim) * number_bytes() + step_bytes()); }
+  size_t block_bytes() const { return 2 * side_bytes() * size_t(layers) * size_t(heads); }
+  uint8_t* keys(int block, int layer, int head) const {
+    return base + size_t(block) * block_bytes() + (size_t(layer) * size_t(heads) + size_t(head)) * 2 * side_bytes();
   }
-  uint16_t* values(int block, int layer, int head) const {
-    return keys(block, layer, head) + size_t(kBlockTokens) * size_t(head_dim);
-  }
-  // Writes one token's key and value (head_dim numbers each; clamped to the range of fp16).
-  void put(int block, int layer, int head, int slot, const float* key, const float* value) const;
+  uint8_t* values(int block, int layer, int head) const { return keys(block, layer, head) + side_bytes(); }
+  // Writes one token's key and value (head_dim numbers each); `key` is used up.
+  void put(int block, int layer, int head, int slot, float* key, const float* value) const;
 };
 
 struct AttentionPlace {
@@ -42,7 +54,7 @@ struct AttentionPlace {
   int position, layer, kv_head;
 };
 
-// `queries` [count][head_dim], rotated and scaled; `scores` is scratch for count * (position + 16) numbers.
-void attend(const KvCache& cache, const AttentionPlace& place, const float* queries, int count, float* scores, float* out);
+// `queries` [count][head_dim], rotated and scaled, are used up; `scores` is scratch for count * (position + 16) numbers.
+void attend(const KvCache& cache, const AttentionPlace& place, float* queries, int count, float* scores, float* out);
 
 }  // namespace mill

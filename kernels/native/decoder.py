@@ -25,7 +25,7 @@ MOST_THREADS = 8  # more cores than memory channels can feed only spin
 
 _GROUP = 32
 _LANES = 16
-_KV_BYTES = 2
+_KV_FORMATS = {"fp16": (0, 2, 0), "int8": (1, 1, 4), "fp8": (2, 1, 0)}  # number in C, bytes a number, bytes a step
 _TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}  # as numbered in GGUF
 _LAYER = (
     "attention_norm",
@@ -56,6 +56,7 @@ class _Config(ctypes.Structure):
         ("blocks", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("rope_interleaved", ctypes.c_int32),
+        ("kv_format", ctypes.c_int32),
         ("norm_epsilon", ctypes.c_float),
         ("frequencies", ctypes.c_void_p),
     ]
@@ -89,13 +90,22 @@ class _Inputs(ctypes.Structure):
 
 
 class NativeDecoder:
-    """A Llama-family model in packed weights with a paged fp16 KV cache, on the threads of one process."""
+    """A Llama-family model in packed weights with a paged KV cache, on the threads of one process.
+
+    The cache is in fp16, or in half the memory as "int8" or "fp8". Each is a recipe of its own.
+    """
 
     block_size_tokens = BLOCK_SIZE_TOKENS
     recipe = RECIPE
 
     def __init__(
-        self, checkpoint: Checkpoint, *, blocks: int, threads: int = 0, instructions: str | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        blocks: int,
+        threads: int = 0,
+        instructions: str | None = None,
+        kv_format: str = "fp16",
     ) -> None:
         """The weights are repacked and not kept. `threads` 0: as many as this process may use, at most 8.
 
@@ -103,6 +113,8 @@ class NativeDecoder:
         """
         config = checkpoint.config
         _check_sizes(config, blocks, threads)
+        self.recipe = recipe_of(kv_format)
+        self.block_bytes = block_bytes(config, kv_format)
         self.vocabulary_size = config.vocabulary
         self.context_length = config.context_length
         self.blocks = blocks
@@ -127,6 +139,7 @@ class NativeDecoder:
             blocks,
             self.threads,
             int(config.rope_interleaved),
+            _KV_FORMATS[kv_format][0],
             config.norm_eps,
             frequencies.ctypes.data,
         )
@@ -134,9 +147,20 @@ class NativeDecoder:
         del kept
         if not self._model:
             raise RuntimeError(f"the native step could not load the model: {self._message.value.decode()}")
+        memory = ctypes.c_uint8 * (blocks * self.block_bytes)
+        cache = memory.from_address(self._library.mill_cache(self._model))
+        self._cache = np.frombuffer(cache, np.uint8).reshape(blocks, self.block_bytes)
 
     @classmethod
-    def load(cls, model_path: Path, *, blocks: int | None = None, kv_bytes: int = 256 << 20, threads: int = 0) -> Self:
+    def load(
+        cls,
+        model_path: Path,
+        *,
+        blocks: int | None = None,
+        kv_bytes: int = 256 << 20,
+        threads: int = 0,
+        kv_format: str = "fp16",
+    ) -> Self:
         """The model in a GGUF file or a folder, as `open_checkpoint` finds it.
 
         `blocks`: size of the KV cache in blocks of 16 tokens; None: as many as fit into `kv_bytes` (memory is taken
@@ -144,8 +168,8 @@ class NativeDecoder:
         """
         checkpoint = open_checkpoint(Path(model_path))
         if blocks is None:
-            blocks = kv_bytes // (checkpoint.config.kv_bytes_per_token(_KV_BYTES) * BLOCK_SIZE_TOKENS)
-        return cls(checkpoint, blocks=blocks, threads=threads)
+            blocks = kv_bytes // block_bytes(checkpoint.config, kv_format)
+        return cls(checkpoint, blocks=blocks, threads=threads, kv_format=kv_format)
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """The chosen token of each sample row. Raises ValueError for inputs that do not fit; nothing has changed."""
@@ -159,6 +183,18 @@ class NativeDecoder:
         self._run(inputs, None, logits)
         return logits
 
+    def read_block(self, block: int) -> bytes:
+        """As `kernels.step.BlockStore`."""
+        with self._busy:
+            self._check_open()
+            return self._cache[block].tobytes()
+
+    def write_block(self, block: int, data: bytes) -> None:
+        """As `kernels.step.BlockStore`."""
+        with self._busy:
+            self._check_open()
+            self._cache[block] = np.frombuffer(data, np.uint8)
+
     def close(self) -> None:
         """Give the memory back and end the helper threads. The decoder cannot be used afterwards."""
         with self._busy:
@@ -170,11 +206,14 @@ class NativeDecoder:
         if getattr(self, "_model", None):
             self.close()
 
+    def _check_open(self) -> None:
+        if not self._model:
+            raise ValueError("this decoder was closed")
+
     def _run(self, inputs: StepInputs, tokens: NDArray[np.int32] | None, logits: NDArray[np.float32] | None) -> None:
         native, kept = _native_inputs(inputs)
         with self._busy:
-            if not self._model:
-                raise ValueError("this decoder was closed")
+            self._check_open()
             if os.getpid() != self._process:
                 raise RuntimeError("a forked process has none of the step's threads: load the model after the fork")
             code = self._library.mill_step(
@@ -188,6 +227,21 @@ class NativeDecoder:
             raise RuntimeError(message)
 
 
+def recipe_of(kv_format: str) -> str:
+    """The recipe of a decoder whose KV cache is in this format. Raises ValueError when there is no such format."""
+    if kv_format not in _KV_FORMATS:
+        raise ValueError(f"there is no KV format {kv_format!r}: choose one of {', '.join(_KV_FORMATS)}")
+    return RECIPE if kv_format == "fp16" else f"{RECIPE}+kv-{kv_format}"
+
+
+def block_bytes(config: DecoderConfig, kv_format: str) -> int:
+    """Memory of one block of 16 tokens. Raises ValueError when there is no such format."""
+    recipe_of(kv_format)
+    _, number_bytes, step_bytes = _KV_FORMATS[kv_format]
+    steps = 2 * config.layers * config.kv_heads * step_bytes
+    return BLOCK_SIZE_TOKENS * (config.kv_bytes_per_token(number_bytes) + steps)
+
+
 def load_library(instructions: str | None = None) -> ctypes.CDLL:
     """The compiled step with its C signatures. `instructions` as in `build`."""
     library = ctypes.CDLL(str(build(instructions)))
@@ -196,6 +250,10 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
     library.mill_open.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32]
     library.mill_close.restype = None
     library.mill_close.argtypes = [ctypes.c_void_p]
+    library.mill_cache.restype = ctypes.c_void_p
+    library.mill_cache.argtypes = [ctypes.c_void_p]
+    library.mill_block_bytes.restype = ctypes.c_int64
+    library.mill_block_bytes.argtypes = [ctypes.c_void_p]
     library.mill_step.restype = ctypes.c_int32
     library.mill_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_char_p, ctypes.c_int32]
     library.mill_choose.restype = ctypes.c_int32

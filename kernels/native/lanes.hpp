@@ -48,6 +48,15 @@ inline uint16_t float_to_half(float value) {
 }
 
 constexpr float kLargestHalf = 65504.0f;
+constexpr float kLargestFp8 = 448.0f;
+
+// binary32 to e4m3 (bias 7, no infinity), to nearest even; the caller has clamped to +-448. No branch: it vectorises.
+inline uint8_t float_to_fp8(float value) {
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7FFFFFFF;
+  const uint32_t normal = ((magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20) - 960;
+  const uint32_t tiny = float_to_bits(bits_to_float(magnitude) + 16384.0f) - 0x46800000;  // below 2^-6: a multiple of 2^-9
+  return uint8_t((bits >> 24 & 0x80) | (magnitude < 0x3C800000 ? tiny : normal));
+}
 
 #if MILL_AVX2
 
@@ -87,6 +96,16 @@ MILL_INLINE Lanes load_half(const uint16_t* p) {
 MILL_INLINE Lanes load_bfloat(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1)), 16))};
+}
+MILL_INLINE Lanes load_int8(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+// e4m3 divided by 256: its bits are those of an fp16 number, after the sign has moved.
+MILL_INLINE Lanes load_fp8(const uint8_t* p) {
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xBFFF)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
 MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
@@ -130,6 +149,8 @@ MILL_INLINE Lanes to_integer(Lanes x) { MILL_EACH(std::nearbyint(x.at[i])); }
 MILL_INLINE Lanes power_of_two(Lanes n) { MILL_EACH(bits_to_float(uint32_t(int32_t(n.at[i]) + 127) << 23)); }
 MILL_INLINE Lanes load_half(const uint16_t* p) { MILL_EACH(half_to_float(p[i])); }
 MILL_INLINE Lanes load_bfloat(const uint16_t* p) { MILL_EACH(bits_to_float(uint32_t(p[i]) << 16)); }
+MILL_INLINE Lanes load_int8(const int8_t* p) { MILL_EACH(float(p[i])); }
+MILL_INLINE Lanes load_fp8(const uint8_t* p) { MILL_EACH(half_to_float(uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7))); }
 MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   for (int i = 0; i < kLanes; i++) p[i] = float_to_half(x.at[i]);
 }

@@ -88,6 +88,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   cache_.layers = config.layers;
   cache_.heads = config.kv_heads;
   cache_.head_dim = config.head_dim;
+  cache_.format = KvFormat(config.kv_format);
   cache_memory_ = Region(cache_.block_bytes() * size_t(config.blocks));
   cache_.base = cache_memory_.data();
 

@@ -17,6 +17,7 @@ extern "C" {
 struct mill_config {
   int32_t layers, hidden, heads, kv_heads, head_dim, rope_dims, feed_forward, vocabulary, context, blocks, threads;
   int32_t rope_interleaved;  // 1: element 2i turns with 2i + 1; 0: i with i + rope_dims / 2
+  int32_t kv_format;         // a KvFormat
   float norm_epsilon;
   const double* frequencies;  // [rope_dims / 2] radians per position of each pair
 };
@@ -71,6 +72,8 @@ class Model {
   // Fills `tokens` [samples], or `logits` [samples][vocabulary] when that is given instead.
   // False when a row's logits are not finite: nothing can be chosen from them.
   bool step(const mill_inputs& inputs, int32_t* tokens, float* logits);
+
+  const KvCache& cache() const { return cache_; }
 
  private:
   struct Layer {

@@ -16,8 +16,18 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
     attention   query scaled by 1 / sqrt(head_dim); score = chain of fma over even dimensions + chain over odd ones;
                 p = exponential(score - largest); total in 16 lanes (token t in lane t % 16), tree;
                 out = (chain of fma over tokens) * (1 / total)
+                int8, fp8: score and p are multiplied by the step of the token's key and value
     mlp         gate / (1 + exponential(-gate)) * up
     residual    float32; logits: final norm, then linear
+
+Two more recipes store a number of the KV cache in a byte, "int8-g32/1+kv-int8" and "int8-g32/1+kv-fp8":
+
+    spread      keys, and queries behind their scale: Hadamard transform of each w numbers, w the largest power of two
+                that divides head_dim, stages (a + b, a - b) of distance 1, 2, 4, ...; then
+                keys * 2**-floor(log2(w) / 2) and queries * 2**-ceil(log2(w) / 2)
+    int8        clamped to +-65504; step = largest magnitude / 127 of a token's key, or value, in one head; x / step
+                rounded to even, and a step below the smallest normal number counts as 0
+    fp8         e4m3, clamped to +-448, rounded to even; the number is taken as 1 / 256 of its value and its step as 256
 
 Tokens are chosen from the logits as `shared/noise.py` says.
 """
@@ -36,6 +46,7 @@ GROUP = 32
 LANES = 16
 BLOCK_SIZE_TOKENS = 16
 LARGEST_HALF = np.float32(65504)
+LARGEST_FP8 = np.float32(448)
 
 _ONE = np.float32(1)
 
@@ -43,12 +54,14 @@ _ONE = np.float32(1)
 class SpecifiedDecoder:
     """The logits of the recipe. Milliseconds per row on a tiny model, minutes on a real one."""
 
-    def __init__(self, checkpoint: Checkpoint, *, blocks: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, blocks: int, kv_format: str = "fp16") -> None:
         config = self.config = checkpoint.config
         self._weights = {name: read_weights(*checkpoint.raw(name)) for name in checkpoint.names()}
         self._frequencies = config.rope_frequencies()
-        shape = (config.layers, blocks, BLOCK_SIZE_TOKENS, config.kv_heads, config.head_dim)
-        self._keys, self._values = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
+        self._stored = {"fp16": as_half, "int8": as_int8, "fp8": as_fp8}[kv_format]
+        self._spreads = kv_format != "fp16"
+        shape = (config.layers, blocks, BLOCK_SIZE_TOKENS, config.kv_heads, config.head_dim + 1)
+        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
     def logits(self, inputs: StepInputs) -> Floats:
         """As `NativeDecoder.logits`."""
@@ -77,10 +90,13 @@ class SpecifiedDecoder:
             q, k, v = (linear(f"attention.{name}", normed).reshape(-1, config.head_dim) for name in "qkv")
             q, k = (rotated(heads, cosines, sines, config.rope_interleaved) for heads in (q, k))
             place = layer, table[position // BLOCK_SIZE_TOKENS], position % BLOCK_SIZE_TOKENS
-            self._keys[place], self._values[place] = to_half(k), to_half(v)
+            q = q * np.float32(1 / math.sqrt(config.head_dim))
+            if self._spreads:
+                q, k = spread(q), spread(k, is_key=True)
+            self._keys[place], self._values[place] = self._stored(k), self._stored(v)
             blocks = table[: position // BLOCK_SIZE_TOKENS + 1]
             keys, values = (
-                cache[layer, blocks].reshape(-1, config.kv_heads, config.head_dim)[: position + 1].astype(np.float32)
+                cache[layer, blocks].reshape(-1, config.kv_heads, config.head_dim + 1)[: position + 1]
                 for cache in (self._keys, self._values)
             )
             kv_heads = [head // config.heads_per_kv_head for head in range(config.heads)]
@@ -172,19 +188,57 @@ def rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) ->
     return turned
 
 
+def spread(heads: Floats, *, is_key: bool = False) -> Floats:
+    """The Hadamard transform of heads [heads, head_dim], and this side's share of its scale."""
+    head_dim = heads.shape[-1]
+    width = head_dim & -head_dim
+    stages = width.bit_length() - 1
+    x = heads.reshape(-1, width)
+    for stage in range(stages):
+        pairs = x.reshape(len(x), -1, 2, 1 << stage)
+        x = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(len(x), width)
+    share = stages // 2 if is_key else stages - stages // 2
+    turned: Floats = (x * np.float32(2.0**-share)).reshape(heads.shape)
+    return turned
+
+
+def as_half(heads: Floats) -> Floats:
+    """Heads [heads, head_dim] as the cache gives them back: [heads, head_dim + 1], numbers and their step."""
+    return _with_steps(np.clip(heads, -LARGEST_HALF, LARGEST_HALF).astype(np.float16), np.ones(len(heads), np.float32))
+
+
+def as_int8(heads: Floats) -> Floats:
+    """As `as_half`, in int8."""
+    heads = np.clip(heads, -LARGEST_HALF, LARGEST_HALF)
+    steps = np.abs(heads).max(-1) / np.float32(127)
+    steps[steps < np.finfo(np.float32).tiny] = 0
+    return _with_steps(np.rint(heads / np.where(steps, steps, np.float32(np.inf))[:, None]), steps)
+
+
+def as_fp8(heads: Floats) -> Floats:
+    """As `as_half`, in e4m3."""
+    heads = np.clip(heads, -LARGEST_FP8, LARGEST_FP8)
+    exponents = np.maximum(np.frexp(heads)[1] - 1, -6)
+    units = np.ldexp(_ONE, exponents - 3)  # three bits of fraction
+    return _with_steps(np.rint(heads / units) * units / np.float32(256), np.full(len(heads), 256, np.float32))
+
+
+def _with_steps(numbers: NDArray[np.generic], steps: Floats) -> Floats:
+    return np.concatenate((numbers.astype(np.float32), steps[:, None]), -1)
+
+
 def attended(query: Floats, keys: Floats, values: Floats) -> Floats:
-    """One query head over keys and values [tokens, head_dim] of its positions from 0 on."""
-    query = query * np.float32(1 / math.sqrt(len(query)))
+    """One query head over keys and values [tokens, head_dim + 1] of its positions from 0 on; steps come last."""
     chains = []
     for parity in (0, 1):
         chain = np.zeros(len(keys), np.float32)
         for dimension in range(parity, len(query), 2):
             chain = fma(query[dimension], keys[:, dimension], chain)
         chains.append(chain)
-    scores = chains[0] + chains[1]
+    scores = (chains[0] + chains[1]) * keys[:, -1]
     weights = exponential(scores - scores.max())
     out = np.zeros(len(query), np.float32)
-    for weight, value in zip(weights, values, strict=True):
+    for weight, value in zip(weights * values[:, -1], values[:, :-1], strict=True):
         out = fma(weight, value, out)
     return out * (_ONE / lane_sums(weights, np.ones_like(weights)))
 
@@ -214,10 +268,6 @@ def lane_sums(x: Floats, y: Floats) -> np.float32:
         half = len(lanes) // 2
         lanes = lanes[:half] + lanes[half:]
     return np.float32(lanes[0])
-
-
-def to_half(x: Floats) -> NDArray[np.float16]:
-    return np.clip(x, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
 
 
 def fma(x: Floats | np.float32, y: Floats | np.float32, z: Floats | np.float32) -> Floats:

@@ -67,8 +67,11 @@ Loader = Callable[..., NativeDecoder]
 
 @pytest.fixture(scope="module")
 def load(tiny: Path) -> Loader:
-    def loader(path: Path = tiny, instructions: str | None = None, threads: int = 2) -> NativeDecoder:
-        return NativeDecoder(open_checkpoint(path), blocks=BLOCKS, threads=threads, instructions=instructions)
+    def loader(
+        path: Path = tiny, instructions: str | None = None, threads: int = 2, kv_format: str = "fp16"
+    ) -> NativeDecoder:
+        checkpoint = open_checkpoint(path)
+        return NativeDecoder(checkpoint, blocks=BLOCKS, threads=threads, instructions=instructions, kv_format=kv_format)
 
     return loader
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kernels.native.build import available
 from kernels.step import StepInputs
 from shared.clock import LoopClock
 from shared.settings import WorkerSettings
+from tests.kernels.tiny import write_tiny_gguf
 from tests.worker.test_mock_decoder import inputs
 from worker.mock_decoder import MockDecoder
 from worker.runner import ThreadRunner, TimedRunner, engine_of, load_decoder, runner_for, vocabulary_of
@@ -69,3 +71,23 @@ def test_an_unknown_engine_and_a_missing_model_are_named() -> None:
         engine_of(WorkerSettings(engine="gpu"))
     with pytest.raises(ValueError, match="engine cpu needs a model"):
         load_decoder(WorkerSettings(engine="cpu"))
+
+
+def test_a_kv_format_is_taken_by_the_native_step_alone(tmp_path: Path) -> None:
+    for engine in ("mock", "reference"):
+        with pytest.raises(ValueError, match=f"engine {engine} has no KV format int8: leave out --kv-format"):
+            load_decoder(WorkerSettings(engine=engine, kv_format="int8"))
+    model = str(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="no KV format 'int4': choose one of fp16, int8, fp8"):
+        load_decoder(WorkerSettings(engine="cpu", model=model, kv_format="int4"))
+    with pytest.raises(ValueError, match="only the native step has KV format int8"):
+        load_decoder(WorkerSettings(engine="cpu", model=model, kv_format="int8"))
+
+
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+def test_the_same_memory_holds_twice_the_blocks_in_a_smaller_kv_format(tmp_path: Path) -> None:
+    model = str(write_tiny_gguf(tmp_path / "model.gguf"))
+    found = {kind: load_decoder(WorkerSettings(engine="cpu", model=model, kv_mib=1, kv_format=kind))
+             for kind in ("fp16", "fp8")}
+    assert found["fp8"].blocks == 2 * found["fp16"].blocks
+    assert found["fp8"].recipe == found["fp16"].recipe + "+kv-fp8"
