@@ -2,6 +2,7 @@
 
 tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
+tokenmill replay  a trace of traffic on a virtual clock
 """
 
 import importlib.util
@@ -11,7 +12,15 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
@@ -117,6 +126,57 @@ def up(
         uvloop.run(bring_up.run(options, Console(), one_process=all_in_one, quiet=quiet))
     except UpFailed as error:
         _leave(str(error))
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="requests as JSON lines: a Mooncake trace or a record",
+                                          exists=True, dir_okay=False, readable=True)],
+    workers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 8,
+    policy: Annotated[str, typer.Option(metavar="P[,P2...]", help="cost, prefix, least_loaded, round_robin, random; "
+                                        "or all")] = "all",
+    block_size: Annotated[int, typer.Option(metavar="TOKENS", help="tokens of a KV block", min=1)] = 64,
+    blocks_per_worker: Annotated[int, typer.Option(metavar="N", help="KV blocks of a worker", min=1)] = 16_384,
+    speed: Annotated[float, typer.Option(metavar="X", help="play the trace X times as fast")] = 1.0,
+    step_ms: Annotated[float, typer.Option(metavar="MS", help="a step without rows", min=0.001)] = 6.0,
+    row_ms: Annotated[float, typer.Option(metavar="MS", help="each stream in a step", min=0.0)] = 0.1,
+    token_ms: Annotated[float, typer.Option(metavar="MS", help="each prompt token computed", min=0.0)] = 0.019,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures there")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the page (needs matplotlib)")] = None,
+) -> None:
+    """Play a trace through the mesh's own router and scheduler on a virtual clock, and compare policies."""
+    import msgspec
+
+    from deploy import replay as replaying
+    from deploy import replay_plot
+    from deploy.replay_fleet import Device, Fleet
+    from deploy.replay_report import drawing, table
+    from deploy.replay_trace import BadTrace
+
+    if not speed > 0:
+        _leave(f"--speed {speed:g} is no speed: give a number above 0")
+    if plot is not None and not replay_plot.possible():
+        _leave(replay_plot.MISSING)
+    fleet = Fleet(workers, blocks_per_worker, Device(step_ms / 1e3, row_ms / 1e3, token_ms / 1e3))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+               TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, done: int, requests: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=requests)
+            progress.update(tasks[name], completed=done)
+
+        try:
+            page = replaying.replay(trace, replaying.policies_named(policy), fleet, block_size, speed, report)
+        except (BadTrace, OSError, ValueError) as error:
+            _leave(str(error))
+    typer.echo("\n".join([*table(page.report), "", *drawing(page.ttft_ms)]))
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(page.report), indent=2) + b"\n")
+    if plot is not None:
+        replay_plot.draw(plot, page.report, page.ttft_ms)
 
 
 def _pull(ref: str) -> Path:

@@ -114,12 +114,13 @@ Policy = Callable[[Sequence[Terms], str, int, random.Random], Terms]
 
 
 def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rng: random.Random, policy: str = "cost",
-           turn: int = 0, max_queue_s: float = float("inf"), recipe: str = "",
-           served_lately: bool = False) -> Decision | Refused:
+           turn: int = 0, max_queue_s: float = float("inf"), recipe: str = "", served_lately: bool = False,
+           block_size_tokens: int = BLOCK_SIZE_TOKENS) -> Decision | Refused:
     """Place `request` on one of `workers` or say why not.
 
     `turn` counts placements, for round_robin. `recipe`: the stream began under this numeric recipe and can only go on
     under it (empty: unknown or not begun). `served_lately`: somebody served this model a moment ago.
+    `block_size_tokens`: what a hash of the request stands for; the mesh's own everywhere but in a replay.
     Raises KeyError for an unknown policy.
     """
     choose = POLICIES[policy]
@@ -129,7 +130,7 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
     turned_away = {}
     eligible = []
     for worker in workers:
-        wall = _wall(request, prompt_tokens, recipe, worker.status)
+        wall = _wall(request, prompt_tokens, recipe, block_size_tokens, worker.status)
         if wall:
             turned_away[worker.status.id] = wall
         else:
@@ -140,7 +141,7 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
     for worker in eligible:
         if worker not in wished:
             turned_away[worker.status.id] = "it failed this request before"
-    candidates = tuple(weigh(request, prompt_tokens, wished))
+    candidates = tuple(weigh(request, prompt_tokens, wished, block_size_tokens))
     time_left_s = request.deadline - wall_s
     in_reach = [terms for terms in candidates if terms.wait_s <= max_queue_s and terms.estimate_s <= time_left_s]
     if not in_reach:
@@ -148,14 +149,15 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
     return Decision(choose(in_reach, request.cache_hint, turn, rng), candidates, turned_away, policy)
 
 
-def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate]) -> list[Terms]:
+def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
+          block_size_tokens: int = BLOCK_SIZE_TOKENS) -> list[Terms]:
     """The terms of each worker, in their order. `prompt_tokens` counts what was generated before, too."""
     prefill_tok_s = max((worker.status.prefill_tok_s for worker in workers), default=0.0) or UNMEASURED_PREFILL_TOK_S
     measured = [worker.status for worker in workers if worker.status.step_base_s > 0]
     step_base_s = min((status.step_base_s for status in measured), default=UNMEASURED_STEP_S)
     step_row_s = min((status.step_row_s for status in measured), default=UNMEASURED_ROW_S)
     # at least one prompt token is computed: its logits choose the first token
-    cacheable_blocks = max(0, prompt_tokens - 1) // BLOCK_SIZE_TOKENS
+    cacheable_blocks = max(0, prompt_tokens - 1) // block_size_tokens
     output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
     found = []
     arrivals_per_s = 0.0
@@ -168,7 +170,7 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate]) -
         step_s = base_s + (rows + 1) * row_s
         stream_s = EXPECTED_OUTPUT_TOKENS * step_s
         arrivals_per_s += rows / stream_s / len(workers)
-        cached_tokens = min(cached_blocks, cacheable_blocks) * BLOCK_SIZE_TOKENS
+        cached_tokens = min(cached_blocks, cacheable_blocks) * block_size_tokens
         queued_tokens = status.queued_tokens + sent_tokens
         prefill_s = (prompt_tokens - cached_tokens) / rate
         found.append(Terms(
@@ -229,14 +231,14 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def _wall(request: Generate, prompt_tokens: int, recipe: str, status: WorkerStatus) -> str:
+def _wall(request: Generate, prompt_tokens: int, recipe: str, block_size_tokens: int, status: WorkerStatus) -> str:
     """The first wall between the request and this worker; empty when there is none."""
     if status.model != request.model:
         return "serves another model"
     if not allows(request.residency, status.zone):
         return f"zone {status.zone} is not allowed"
-    if status.block_size_tokens != BLOCK_SIZE_TOKENS:
-        return f"blocks of {status.block_size_tokens} tokens, not {BLOCK_SIZE_TOKENS}"
+    if status.block_size_tokens != block_size_tokens:
+        return f"blocks of {status.block_size_tokens} tokens, not {block_size_tokens}"
     if recipe and status.recipe != recipe:
         return f"recipe {status.recipe or 'unknown'}, not {recipe}"
     if 0 < status.context_length <= prompt_tokens:

@@ -27,11 +27,12 @@ MAX_REMEMBERED = 4096
 class View:
     """Workers, their blocks, and what is on its way to them."""
 
-    def __init__(self, silence_s: float) -> None:
+    def __init__(self, silence_s: float, block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
         self.fleet = Fleet()
         self.index = PrefixIndex()
         self.resync = Resync()
         self._silence_s = silence_s
+        self._block_size_tokens = block_size_tokens
         self._unreachable: set[str] = set()
         self._outstanding = Outstanding()
         self._expected = ExpectedBlocks()
@@ -68,7 +69,7 @@ class View:
             return
         tokens = max(0, prompt_tokens - placement.cached_tokens)
         self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, now)
-        new_blocks = request.block_hashes[placement.cached_tokens // BLOCK_SIZE_TOKENS * HASH_BYTES:]
+        new_blocks = request.block_hashes[placement.cached_tokens // self._block_size_tokens * HASH_BYTES:]
         self._expected.expect(self.index.slot(placement.worker), split_hashes(new_blocks), now)
 
     def on_unheard(self, request: Generate, worker: str) -> None:
