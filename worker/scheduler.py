@@ -35,12 +35,15 @@ from worker.drafts import (
     updated_acceptance,
 )
 from worker.kv_blocks import Audit, BlockPool
+from worker.kv_tier import Copy
 from worker.sequence import Sequence, from_request
 from worker.step_cost import StepCost
 from worker.waiting import WaitingQueue
 
-# while streams run, prompts get at most this share of a step, so that a long one does not hold the streams up
+# while streams run, prompts get at most this share of a step, and no more than makes it this long (or than takes as long
+# as the streams themselves): a long prompt does not hold the streams up
 PREFILL_SHARE = 0.5
+PROMPT_STEP_S = 0.075
 REMEMBERED_REQUESTS = 8192
 # how fast the acceptance that a new stream starts with follows all streams, in verified drafts
 SHARED_ACCEPTANCE_MEMORY = 0.02
@@ -72,7 +75,10 @@ class Work:
 
 
 class Step(NamedTuple):
+    """`copies` come before everything else, in this order."""
+
     works: list[Work]
+    copies: tuple[Copy, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -209,6 +215,12 @@ class Scheduler:
         for sequence in list(self._live.values()):
             self._end(sequence, failed(sequence.request, WorkerFailed(self.closed_because or "handed back"), True))
 
+    def lose_cache(self, reason: str) -> None:
+        """Nobody knows any more what the blocks hold: hand everything back and forget all names."""
+        for sequence in list(self._live.values()):
+            self._end(sequence, failed(sequence.request, WorkerFailed(reason), True))
+        self.pool.clear()
+
     def take_events(self) -> list[Event]:
         """What happened since the last call, in order."""
         events, self._events = self._events, []
@@ -248,7 +260,7 @@ class Scheduler:
                 works.append(Work(sequence, sequence.computed, 1, True))
         budget = self.limits.step_tokens - len(works)
         if works:
-            budget = min(budget, max(1, int(PREFILL_SHARE * self.limits.step_tokens)))
+            budget = min(budget, self._bearable_prompt(len(works)))
         computing: set[bytes] = set()
         for sequence in list(self.running):
             if budget and sequence.missing > 1 and sequence.slot >= 0:
@@ -268,7 +280,7 @@ class Scheduler:
             if work.drafts:
                 sequence.verifying_steps += 1
                 sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
-        return Step(works) if works else None
+        return Step(works, self.pool.take_copies()) if works else None
 
     def commit(self, step: Step, chosen: list[int], now: float) -> list[Event]:
         """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams."""
@@ -293,6 +305,14 @@ class Scheduler:
         return self.pool.audit(sequence.blocks for sequence in self._live.values())
 
     # --- parts of plan -----------------------------------------------------------------------------------------------
+
+    def _bearable_prompt(self, streams: int) -> int:
+        """Prompt tokens that a step may have without holding up so many streams for long; a block at least."""
+        most = max(1, int(PREFILL_SHARE * self.limits.step_tokens))
+        if not self.cost.token_s:
+            return most
+        alone_s = self.cost.expected_s(streams)
+        return min(most, max(self.limits.block_size, int(max(PROMPT_STEP_S - alone_s, alone_s) / self.cost.token_s)))
 
     def _prefill(self, sequence: Sequence, budget: int, computing: set[bytes]) -> int:
         """Plan a chunk of missing tokens; how many. Skips a block that another sequence computes in this very step."""
@@ -344,7 +364,7 @@ class Scheduler:
         if self.running and self._blocked is not None and self._blocked[0] is sequence \
                 and available <= self._blocked[1]:
             return False
-        self._reuse(sequence)
+        self._reuse(sequence, restore=False)
         promised = sum(self._blocks_for(len(other.tokens)) - len(other.blocks) + 1 for other in self.running)
         wanted = self._blocks_for(len(sequence.tokens)) - len(sequence.blocks) + promised
         if self.running and wanted > self.pool.available:
@@ -354,25 +374,26 @@ class Scheduler:
         self._blocked = None
         return True
 
-    def _reuse(self, sequence: Sequence) -> None:
-        """Continue a block table with named blocks as far as they go."""
+    def _reuse(self, sequence: Sequence, restore: bool = True) -> None:
+        """Continue a block table with named blocks as far as they go; `restore`: also with those in the tier."""
         size = self.limits.block_size
         most = (len(sequence.tokens) - 1) // size
         while (index := len(sequence.blocks)) < most and sequence.computed == index * size:
-            block = self.pool.find(sequence.name(index, size), sequence.content(index, size))
-            if block is None:
+            name, content = sequence.name(index, size), sequence.content(index, size)
+            if (block := self.pool.find(name, content)) is not None:
+                self.pool.hold(block)
+            elif not restore or (block := self.pool.restore(name, content)) is None:
                 return
-            self.pool.hold(block)
             sequence.blocks.append(block)
             sequence.stored = index + 1
             sequence.computed += size
 
     def _lookup(self, sequence: Sequence) -> int:
-        """How many tokens `_reuse` would find now."""
+        """How many tokens `_reuse` would find now, room provided."""
         size = self.limits.block_size
         most = (len(sequence.tokens) - 1) // size
         index = 0
-        while index < most and self.pool.find(sequence.name(index, size), sequence.content(index, size)) is not None:
+        while index < most and self.pool.knows(sequence.name(index, size), sequence.content(index, size)):
             index += 1
         return index * size
 

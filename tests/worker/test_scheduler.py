@@ -145,6 +145,21 @@ def test_drafts_are_verified_only_where_the_streams_that_run_or_wait_leave_somet
     assert bool(step.works[0].drafts) is bench.scheduler.speculates is drafted
 
 
+@pytest.mark.parametrize(("token_s", "chunk"), [(0.00001, 128), (0.001, 68), (0.05, BLOCK)])
+def test_a_long_prompt_takes_no_more_of_a_step_than_running_streams_can_bear(token_s: float, chunk: int) -> None:
+    bench = Bench(mock_decoder(blocks=256), step_tokens=256)
+    for _ in range(200):
+        for rows, tokens in ((1, 0), (1, 64), (4, 16), (8, 128)):
+            bench.scheduler.cost.observe(rows, tokens, 0.004 + rows * 0.002 + tokens * token_s)
+    bench.add(request("stream", max_tokens=50))
+    bench.step()
+    bench.add(request("long", list(range(200))))
+    step = bench.scheduler.plan(bench.now)
+    assert step is not None
+    stream, prompt = step.works
+    assert (stream.rows, prompt.rows) == (1, chunk)
+
+
 def test_a_full_hit_recomputes_one_token_and_no_more() -> None:
     bench = Bench(mock_decoder())
     prompt = list(range(4 * BLOCK + 1))
