@@ -128,6 +128,26 @@ class TorchDecoder:
             logits: NDArray[np.float32] = self._logits(inputs).float().cpu().numpy()
         return logits
 
+    @property
+    def block_bytes(self) -> int:
+        """As `kernels.step.BlockStore`."""
+        return self.config.kv_bytes_per_token(self.dtype.itemsize) * self.block_size_tokens
+
+    def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
+        """As `kernels.step.BlockStore`."""
+        for memory, cache in zip(self._sides(to), (self.keys, self.values), strict=True):
+            memory.copy_(cache[:, block])
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """As `kernels.step.BlockStore`."""
+        for memory, cache in zip(self._sides(data), (self.keys, self.values), strict=True):
+            cache[:, block] = memory.to(self.device)
+
+    def _sides(self, memory: NDArray[np.uint8]) -> Tensor:
+        """Keys and values of one block in host memory: [2, layers, block size, KV heads, head_dim]."""
+        layers, _, *rest = self.keys.shape
+        return torch.from_numpy(memory).view(self.dtype).view(2, layers, *rest)
+
     def _logits(self, inputs: StepInputs) -> Tensor:
         rows = self._rows(inputs)
         hidden, residual = self._forward(rows)

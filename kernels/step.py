@@ -10,7 +10,7 @@ block `block_tables[s, positions[r] // block_size]`, slot `positions[r] % block_
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,3 +46,18 @@ class Decoder(Protocol):
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Run one step; the raw logits [L, V] instead of tokens (tests, certificates)."""
+
+
+@runtime_checkable
+class BlockStore(Protocol):
+    """A decoder whose KV blocks can be copied out and in again, between steps. Bytes mean nothing to anyone else."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of one block."""
+
+    def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
+        """Copy all layers' keys and values of a block to `to` [block_bytes]. Blocking."""
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """Make `block` what it was, or another was, when `data` was read. Blocking."""

@@ -62,6 +62,8 @@ class WorkerSettings(Settings, frozen=True, kw_only=True):
     kv_blocks: int = 0  # 0: from kv_mib
     kv_mib: int = 256
     kv_format: str = "fp16"  # or int8, fp8: twice the blocks in the same memory, each a recipe of its own; engine cpu
+    # host memory for blocks that the pool evicts; 0: none. On a CPU more kv_mib does the same without a copy
+    kv_tier_mib: int = 0
     max_running: int = 64
     max_waiting: int = 256
     step_tokens: int = 256  # token budget of one step

@@ -125,6 +125,8 @@ class Engine:
             if step is None:
                 await self._rest()
                 continue
+            if step.copies and not await self._copy(step):
+                continue
             chosen = await self._execute(step)
             if chosen is None:
                 await self._run_one_by_one(step)
@@ -174,6 +176,16 @@ class Engine:
                     scheduler.close(reason)
                 case HandBack():
                     scheduler.hand_back()
+
+    async def _copy(self, step: Step) -> bool:
+        """Move blocks between pool and tier. When that raised, what blocks hold is unknown: everything ends."""
+        try:
+            await self._runner.copy(step.copies)
+        except Exception as error:
+            _log.error("copy_failed", error=repr(error), copies=len(step.copies))
+            self.scheduler.lose_cache("blocks could not be copied between the device and host memory")
+            return False
+        return True
 
     async def _execute(self, step: Step) -> list[int] | None:
         """Run a step, and publish what came before it meanwhile. None when the step raised."""

@@ -6,7 +6,9 @@
 
 Rules: free + cached + held = all blocks; a name belongs to one block, and is given only when every token of the block
 is computed; a hit is believed only when the parent's name and the tokens agree too, so that no collision of hashes can
-mix two prompts. Everything is O(1) per block: the list of blocks nobody holds runs through two arrays.
+mix two prompts. With a tier behind the pool (`kv_tier.py`) an evicted block keeps its name there, and routers hear that
+it is gone only when it leaves both. Everything is O(1) per block: the list of blocks nobody holds runs through two
+arrays.
 Pure.
 """
 
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 from shared.blocks import join_hashes
 from shared.messages import Cleared, KvEvent, Removed, Stored
+from worker.kv_tier import Copy, HostTier, Load, Save
 
 
 class Ownership(IntEnum):
@@ -33,6 +36,7 @@ class Audit(NamedTuple):
     wrong_counts: int  # blocks whose number of holders was not what the block tables say
     wrong_list: int  # blocks that were in the list of unheld blocks and should not be, or the other way round
     wrong_names: int  # names that led to another block
+    wrong_slots: int = 0  # slots of the tier whose owner was wrong, and names both here and there
 
     @property
     def repairs(self) -> int:
@@ -42,15 +46,17 @@ class Audit(NamedTuple):
 class BlockPool:
     """All blocks of one decoder. Not one tensor: only numbers and names."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, tier: HostTier | None = None) -> None:
         if blocks < 1:
             raise ValueError(f"a block pool needs at least one block, got {blocks}: give the worker more KV memory")
         self.blocks = blocks
+        self.tier = tier
         self.available = blocks  # FREE and CACHED
         self._holders = array("i", [0]) * blocks
         self._names: list[bytes] = [b""] * blocks
         self._contents: list[bytes] = [b""] * blocks
         self._by_name: dict[bytes, int] = {}
+        self._copies: list[Copy] = []
         self._events: list[tuple[type[Stored] | type[Removed] | type[Cleared], bytes]] = []
         # the list of unheld blocks, in the order they will be handed out; `blocks` is its sentinel
         self._next = array("i", range(1, blocks + 2))
@@ -65,12 +71,12 @@ class BlockPool:
 
     @property
     def named(self) -> int:
-        """How many blocks can be reused."""
+        """How many blocks can be reused as they are; those in the tier are not counted."""
         return len(self._by_name)
 
     def names(self) -> list[bytes]:
-        """The hashes of all blocks that can be reused, held ones too."""
-        return list(self._by_name)
+        """The hashes of all blocks that can be reused, held ones and those in the tier too."""
+        return list(self._by_name) + (self.tier.names() if self.tier else [])
 
     def find(self, name: bytes, content: bytes) -> int | None:
         """The block of this name if it also has this content (parent's name and packed tokens)."""
@@ -78,6 +84,28 @@ class BlockPool:
         if block is None or self._contents[block] != content:
             return None
         return block
+
+    def knows(self, name: bytes, content: bytes) -> bool:
+        """Whether a block of this name and content can be reused, here or from the tier."""
+        return self.find(name, content) is not None or (self.tier is not None and self.tier.holds(name, content))
+
+    def restore(self, name: bytes, content: bytes) -> int | None:
+        """A block with one holder that `take_copies` will fill from the tier; None when it is not there, or no room."""
+        tier = self.tier
+        if tier is None or not self.available or (slot := tier.lend(name, content)) is None:
+            return None
+        blocks = self.allocate(1)
+        assert blocks is not None
+        self._copies.append(Load(slot, blocks[0]))
+        tier.free(slot)
+        self._names[blocks[0]], self._contents[blocks[0]] = name, content
+        self._by_name[name] = blocks[0]
+        return blocks[0]
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """What must be copied, in this order, before the next step runs."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
 
     def is_held(self, block: int) -> bool:
         return self._holders[block] > 0
@@ -113,14 +141,22 @@ class BlockPool:
         """Name a held block whose tokens are all computed. False when the name is taken or the block has one."""
         if name in self._by_name or self._names[block]:
             return False
+        if self.tier is not None and self.tier.is_known(name):
+            if not self.tier.holds(name, content):
+                return False
+            # computed once more: routers know it already
+            self.tier.forget(name)
+        else:
+            self._events.append((Stored, name))
         self._names[block] = name
         self._contents[block] = content
         self._by_name[name] = block
-        self._events.append((Stored, name))
         return True
 
     def clear(self) -> None:
-        """Forget all names. Held blocks stay held."""
+        """Forget all names, those in the tier too. Held blocks stay held."""
+        if self.tier is not None:
+            self.tier.clear()
         for block in self._by_name.values():
             self._names[block] = self._contents[block] = b""
         self._by_name.clear()
@@ -154,7 +190,7 @@ class BlockPool:
                 self._holders[block] = true_holders[block]
             order = dict.fromkeys(block for block in listed if not true_holders[block])
             self._relink([*order, *(block for block in unheld if block not in order)])
-        return Audit(wrong_counts, wrong_list, wrong_names)
+        return Audit(wrong_counts, wrong_list, wrong_names, self._audit_tier())
 
     def _audit_names(self) -> int:
         wrong = [name for name, block in self._by_name.items() if self._names[block] != name]
@@ -166,6 +202,13 @@ class BlockPool:
                 self._names[block] = self._contents[block] = b""
                 wrong.append(name)
         return len(wrong)
+
+    def _audit_tier(self) -> int:
+        if self.tier is None:
+            return 0
+        wrong, gone = self.tier.audit(self._by_name)
+        self._events += [(Removed, name) for name in gone]
+        return wrong
 
     def _listed(self) -> list[int]:
         """The unheld blocks as the list has them; a broken list ends at the break."""
@@ -184,10 +227,17 @@ class BlockPool:
         self.available = len(order)
 
     def _forget(self, block: int) -> None:
-        name = self._names[block]
+        """A block that is handed out loses its name; the tier keeps it if there is one."""
+        name, content = self._names[block], self._contents[block]
         del self._by_name[name]
         self._names[block] = self._contents[block] = b""
-        self._events.append((Removed, name))
+        gone = name
+        if self.tier is not None:
+            slot, gone = self.tier.keep(name, content)
+            if slot is not None:
+                self._copies.append(Save(block, slot))
+        if gone:
+            self._events.append((Removed, gone))
 
     def _unlink(self, block: int) -> None:
         before, after = self._previous[block], self._next[block]

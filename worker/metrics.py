@@ -24,6 +24,9 @@ COUNTERS = {
     "accepted_draft_tokens": "Drafts that agreed.",
     "preemptions": "Sequences that gave their blocks back to older ones.",
     "kv_repairs": "Blocks whose owner was wrong and was mended.",
+    "tier_saves": "KV blocks copied to the host-memory tier.",
+    "tier_restores": "KV blocks found in the tier and copied back instead of computed.",
+    "tier_drops": "KV blocks that left the tier unused.",
     "lost_messages": "Messages that could not leave.",
 }
 GAUGES = {
@@ -33,6 +36,8 @@ GAUGES = {
     "blocks": "KV blocks there are.",
     "blocks_held": "KV blocks held by streams.",
     "blocks_named": "KV blocks that can be reused.",
+    "tier_blocks": "KV blocks in the host-memory tier.",
+    "tier_bytes": "Memory of the KV blocks in the tier.",
     "step_base_seconds": "Learned cost of a step.",
     "step_row_seconds": "Learned cost of a row.",
     "draft_wait": "1 while steps are held back for drafts.",

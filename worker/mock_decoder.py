@@ -25,7 +25,7 @@ Hashes = NDArray[np.uint64]
 
 
 class MockDecoder:
-    """Implements `kernels.step.Decoder`."""
+    """Implements `kernels.step.Decoder` and `BlockStore`."""
 
     def __init__(self, *, blocks: int, block_size_tokens: int = 16, vocabulary_size: int = 49152,
                  context_length: int = 32768) -> None:
@@ -81,6 +81,19 @@ class MockDecoder:
         logits = np.zeros((len(chosen), self.vocabulary_size), np.float32)
         logits[np.arange(len(chosen)), chosen] = 1.0
         return logits
+
+    @property
+    def block_bytes(self) -> int:
+        """As `kernels.step.BlockStore`."""
+        return self.block_size_tokens * self._kv.itemsize
+
+    def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
+        """As `kernels.step.BlockStore`."""
+        to.view(np.uint64)[:] = self._kv[block]
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        """As `kernels.step.BlockStore`."""
+        self._kv[block] = data.view(np.uint64)
 
     def _check(self, inputs: StepInputs) -> None:
         """Raises ValueError where a real device would read or write somebody else's memory."""

@@ -4,6 +4,7 @@ Rule: one step at a time, always from the same thread, and never on the event lo
 """
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -11,13 +12,15 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from kernels.step import Decoder, StepInputs
+from kernels.step import BlockStore, Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
 from shared.timeline import Timeline
+from worker.kv_tier import Copy, TierMemory
 from worker.mock_decoder import MockDecoder
 
 ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
+KV_FORMATS = ("fp16", "int8", "fp8")
 MOCK_BLOCKS_PER_MIB = 16
 # without one of these there is no CUDA device, and no need to spend two seconds on importing torch to learn that
 GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -31,9 +34,13 @@ class _Card(msgspec.Struct):
 
 class Runner(Protocol):
     decoder: Decoder
+    tier: TierMemory | None
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         """The chosen token of each sampled row. Raises what the decoder raises."""
+
+    async def copy(self, copies: Sequence[Copy]) -> None:
+        """Move blocks between the decoder and the tier, in order. Raises what the decoder raises."""
 
     def close(self) -> None:
         """Let the device go. Waits for the step under way."""
@@ -42,14 +49,19 @@ class Runner(Protocol):
 class ThreadRunner:
     """A real decoder on a thread of its own."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, tier: TierMemory | None = None) -> None:
         self.decoder = decoder
+        self.tier = tier
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         loop = asyncio.get_running_loop()
         chosen: list[int] = await loop.run_in_executor(self._thread, lambda: self.decoder.step(inputs).tolist())
         return chosen
+
+    async def copy(self, copies: Sequence[Copy]) -> None:
+        if self.tier is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.tier.run, copies)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -58,8 +70,10 @@ class ThreadRunner:
 class TimedRunner:
     """A decoder whose step takes the time that a formula says: the mock, on any clock."""
 
-    def __init__(self, decoder: Decoder, clock: Clock, *, step_s: float, row_s: float, token_s: float) -> None:
+    def __init__(self, decoder: Decoder, clock: Clock, *, step_s: float, row_s: float, token_s: float,
+                 tier: TierMemory | None = None) -> None:
         self.decoder = decoder
+        self.tier = tier
         self._clock = clock
         self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
 
@@ -69,6 +83,11 @@ class TimedRunner:
         await self._clock.sleep(self._step_s + sampled * self._row_s + prefilled * self._token_s)
         chosen: list[int] = self.decoder.step(inputs).tolist()
         return chosen
+
+    async def copy(self, copies: Sequence[Copy]) -> None:
+        """Takes no time: computing a block takes a hundred times as long."""
+        if self.tier is not None:
+            self.tier.run(copies)
 
     def close(self) -> None:
         """Nothing to let go."""
@@ -94,6 +113,8 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     """
     engine = engine_of(settings)
     blocks = settings.kv_blocks or None
+    if settings.kv_format not in KV_FORMATS:
+        raise ValueError(f"kv_format is {settings.kv_format!r}: choose one of {', '.join(KV_FORMATS)}")
     if settings.kv_format != "fp16" and engine != "cpu":
         raise ValueError(f"engine {engine} has no KV format {settings.kv_format}: leave out --kv-format, or use "
                          "--engine cpu")
@@ -105,11 +126,10 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     path = Path(settings.model)
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
-        from kernels.native.build import build
-        from kernels.native.decoder import NativeDecoder, recipe_of
-
-        recipe_of(settings.kv_format)
         try:
+            from kernels.native.build import build
+            from kernels.native.decoder import NativeDecoder
+
             if timeline is not None:
                 timeline.mark("engine_imports")
                 build()
@@ -145,7 +165,24 @@ def vocabulary_of(settings: WorkerSettings) -> str:
 
 def runner_for(decoder: Decoder, settings: WorkerSettings, clock: Clock) -> Runner:
     """How this decoder is run."""
+    tier = tier_for(decoder, settings)
     if isinstance(decoder, MockDecoder):
         return TimedRunner(decoder, clock, step_s=settings.mock_step_s, row_s=settings.mock_row_s,
-                           token_s=settings.mock_token_s)
-    return ThreadRunner(decoder)
+                           token_s=settings.mock_token_s, tier=tier)
+    return ThreadRunner(decoder, tier)
+
+
+def tier_for(decoder: Decoder, settings: WorkerSettings) -> TierMemory | None:
+    """Host memory for evicted blocks, as much as the settings say. A mock's blocks count as if they were large."""
+    if settings.kv_tier_mib < 0:
+        raise ValueError(f"kv_tier_mib must be 0 or more, got {settings.kv_tier_mib}")
+    if not settings.kv_tier_mib:
+        return None
+    if not isinstance(decoder, BlockStore):
+        _log.warning("kv_tier_unavailable", recipe=decoder.recipe, why="its blocks cannot be copied")
+        return None
+    slots = (settings.kv_tier_mib * MOCK_BLOCKS_PER_MIB if isinstance(decoder, MockDecoder)
+             else (settings.kv_tier_mib << 20) // decoder.block_bytes)
+    if slots < 1:
+        raise ValueError(f"kv_tier_mib={settings.kv_tier_mib} holds no block of {decoder.block_bytes} bytes: raise it")
+    return TierMemory(decoder, slots)

@@ -43,6 +43,7 @@ from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
 from worker.following import Following
 from worker.kv_blocks import BlockPool
+from worker.kv_tier import HostTier, TierMemory
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_of
@@ -129,7 +130,7 @@ class Worker:
         self._runner = runner
         self._engine_name = engine
         self._vocabulary = vocabulary_of(settings)
-        self._pool = BlockPool(decoder.blocks)
+        self._pool = BlockPool(decoder.blocks, HostTier(runner.tier.slots) if runner.tier else None)
         self._scheduler = Scheduler(Limits(
             decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,
             settings.max_running, settings.max_waiting, max_draft_tokens), self._pool)
@@ -160,7 +161,8 @@ class Worker:
                     stack.push_async_callback((await bus.subscribe(subject, self._guarded(handler))).unsubscribe)
                 self._snapshot_wanted.set()
                 self._enter("ready")
-                _log.info("worker_ready", worker=self.name, blocks=self._pool.blocks, recipe=self._decoder.recipe)
+                _log.info("worker_ready", worker=self.name, blocks=self._pool.blocks, recipe=self._decoder.recipe,
+                          tier_blocks=self._runner.tier.slots if self._runner.tier else 0)
                 timeline.mark("doors")
                 _log.info("worker_started", **timeline.milliseconds())
                 if ready is not None:
@@ -316,7 +318,7 @@ class Worker:
             "queued_tokens": scheduler.queued_tokens, "blocks": pool.blocks,
             "blocks_held": pool.blocks - pool.available, "blocks_named": pool.named,
             "step_base_seconds": scheduler.cost.base_s, "step_row_seconds": scheduler.cost.row_s,
-            "draft_wait": float(engine.draft_wait.waiting),
+            "draft_wait": float(engine.draft_wait.waiting), **tier_figures(pool.tier, self._runner.tier),
         }
 
     def _enter(self, state: Literal["ready", "draining"]) -> None:
@@ -343,6 +345,14 @@ class Worker:
             self._engine.submit(HandBack())
             await _within(LAST_WORDS_S, self._engine.idle)
         _log.info("worker_drained", worker=self.name, lost_messages=self._sender.lost)
+
+
+def tier_figures(tier: HostTier | None, memory: TierMemory | None) -> Figures:
+    """What Prometheus reads of the tier; zeros when there is none."""
+    if tier is None or memory is None:
+        return dict.fromkeys(("tier_saves", "tier_restores", "tier_drops", "tier_blocks", "tier_bytes"), 0)
+    return {"tier_saves": tier.saved, "tier_restores": tier.loaded, "tier_drops": tier.dropped,
+            "tier_blocks": len(tier), "tier_bytes": len(tier) * memory.bytes // memory.slots}
 
 
 async def _within(seconds: float, event: asyncio.Event) -> bool:

@@ -112,13 +112,13 @@ class NativeDecoder:
         Raises ValueError when the model is of a kind the step does not know, RuntimeError when nothing can be compiled.
         """
         config = checkpoint.config
-        _check_sizes(config, blocks, threads)
+        check_sizes(config, blocks, threads)
         self.recipe = recipe_of(kv_format)
         self.block_bytes = block_bytes(config, kv_format)
         self.vocabulary_size = config.vocabulary
         self.context_length = config.context_length
         self.blocks = blocks
-        self.threads = threads or min(_usable_cpus(), MOST_THREADS)
+        self.threads = threads or min(usable_cpus(), MOST_THREADS)
         self._library = load_library(instructions)
         self.instructions = str(self._library.mill_instructions().decode())
         self._process = os.getpid()
@@ -183,17 +183,17 @@ class NativeDecoder:
         self._run(inputs, None, logits)
         return logits
 
-    def read_block(self, block: int) -> bytes:
+    def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
         """As `kernels.step.BlockStore`."""
         with self._busy:
             self._check_open()
-            return self._cache[block].tobytes()
+            np.copyto(to, self._cache[block])
 
-    def write_block(self, block: int, data: bytes) -> None:
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
         """As `kernels.step.BlockStore`."""
         with self._busy:
             self._check_open()
-            self._cache[block] = np.frombuffer(data, np.uint8)
+            np.copyto(self._cache[block], data)
 
     def close(self) -> None:
         """Give the memory back and end the helper threads. The decoder cannot be used afterwards."""
@@ -308,7 +308,7 @@ def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic
     return _Inputs(rows, sequences, tables.shape[1], samples, *(each.ctypes.data for each in kept)), kept
 
 
-def _check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
+def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
     """Raises ValueError when the step's layouts do not fit the model, or a number makes no sense."""
     if blocks < 1:
         raise ValueError(f"the KV cache needs at least one block of 16 tokens, got {blocks}: raise kv_bytes")
@@ -356,7 +356,7 @@ def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     raise ValueError(f"a norm stored as {kind} cannot be read; F32, F16 and BF16 can")
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """CPUs this process may run on, or fewer where a control group grants less time."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -78,7 +78,7 @@ def test_a_kv_format_is_taken_by_the_native_step_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"engine {engine} has no KV format int8: leave out --kv-format"):
             load_decoder(WorkerSettings(engine=engine, kv_format="int8"))
     model = str(tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match="no KV format 'int4': choose one of fp16, int8, fp8"):
+    with pytest.raises(ValueError, match="kv_format is 'int4': choose one of fp16, int8, fp8"):
         load_decoder(WorkerSettings(engine="cpu", model=model, kv_format="int4"))
     with pytest.raises(ValueError, match="only the native step has KV format int8"):
         load_decoder(WorkerSettings(engine="cpu", model=model, kv_format="int8"))
