@@ -124,7 +124,7 @@ class Answer:
                 sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
                 cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
                 stop_token_ids=self._model.end_tokens(options), priority=options.priority,
-                cache_hint=options.cache_hint)
+                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary)
             self._streams.append(gateway.streams.open(request, headers, self._changed,
                                                       gateway.clock.now() + timeout_s))
 

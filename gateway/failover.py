@@ -1,7 +1,8 @@
 """One stream's life across its attempts: what was delivered, who works on it, and what to do when that goes wrong.
 
-Rule: the tokens a client has are the truth; every attempt continues behind them, and by law 1 they fit. Whoever calls
-performs the returned actions in order. A stream that has ended answers every input with nothing.
+Rule: the tokens a client has are the truth; every attempt continues behind them, and by law 1 they fit, because it asks
+for the numeric recipe that the first of them came from and takes tokens of no other. Whoever calls performs the
+returned actions in order. A stream that has ended answers every input with nothing.
 Pure: no clock and no bus; `now_s` is monotonic seconds.
 
     submitted --Accepted, Tokens--> running --Finished--> ended
@@ -100,7 +101,7 @@ class StreamState:
     __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded",
                  "_first_of_attempt", "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s",
                  "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered",
-                 "epoch", "limits", "request", "state", "worker")
+                 "epoch", "limits", "recipe", "request", "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
@@ -112,6 +113,7 @@ class StreamState:
         self.worker = ""  # of the current attempt
         self.epoch = 0
         self.cached_tokens = 0
+        self.recipe = ""  # of all delivered tokens; empty while there are none, or nobody named it
         self._prompt_hashes = split_hashes(request.block_hashes)
         self._excluded: tuple[str, ...] = request.exclude_workers
         self._tries = 1
@@ -137,16 +139,23 @@ class StreamState:
         self._enter("submitted", now_s)
         return [Submit(self.request)]
 
-    def hear(self, reply: Reply, sender: str, epoch: int, now_s: float, from_worker: bool = False) -> list[Action]:
+    def hear(self, reply: Reply, sender: str, epoch: int, now_s: float, from_worker: bool = False,
+             recipe: str = "") -> list[Action]:
         """One reply about this request, from whatever attempt and sender.
 
         `from_worker`: the sender is known for a worker. What one worker refuses (its queue is full, it is leaving)
-        another may take; what a router refuses is refused.
+        another may take; what a router refuses is refused. `recipe`: how the sender computes, if it said so.
         """
         if self.state == "ended":
             return []
         if reply.attempt != self.attempt:
             return _cancel_stale(reply, sender)
+        if isinstance(reply, Accepted | Tokens) and (not self.worker or sender == self.worker):
+            if not self.delivered:
+                self.recipe = recipe
+            elif self.recipe and recipe and recipe != self.recipe:
+                self.worker = sender
+                return self._resubmit("other_recipe", now_s, exclude=sender)
         match reply:
             case Accepted():
                 return self._on_accepted(reply, sender, epoch, now_s)
@@ -350,7 +359,7 @@ class StreamState:
         self._enter("submitted", now_s)
         return [Submit(msgspec.structs.replace(
             self.request, attempt=self.attempt, generated=pack(self.delivered), exclude_workers=self._excluded,
-            block_hashes=self._hashes()), cause)]
+            block_hashes=self._hashes(), recipe=self.recipe if self.delivered else ""), cause)]
 
     def _hashes(self) -> bytes:
         """The chain over prompt and delivered tokens; the prompt's part is not computed again."""

@@ -142,7 +142,8 @@ class Streams:
             if stream is None:
                 self._stop_stranger(reply, sender)
             else:
-                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None))
+                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None,
+                                                        recipe=message.recipe))
                 stream.changed.set()
 
     def status(self, status: WorkerStatus) -> None:

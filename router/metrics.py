@@ -29,6 +29,12 @@ class Metrics:
         self.cached_tokens = Counter("mill_router_cached_tokens", "Of those, believed to be cached.", registry=own)
         self.gaps = Gauge("mill_router_kv_gaps_total", "Times that cache events of a worker were missing.",
                           registry=own)
+        self.alarms = Counter("mill_router_worker_mismatches", "Workers that differ from what they should be: kv_blind "
+                              "(other block hashes), drift (a cache other than its events told), recipe, vocabulary "
+                              "(other than their peers').", ["kind"], registry=own)
+        for kind in ("kv_blind", "drift", "recipe", "vocabulary"):
+            self.alarms.labels(kind)  # an alert needs the zero before the one
+        self.blind_workers = Gauge("mill_router_kv_blind_workers", "Workers placed by load alone.", registry=own)
         self.snapshots_asked = Counter("mill_router_snapshots_asked", "Snapshot requests sent.", registry=own)
         self.indexed_blocks = Gauge("mill_router_indexed_blocks", "Different blocks in the index.", registry=own)
         self.indexed_bytes = Gauge("mill_router_indexed_bytes", "Memory of the index, estimated.", registry=own)

@@ -1,7 +1,7 @@
 """Which worker gets a request.
 
 Rules:
-- Walls come first and nothing climbs them: model, residency, block size, numeric recipe of a stream already begun,
+- Walls come first and nothing climbs them: model, residency, vocabulary, numeric recipe of a stream already begun,
   context length, state. `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when nobody else is
   left.
 - Everything else is compared in seconds: what this request waits for, and what the streams beside it lose.
@@ -130,7 +130,7 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
     turned_away = {}
     eligible = []
     for worker in workers:
-        wall = _wall(request, prompt_tokens, recipe, block_size_tokens, worker.status)
+        wall = _wall(request, prompt_tokens, recipe, worker.status)
         if wall:
             turned_away[worker.status.id] = wall
         else:
@@ -231,14 +231,14 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def _wall(request: Generate, prompt_tokens: int, recipe: str, block_size_tokens: int, status: WorkerStatus) -> str:
+def _wall(request: Generate, prompt_tokens: int, recipe: str, status: WorkerStatus) -> str:
     """The first wall between the request and this worker; empty when there is none."""
     if status.model != request.model:
         return "serves another model"
     if not allows(request.residency, status.zone):
         return f"zone {status.zone} is not allowed"
-    if status.block_size_tokens != block_size_tokens:
-        return f"blocks of {status.block_size_tokens} tokens, not {block_size_tokens}"
+    if request.vocabulary and status.vocabulary and status.vocabulary != request.vocabulary:
+        return f"vocabulary {status.vocabulary}, not {request.vocabulary}"
     if recipe and status.recipe != recipe:
         return f"recipe {status.recipe or 'unknown'}, not {recipe}"
     if 0 < status.context_length <= prompt_tokens:

@@ -7,6 +7,8 @@ Rules:
 - A newer epoch is a worker that started again: its blocks are gone and its numbers start at 1. An older one is an echo.
 - A status names the last number sent, so that a loss is noticed although no further event comes.
 - A snapshot that does not come is asked for again, later each time, for as long as the worker lives.
+- A status carries the digest of the worker's blocks behind that number. Once everything up to there is applied, the
+  two are compared; a difference is drift, and drift is answered like a gap, less often each time it comes again.
 Pure: the caller passes `now` and carries out the actions.
 """
 
@@ -23,6 +25,9 @@ RETRY_MOST_S = 5.0
 MAX_KEPT = 1000
 # parts of one snapshot: 4096 x 512 kB is more cache than any one worker has
 MAX_PARTS = 4096
+# after drift no digest is looked at for so long; a worker that contradicts itself must not cost a snapshot per status
+DRIFT_PAUSE_FIRST_S = 1.0
+DRIFT_PAUSE_MOST_S = 300.0
 
 
 class ApplyEvents(NamedTuple):
@@ -51,7 +56,14 @@ class AskSnapshot(NamedTuple):
     worker: str
 
 
-Action = ApplyEvents | ReplaceBlocks | DropBlocks | AskSnapshot
+class Compare(NamedTuple):
+    """All that the worker had said when it named this digest is applied: call `drifted` when ours is another."""
+
+    worker: str
+    digest: bytes
+
+
+Action = ApplyEvents | ReplaceBlocks | DropBlocks | AskSnapshot | Compare
 
 
 @dataclass(slots=True)
@@ -68,6 +80,10 @@ class _Feed:
     parts_count: int = 0
     ask_at: float = 0.0
     retry_s: float = RETRY_FIRST_S
+    digest: bytes = b""  # of the blocks behind event `digest_seq`, not compared yet
+    digest_seq: int = 0
+    trust_at: float = 0.0  # digests count from then on
+    drift_pause_s: float = DRIFT_PAUSE_FIRST_S
 
 
 class Resync:
@@ -75,6 +91,7 @@ class Resync:
 
     def __init__(self) -> None:
         self.gaps_total = 0
+        self.drifts_total = 0
         self._feeds: dict[str, _Feed] = {}
 
     def on_events(self, message: KvEvents, now: float) -> list[Action]:
@@ -88,7 +105,7 @@ class Resync:
         if not feed.awaiting and message.seq == feed.seq + 1:
             feed.seq = message.seq
             actions.append(ApplyEvents(message.worker, message.events))
-            return actions
+            return actions + _compare(message.worker, feed, now)
         if not feed.awaiting:
             actions += self._lose(message.worker, feed, now)
         feed.kept[message.seq] = message.events
@@ -123,8 +140,8 @@ class Resync:
             actions += self._complete(message.worker, feed, now)
         return actions
 
-    def on_status(self, worker: str, epoch: int, kv_seq: int, now: float) -> list[Action]:
-        """A worker's heartbeat names the last event it sent.
+    def on_status(self, worker: str, epoch: int, kv_seq: int, now: float, digest: bytes = b"") -> list[Action]:
+        """A worker's heartbeat names the last event it sent, and the digest of its blocks behind that.
 
         Statuses and events overtake each other, so only what the *previous* status promised counts as missing.
         """
@@ -138,7 +155,25 @@ class Resync:
             if not feed.awaiting and feed.seq < feed.status_seq:
                 actions += self._lose(worker, feed, now)
             feed.status_seq = max(feed.status_seq, kv_seq)
+        if digest and epoch == feed.epoch and kv_seq >= feed.seq:
+            feed.digest, feed.digest_seq = digest, kv_seq
+            actions += _compare(worker, feed, now)
         return actions
+
+    def drifted(self, worker: str, now: float) -> list[Action]:
+        """Our digest of the worker's blocks is not its own."""
+        feed = self._feeds.get(worker)
+        if feed is None:
+            return []
+        self.drifts_total += 1
+        feed.trust_at = now + feed.drift_pause_s
+        feed.drift_pause_s = min(2 * feed.drift_pause_s, DRIFT_PAUSE_MOST_S)
+        return [DropBlocks(worker), *self._await(worker, feed, now)]
+
+    def position(self, worker: str) -> tuple[int, int]:
+        """Epoch and number of the last event applied; zeros for a worker unheard of."""
+        feed = self._feeds.get(worker)
+        return (feed.epoch, feed.seq) if feed is not None else (0, 0)
 
     def due(self, now: float) -> list[Action]:
         """Requests for snapshots that should have come by now."""
@@ -186,7 +221,15 @@ class Resync:
             elif seq > feed.seq:
                 feed.kept = {number: events for number, events in kept.items() if number > feed.seq}
                 return actions + self._lose(worker, feed, now)
-        return actions
+        return actions + _compare(worker, feed, now)
+
+
+def _compare(worker: str, feed: _Feed, now: float) -> list[Action]:
+    """The digest that was named for where we stand now, once."""
+    if feed.awaiting or not feed.digest or feed.digest_seq != feed.seq or now < feed.trust_at:
+        return []
+    digest, feed.digest = feed.digest, b""
+    return [Compare(worker, digest)]
 
 
 def _is_sound(message: KvSnapshot) -> bool:

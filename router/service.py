@@ -21,9 +21,10 @@ from msgspec.structs import replace
 from opentelemetry.context import Context
 
 from router.metrics import Metrics
-from router.placement import POLICIES, Decision, Refused, decide
+from router.placement import POLICIES, Candidate, Decision, Refused, decide
+from router.receipts import receipt_of, refusal_of
 from router.view import View
-from shared import subjects, telemetry
+from shared import receipts, subjects, telemetry
 from shared import trace_names as names
 from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
 from shared.bus import Bus, BusUnavailable, Delivery, Subscription
@@ -44,6 +45,7 @@ from shared.messages import (
     decode,
     encode,
 )
+from shared.receipts import Receipt
 from shared.settings import RouterSettings
 from shared.tokens import count
 
@@ -158,11 +160,13 @@ class Router:
         status = self._decoded(delivery, Status)
         if isinstance(status, WorkerStatus) and delivery.subject == subjects.status("worker", status.id):
             self._ask_snapshots(self.view.on_status(status, self._clock.now()))
+            self._sound_alarms()
 
     def on_kv(self, delivery: Delivery) -> None:
         message = self._decoded(delivery, KvMessage)
         if message is not None and delivery.subject == subjects.worker_kv(message.worker):
             self._ask_snapshots(self.view.on_kv(message, self._clock.now()))
+            self._sound_alarms()
 
     def on_placed(self, delivery: Delivery) -> None:
         request = self._decoded(delivery, Generate)
@@ -175,39 +179,50 @@ class Router:
 
     def _route(self, arrived: _Arrived) -> None:
         """Place one request, or park it while nobody was heard yet, or refuse it."""
+        request = arrived.request
         begin, now = self._clock.wall(), self._clock.now()
-        verdict = self._decide(arrived.request, now)
-        self.metrics.decision_s.observe(self._clock.now() - now)
+        hashes = split_hashes(request.block_hashes)
+        workers = self.view.candidates(hashes, now)
+        verdict = self._decide(request, workers, now)
+        decision_s = self._clock.now() - now
+        self.metrics.decision_s.observe(decision_s)
+        prompt_tokens = count(request.tokens) + count(request.generated)
         if isinstance(verdict, Refused):
             if self.state == "starting" and verdict.code in PATIENCE_HELPS and len(self._parked) < MAX_PARKED:
                 self._parked.append(arrived)
                 return
             self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
-                              self._refusal(arrived.request, verdict), error=verdict.code)
-            self._refuse(arrived.request, verdict)
+                              self._refusal(request, verdict), error=verdict.code)
+            receipt = refusal_of(self.id, self._settings.policy, prompt_tokens, verdict, decision_s)
+            self._refuse(request, verdict, receipts.pack(receipt))
         else:
+            chosen = verdict.chosen
+            credited = hashes[:chosen.cached_tokens // BLOCK_SIZE_TOKENS]
+            certain_tokens = self.view.certain_blocks(chosen.worker, credited) * BLOCK_SIZE_TOKENS
+            receipt = receipt_of(self.id, prompt_tokens, verdict, workers, certain_tokens, decision_s,
+                                 request.cache_hint)
             context = self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
-                                        self._receipt(arrived.request, verdict))
-            self._place(arrived, verdict, telemetry.inject(context))
+                                        self._receipt(request, verdict, receipt))
+            self._place(arrived, verdict, receipt, telemetry.inject(context))
 
-    def _decide(self, request: Generate, now: float) -> Decision | Refused:
+    def _decide(self, request: Generate, workers: list[Candidate], now: float) -> Decision | Refused:
         return decide(
             request,
-            self.view.candidates(split_hashes(request.block_hashes), now),
+            workers,
             wall_s=self._clock.wall(),
             rng=self._rng,
             policy=self._settings.policy,
             turn=self.placed_total,
             max_queue_s=self._settings.max_queue_s,
-            recipe=self.view.recipe_of(request),
+            recipe=request.recipe,
             served_lately=self.view.served_lately(request.model, now),
         )
 
-    def _place(self, arrived: _Arrived, decision: Decision, headers: Mapping[str, str]) -> None:
-        chosen = decision.chosen
-        placement = Placement(self.id, chosen.worker, chosen.cached_tokens, chosen.estimate_s, decision.policy)
-        request = replace(arrived.request, placement=placement)
-        prompt_tokens = count(request.tokens) + count(request.generated)
+    def _place(self, arrived: _Arrived, decision: Decision, receipt: Receipt, headers: Mapping[str, str]) -> None:
+        chosen, prompt_tokens = decision.chosen, receipt.prompt_tokens
+        placement = Placement(self.id, chosen.worker, chosen.cached_tokens, chosen.estimate_s, decision.policy,
+                              receipt.certain_tokens)
+        request = replace(arrived.request, placement=replace(placement, receipt=receipts.pack(receipt)))
         self.view.on_placed(request, prompt_tokens, self._clock.now())
         self._hand_over(_Outgoing(
             subjects.worker_generate(chosen.worker), encode(request), headers,
@@ -215,7 +230,7 @@ class Router:
             too_large=lambda: self._refuse(request, Refused(
                 TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),
         ))
-        told = replace(request, tokens=b"", generated=b"", cache_salt=b"")
+        told = replace(request, tokens=b"", generated=b"", cache_salt=b"", placement=placement)
         self._hand_over(_Outgoing(subjects.placed(self.id), encode(told), headers))
         self.placed_total += 1
         self.metrics.placed.labels(chosen.worker).inc()
@@ -238,13 +253,13 @@ class Router:
         else:
             self._refuse(request, Refused(Overloaded.code, "every worker that was tried is gone", True, 1.0, {}))
 
-    def _refuse(self, request: Generate, refused: Refused) -> None:
+    def _refuse(self, request: Generate, refused: Refused, receipt: bytes = b"") -> None:
         seq = self._reply_seq.pop(request.gateway, 0) + 1
         self._reply_seq[request.gateway] = seq
         if len(self._reply_seq) > MAX_GATEWAYS:
             self._reply_seq.popitem(last=False)
         failed = Failed(request.request_id, request.attempt, refused.code, refused.message, refused.retryable,
-                        refused.retry_after_s)
+                        refused.retry_after_s, receipt)
         self._publish(subjects.replies(request.gateway), StepReplies(self.id, self.epoch, seq, (failed,)))
         self.refused_total += 1
         self.metrics.refused.labels(refused.code).inc()
@@ -255,6 +270,12 @@ class Router:
         for worker in workers:
             self.metrics.snapshots_asked.inc()
             self._publish(subjects.worker_kv_request(worker), SnapshotRequest(self.id))
+
+    def _sound_alarms(self) -> None:
+        for alarm in self.view.alarms:
+            self.metrics.alarms.labels(alarm.kind).inc()
+            _log.warning("worker_mismatch", kind=alarm.kind, worker=alarm.worker, reason=alarm.reason)
+        self.view.alarms.clear()
 
     # --- what leaves
 
@@ -326,6 +347,7 @@ class Router:
         self.metrics.indexed_bytes.set(index.bytes_estimate)
         self.metrics.gaps.set(self.view.resync.gaps_total)
         self.metrics.workers.set(len(self.view.fleet.workers()))
+        self.metrics.blind_workers.set(len(self.view.blind))
         self._publish(subjects.status("router", self.id), RouterStatus(
             self.id, self.epoch, self.state, self.placed_total, self.refused_total, len(index)))
 
@@ -363,8 +385,8 @@ class Router:
 
     # --- what is told of a decision
 
-    def _receipt(self, request: Generate, decision: Decision) -> Mapping[str, telemetry.Attribute]:
-        """Everything that was weighed, for `tokenmill explain`."""
+    def _receipt(self, request: Generate, decision: Decision, receipt: Receipt) -> Mapping[str, telemetry.Attribute]:
+        """Everything that was weighed, as attributes of the span; `tokenmill explain` shows it too."""
         if not self._settings.otlp:
             return {}
         chosen = decision.chosen
@@ -376,6 +398,10 @@ class Router:
             names.PLACEMENT_POLICY: decision.policy,
             names.PLACEMENT_CACHED_TOKENS: chosen.cached_tokens,
             names.PLACEMENT_ESTIMATE_S: chosen.estimate_s,
+            names.PLACEMENT_CERTAIN_TOKENS: receipt.certain_tokens,
+            names.PLACEMENT_MOST_CACHED_TOKENS: receipt.most_cached_tokens,
+            names.PLACEMENT_BECAUSE: receipt.because,
+            names.PLACEMENT_RUNNER_UP: receipt.runner_up,
             names.PLACEMENT_CANDIDATES: [
                 *(str(terms) for terms in sorted(decision.candidates, key=lambda terms: terms.cost_s)),
                 *(f"{worker}: {wall}" for worker, wall in decision.turned_away.items()),

@@ -6,26 +6,43 @@ Pure: the caller passes `now` and sends the snapshot requests that methods retur
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from router.outstanding import Outstanding
 from router.placement import Candidate
 from router.prefix_index import ExpectedBlocks, PrefixIndex
-from router.resync import Action, ApplyEvents, AskSnapshot, DropBlocks, ReplaceBlocks, Resync
+from router.resync import Action, ApplyEvents, AskSnapshot, Compare, DropBlocks, ReplaceBlocks, Resync
 from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
 from shared.fleet import Fleet
 from shared.messages import Cleared, Generate, KvEvents, KvMessage, Removed, Stored, WorkerStatus
+from shared.parity import expected_answer
 
 V = TypeVar("V")
 
 # a model whose last worker left this recently is expected back
 SERVED_LATELY_S = 60.0
-# names kept of what is gone: recipes of dead workers, models without workers
+# names kept of models without workers
 MAX_REMEMBERED = 4096
+# alarms kept until somebody takes them
+MAX_ALARMS = 1024
+
+
+class Alarm(NamedTuple):
+    """Something about a worker that its operator should hear of.
+
+    kv_blind     its block hashes are not ours: it is placed by load alone
+    drift        its cache is not what its events told: dropped and asked for again
+    recipe       its streams would not be those of its peers: none moves between them
+    vocabulary   its token ids are not those of its peers
+    """
+
+    kind: str
+    worker: str
+    reason: str
 
 
 class View:
-    """Workers, their blocks, and what is on its way to them."""
+    """Workers, their blocks, and what is on its way to them. `alarms` are for the caller to take and clear."""
 
     def __init__(self, silence_s: float, block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
         self.fleet = Fleet()
@@ -36,8 +53,10 @@ class View:
         self._unreachable: set[str] = set()
         self._outstanding = Outstanding()
         self._expected = ExpectedBlocks()
-        self._recipes: dict[str, str] = {}
         self._models: dict[str, float] = {}  # model -> last heard of
+        self.blind: dict[str, str] = {}  # worker -> why its cache is not looked at
+        self.alarms: list[Alarm] = []
+        self._judged: dict[str, tuple[object, ...]] = {}  # worker -> what it said of itself when it was last judged
 
     def on_status(self, status: WorkerStatus, now: float) -> list[str]:
         """A worker's heartbeat. Returns the workers to ask for a snapshot."""
@@ -47,20 +66,23 @@ class View:
             return []
         self._unreachable.discard(status.id)
         self._outstanding.settle(status.id, now)
-        _remember(self._recipes, status.id, status.recipe)
         _remember(self._models, status.model, now)
-        return self._carry_out(self.resync.on_status(status.id, status.epoch, status.kv_seq, now))
+        self._judge(status)
+        if status.id in self.blind:
+            return []
+        return self._carry_out(
+            self.resync.on_status(status.id, status.epoch, status.kv_seq, now, status.kv_digest), now)
 
     def on_kv(self, message: KvMessage, now: float) -> list[str]:
         """Cache events or a snapshot. Returns the workers to ask for a snapshot.
 
         Those of a worker that has no status yet are passed over: its first status names the events that were missed.
         """
-        if self.fleet.worker(message.worker) is None:
+        if self.fleet.worker(message.worker) is None or message.worker in self.blind:
             return []
         if isinstance(message, KvEvents):
-            return self._carry_out(self.resync.on_events(message, now))
-        return self._carry_out(self.resync.on_snapshot(message, now))
+            return self._carry_out(self.resync.on_events(message, now), now)
+        return self._carry_out(self.resync.on_snapshot(message, now), now)
 
     def on_placed(self, request: Generate, prompt_tokens: int, now: float) -> None:
         """A router, this one or another, sent `request` where its placement says."""
@@ -69,6 +91,8 @@ class View:
             return
         tokens = max(0, prompt_tokens - placement.cached_tokens)
         self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, now)
+        if placement.worker in self.blind:
+            return
         new_blocks = request.block_hashes[placement.cached_tokens // self._block_size_tokens * HASH_BYTES:]
         self._expected.expect(self.index.slot(placement.worker), split_hashes(new_blocks), now)
 
@@ -92,13 +116,9 @@ class View:
                 found.append(Candidate(status, cached.get(status.id, 0), sent.requests, sent.tokens))
         return found
 
-    def recipe_of(self, request: Generate) -> str:
-        """The numeric recipe under which this stream began; empty when it has not begun or nobody remembers."""
-        if request.generated:
-            for worker in reversed(request.exclude_workers):
-                if self._recipes.get(worker):
-                    return self._recipes[worker]
-        return ""
+    def certain_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
+        """Of these leading blocks, credited to `worker`, how many it has told of itself."""
+        return self.index.certain(worker, hashes)
 
     def served_lately(self, model: str, now: float) -> bool:
         """Whether some worker of `model` was heard within the last minute."""
@@ -108,15 +128,17 @@ class View:
         """Forget workers unheard for too long; returns them."""
         silent = self.fleet.forget_silent(now, self._silence_s)
         for worker in silent:
-            self._carry_out(self.resync.forget(worker))
+            self._carry_out(self.resync.forget(worker), now)
             self._forget_sent(worker)
             self.index.forget(worker)
             self._unreachable.discard(worker)
+            self.blind.pop(worker, None)
+            self._judged.pop(worker, None)
         return silent
 
     def snapshots_due(self, now: float) -> list[str]:
         """Workers whose snapshot should have come by now."""
-        return self._carry_out(self.resync.due(now))
+        return self._carry_out(self.resync.due(now), now)
 
     @property
     def complete(self) -> bool:
@@ -127,7 +149,30 @@ class View:
         self._outstanding.forget(worker)
         self._expected.forget(self.index.slot(worker))
 
-    def _carry_out(self, actions: Iterable[Action]) -> list[str]:
+    def _judge(self, status: WorkerStatus) -> None:
+        """Whether its blocks are named as ours are, and whether its peers compute as it does. Once per claim."""
+        claim = (status.epoch, status.model, status.recipe, status.vocabulary, status.block_size_tokens, status.parity)
+        if status.state == "starting" or self._judged.get(status.id) == claim:
+            return
+        self._judged[status.id] = claim
+        self.blind.pop(status.id, None)
+        if reason := _hashes_differ(status, self._block_size_tokens):
+            self.blind[status.id] = reason
+            self._carry_out(self.resync.forget(status.id), 0.0)
+            self._alarm("kv_blind", status.id, reason)
+        peers = [peer for peer in self.fleet.workers(status.model) if peer.id != status.id]
+        for kind in ("recipe", "vocabulary"):
+            own = getattr(status, kind)
+            others = {getattr(peer, kind) for peer in peers} - {"", own}
+            if own and others:
+                self._alarm(kind, status.id, f"{kind} {own}, its peers for {status.model} have "
+                                             f"{', '.join(sorted(others))}")
+
+    def _alarm(self, kind: str, worker: str, reason: str) -> None:
+        if len(self.alarms) < MAX_ALARMS:
+            self.alarms.append(Alarm(kind, worker, reason))
+
+    def _carry_out(self, actions: Iterable[Action], now: float) -> list[str]:
         """Do to the index what the count says; returns the workers to ask for a snapshot."""
         asked = []
         for action in actions:
@@ -148,7 +193,21 @@ class View:
                                 self.index.remove(worker, split_hashes(hashes))
                             case Cleared():
                                 self.index.clear(worker)
+                case Compare(worker, digest):
+                    ours = self.index.digest(worker)
+                    if ours is not None and ours != int.from_bytes(digest, "little"):
+                        self._alarm("drift", worker, "the digest of its blocks is not the one we keep")
+                        asked += self._carry_out(self.resync.drifted(worker, now), now)
         return asked
+
+
+def _hashes_differ(status: WorkerStatus, block_size_tokens: int) -> str:
+    """Why blocks of this worker cannot be told by our hashes; empty when they can, or when it does not say."""
+    if status.block_size_tokens != block_size_tokens:
+        return f"blocks of {status.block_size_tokens} tokens, not {block_size_tokens}"
+    if status.parity and status.parity != expected_answer(status.id, status.epoch, block_size_tokens):
+        return "its block hashes differ from ours"
+    return ""
 
 
 def _remember(names: dict[str, V], name: str, value: V) -> None:

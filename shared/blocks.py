@@ -46,3 +46,17 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
 def split_hashes(data: bytes) -> list[bytes]:
     """The hashes behind `join_hashes`."""
     return [data[i:i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
+
+
+def fold(data: bytes) -> int:
+    """The digest of a set of hashes laid end to end: all of them XORed.
+
+    The order does not matter, and one hash more or less is one XOR: a rolling digest of any size costs O(change).
+    """
+    folded = int.from_bytes(data, "little")
+    count = len(data) // HASH_BYTES
+    while count > 1:  # halve: a few XORs of long integers instead of one per hash
+        half = (count + 1) // 2
+        folded = (folded >> 8 * HASH_BYTES * half) ^ (folded & (1 << 8 * HASH_BYTES * half) - 1)
+        count = half
+    return folded

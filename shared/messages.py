@@ -52,6 +52,8 @@ class Placement(Wire, frozen=True):
     cached_tokens: int = 0  # what the router believes the worker holds
     estimate_s: float = 0.0  # expected seconds until the first token
     policy: str = "cost"
+    certain_tokens: int = 0  # of `cached_tokens`, what the worker itself has said; the rest was only expected
+    receipt: bytes = b""  # a packed `shared.receipts.Receipt`, handed through to the gateway
 
 
 class Generate(Wire, frozen=True, tag="generate"):
@@ -78,6 +80,8 @@ class Generate(Wire, frozen=True, tag="generate"):
     exclude_workers: tuple[str, ...] = ()  # they failed this request before
     cache_hint: str = ""  # prompt_cache_key: decides between equals
     placement: Placement | None = None
+    recipe: str = ""  # `generated` came from this numeric recipe and goes on only under it; empty: not begun
+    vocabulary: str = ""  # digest of what `tokens` are ids of; empty: not said
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):
@@ -97,6 +101,7 @@ class Accepted(Wire, frozen=True, tag="accepted"):
     attempt: int
     worker: str
     cached_tokens: int = 0
+    receipt: bytes = b""  # of its placement, unopened
 
 
 class Tokens(Wire, frozen=True, tag="tokens"):
@@ -127,6 +132,7 @@ class Finished(Wire, frozen=True, tag="finished"):
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    miss: str = ""  # why fewer tokens were cached than the router said: a `shared.receipts` class; empty: they were not
 
 
 class Failed(Wire, frozen=True, tag="failed"):
@@ -138,6 +144,7 @@ class Failed(Wire, frozen=True, tag="failed"):
     message: str
     retryable: bool = False
     retry_after_s: float = 0.0
+    receipt: bytes = b""  # of a router's refusal
 
 
 Reply = Accepted | Tokens | Finished | Failed
@@ -150,6 +157,7 @@ class StepReplies(Wire, frozen=True, tag="replies"):
     epoch: int
     seq: int
     replies: tuple[Reply, ...]
+    recipe: str = ""  # numeric recipe of the sender; routers have none
 
 
 # --- KV events, for routers ------------------------------------------------------------------------------------------
@@ -294,6 +302,8 @@ class WorkerStatus(Wire, frozen=True, tag="worker"):
     accepted_draft_tokens_total: int = 0
     drafter: str = ""
     steps_total: int = 0
+    kv_digest: bytes = b""  # of all reusable blocks behind event `kv_seq` (`shared.blocks.fold`, 16 bytes)
+    parity: bytes = b""  # this start's answer to the probe of `shared.parity`
 
 
 class RouterStatus(Wire, frozen=True, tag="router"):

@@ -47,8 +47,13 @@ RESIDENCY = "mill.residency"
 PLACEMENT_POLICY = "mill.placement.policy"
 PLACEMENT_CANDIDATES = "mill.placement.candidates"
 PLACEMENT_CACHED_TOKENS = "mill.placement.cached_tokens"  # what the router expected
+PLACEMENT_CERTAIN_TOKENS = "mill.placement.certain_tokens"  # of these, what the worker had said itself
+PLACEMENT_MOST_CACHED_TOKENS = "mill.placement.most_cached_tokens"  # the most that any eligible worker held
+PLACEMENT_BECAUSE = "mill.placement.because"  # what decided: cost, price, cache, hint, chance or a policy
+PLACEMENT_RUNNER_UP = "mill.placement.runner_up"
 PLACEMENT_ESTIMATE_S = "mill.placement.estimate_s"
 CACHED_TOKENS = "mill.cached_tokens"  # what the worker had
+CACHE_MISS = "mill.cache_miss"  # a class of shared.receipts
 DRAFT_TOKENS = "mill.draft.tokens"
 DRAFT_ACCEPTED_TOKENS = "mill.draft.accepted_tokens"
 

@@ -1,7 +1,8 @@
 """Events of a step as messages: one for each gateway, one for all routers.
 
-Rule: sequence numbers are given when a message is made, not when it leaves. One that is lost on the way out leaves a
-gap, and by the gap its receiver knows. Pure.
+Rules: sequence numbers are given when a message is made, not when it leaves. One that is lost on the way out leaves a
+gap, and by the gap its receiver knows. The digest of the cache follows from the events told, so that a router which
+took them all has the same; a snapshot tells the cache itself, and starts the digest anew from that. Pure.
 """
 
 from typing import NamedTuple
@@ -9,10 +10,24 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from shared import subjects
-from shared.blocks import HASH_BYTES, join_hashes
-from shared.messages import Accepted, Finished, KvEvents, KvSnapshot, Reply, StepReplies, Tokens, Wire
+from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, fold, join_hashes
+from shared.messages import (
+    Accepted,
+    Cleared,
+    Finished,
+    KvEvent,
+    KvEvents,
+    KvSnapshot,
+    Removed,
+    Reply,
+    StepReplies,
+    Stored,
+    Tokens,
+    Wire,
+)
 from shared.tokens import pack
 from worker.kv_blocks import BlockPool
+from worker.misses import Departed, miss_of
 from worker.scheduler import Advanced, Ended, Event, Refused, Registered
 
 # half a megabyte: a broker takes one, unless told otherwise
@@ -28,10 +43,15 @@ class Outgoing(NamedTuple):
 class Outbox:
     """The counters of one worker, and the messages they number."""
 
-    def __init__(self, worker: str, epoch: int) -> None:
+    def __init__(self, worker: str, epoch: int, recipe: str = "", block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
         self.worker = worker
         self.epoch = epoch
+        self.recipe = recipe
         self.kv_seq = 0
+        self.wrong_digests = 0  # snapshots that showed the events before them to have been wrong
+        self._digest = 0
+        self._departed = Departed()
+        self._block_size_tokens = block_size_tokens
         self.replies_sent: dict[str, int] = {}
 
     def replies(self, events: list[Event], drafter: str) -> list[Outgoing]:
@@ -45,10 +65,14 @@ class Outbox:
                     gateway = sequence.request.gateway
                 case Registered(sequence, cached_tokens):
                     key = sequence.key
-                    reply = Accepted(key.request_id, key.attempt, self.worker, cached_tokens)
+                    placement = sequence.request.placement
+                    reply = Accepted(key.request_id, key.attempt, self.worker, cached_tokens,
+                                     placement.receipt if placement is not None else b"")
                     gateway = sequence.request.gateway
                 case Ended(sequence, last):
-                    reply, gateway = self._signed(last, drafter if sequence.drafted else ""), sequence.request.gateway
+                    miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
+                    reply = self._signed(last, drafter if sequence.drafted else "", miss)
+                    gateway = sequence.request.gateway
                 case Refused(request, last):
                     reply, gateway = self._signed(last, ""), request.gateway
                 case _:
@@ -56,18 +80,24 @@ class Outbox:
             per_gateway.setdefault(gateway, []).append(reply)
         return [self._to_gateway(gateway, replies) for gateway, replies in per_gateway.items()]
 
-    def kv_events(self, pool: BlockPool) -> list[Outgoing]:
-        """What changed in the cache since the last call, if anything did."""
+    def kv_events(self, pool: BlockPool, now: float = 0.0) -> list[Outgoing]:
+        """What changed in the cache since the last call, if anything did. `now`: monotonic seconds."""
         events = pool.take_events()
         if not events:
             return []
         self.kv_seq += 1
+        self._departed.take_in(events, now)
+        for event in events:
+            self._take_in(event)
         return [Outgoing(subjects.worker_kv(self.worker), KvEvents(self.worker, self.epoch, self.kv_seq, events))]
 
-    def snapshot(self, pool: BlockPool) -> list[Outgoing]:
+    def snapshot(self, pool: BlockPool, now: float = 0.0) -> list[Outgoing]:
         """The whole cache, behind the events that lead to it."""
-        changes = self.kv_events(pool)
+        changes = self.kv_events(pool, now)
         names = pool.names()
+        digest = fold(join_hashes(names))
+        self.wrong_digests += digest != self._digest
+        self._digest = digest
         part_size = SNAPSHOT_PART_BYTES // HASH_BYTES
         parts = [names[start:start + part_size] for start in range(0, len(names), part_size)] or [[]]
         subject = subjects.worker_kv(self.worker)
@@ -75,12 +105,25 @@ class Outbox:
             Outgoing(subject, KvSnapshot(self.worker, self.epoch, self.kv_seq, join_hashes(part), index, len(parts)))
             for index, part in enumerate(parts)]
 
+    @property
+    def kv_digest(self) -> bytes:
+        """Of all blocks that the events up to `kv_seq` leave."""
+        return self._digest.to_bytes(HASH_BYTES, "little")
+
+    def _take_in(self, event: KvEvent) -> None:
+        match event:
+            case Stored(hashes) | Removed(hashes):
+                self._digest ^= fold(hashes)
+            case Cleared():
+                self._digest = 0
+
     def _to_gateway(self, gateway: str, replies: list[Reply]) -> Outgoing:
         seq = self.replies_sent.pop(gateway, 0) + 1
         self.replies_sent[gateway] = seq
         if len(self.replies_sent) > REMEMBERED_GATEWAYS:
             del self.replies_sent[next(iter(self.replies_sent))]
-        return Outgoing(subjects.replies(gateway), StepReplies(self.worker, self.epoch, seq, tuple(replies)))
+        return Outgoing(subjects.replies(gateway), StepReplies(self.worker, self.epoch, seq, tuple(replies),
+                                                              self.recipe))
 
-    def _signed(self, last: Reply, drafter: str) -> Reply:
-        return replace(last, worker=self.worker, drafter=drafter) if isinstance(last, Finished) else last
+    def _signed(self, last: Reply, drafter: str, miss: str = "") -> Reply:
+        return replace(last, worker=self.worker, drafter=drafter, miss=miss) if isinstance(last, Finished) else last

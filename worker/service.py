@@ -20,7 +20,7 @@ from kernels.step import Decoder
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
-from shared.errors import NoEligibleWorker, Overloaded
+from shared.errors import NoEligibleWorker, Overloaded, WorkerFailed
 from shared.ids import new_epoch, new_id
 from shared.messages import (
     Cancel,
@@ -46,6 +46,7 @@ from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, TierMemory
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
+from worker.probe import probe_answer
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_of
 from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, failed
 from worker.trace import record_stream
@@ -137,7 +138,8 @@ class Worker:
         blocks_per_sequence = -(-self._scheduler.length_limit // decoder.block_size_tokens)
         self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence), runner, clock,
                               self._publish)
-        self._outbox = Outbox(name, epoch)
+        self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens)
+        self._parity = probe_answer(name, epoch, decoder.block_size_tokens)
         self._following = Following(name, epoch, settings.zone, self._vocabulary, max_draft_tokens,
                                     settings.silence_s)
         self.metrics = Metrics(self.figures)
@@ -213,6 +215,11 @@ class Worker:
             error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
             self._turn_away(Refused(request, failed(request, error)))
             return
+        if request.recipe and request.recipe != self._decoder.recipe:
+            other = WorkerFailed(f"the stream began under recipe {request.recipe}, this worker has "
+                                 f"{self._decoder.recipe or 'none'}: its tokens would not fit")
+            self._turn_away(Refused(request, failed(request, other, True)))
+            return
         deadline = self._clock.now() + request.deadline - self._clock.wall()
         if not self._engine.submit(Arrival(request, deadline, delivery.headers.get("traceparent", ""))):
             self._turn_away(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
@@ -252,7 +259,7 @@ class Worker:
             told = self._following.follow(events, self._scheduler.live, self._scheduler.speculates)
         await self._sender.send(replies + told)
         async with self._kv_order:
-            await self._sender.send(self._outbox.kv_events(self._pool))
+            await self._sender.send(self._outbox.kv_events(self._pool, self._clock.now()))
         self._record(events)
 
     def _record(self, events: list[Event]) -> None:
@@ -276,7 +283,10 @@ class Worker:
             await self._snapshot_wanted.wait()
             self._snapshot_wanted.clear()
             async with self._kv_order:
-                await self._sender.send(self._outbox.snapshot(self._pool))
+                wrong = self._outbox.wrong_digests
+                await self._sender.send(self._outbox.snapshot(self._pool, self._clock.now()))
+                if self._outbox.wrong_digests > wrong:
+                    _log.error("kv_events_wrong", worker=self.name, blocks=self._pool.named)
             await self._clock.sleep(SNAPSHOT_PAUSE_S)
 
     async def _beat(self) -> None:
@@ -305,7 +315,8 @@ class Worker:
             decode_tok_s=self._engine.rate.per_second(self._clock.now()), kv_seq=self._outbox.kv_seq,
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
             draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
-            drafter=self._following.name, steps_total=self._engine.steps)
+            drafter=self._following.name, steps_total=self._engine.steps, kv_digest=self._outbox.kv_digest,
+            parity=self._parity)
 
     def figures(self) -> Figures:
         """What Prometheus reads."""

@@ -584,3 +584,46 @@ def test_attempts_are_bounded(attempts: int) -> None:
     for _ in range(attempts - 1):
         assert isinstance(state.tick(state._since_s + 2.0)[0], Submit)
     assert isinstance(state.tick(state._since_s + 2.0)[0], Fail)
+
+
+def test_a_stream_that_began_asks_for_its_recipe_and_one_that_did_not_asks_for_none() -> None:
+    begun, waiting = stream(), stream()
+    for state in (begun, waiting):
+        state.hear(accepted(), "w1", 5, 1.0, recipe="int8")
+    begun.hear(tokens(0, 7), "w1", 5, 1.0, recipe="int8")
+    (again,) = begun.worker_died("w1", 2.0)
+    (fresh,) = waiting.worker_died("w1", 2.0)
+    assert isinstance(again, Submit) and isinstance(fresh, Submit)
+    assert (again.message.recipe, fresh.message.recipe) == ("int8", "")
+    # begun nowhere yet, it may begin anywhere
+    assert waiting.hear(tokens(0, 9, attempt=2), "w2", 1, 2.1, recipe="fp16") == [Deliver([9])]
+    assert waiting.recipe == "fp16"
+
+
+def test_tokens_of_another_recipe_never_join_a_stream() -> None:
+    state = stream()
+    state.hear(accepted(), "w1", 5, 1.0, recipe="int8")
+    state.hear(tokens(0, 7), "w1", 5, 1.0, recipe="int8")
+    state.worker_died("w1", 2.0)
+    cancel, submit = state.hear(tokens(1, 8, attempt=2), "w2", 1, 2.1, recipe="fp16")
+    assert cancel == SendCancel("w2", Cancel("r", 2))
+    assert isinstance(submit, Submit) and submit.cause == "other_recipe"
+    assert submit.message.exclude_workers == ("w1", "w2") and submit.message.recipe == "int8"
+    assert state.delivered == [7]
+    assert state.hear(tokens(1, 9, attempt=3), "w3", 1, 2.2, recipe="int8") == [Deliver([9])]
+
+
+def test_a_stream_without_a_worker_of_its_recipe_ends_with_that_reason() -> None:
+    state = stream()
+    state.hear(tokens(0, 7), "w1", 5, 1.0, recipe="int8")
+    (submit,) = state.worker_died("w1", 2.0)
+    now_s, ends = 2.0, []
+    while not ends and now_s < 60.0:
+        now_s += 0.1
+        refused = Failed("r", state.attempt, "no_eligible_worker", "recipe fp16, not int8")
+        for action in state.hear(refused, "router", 1, now_s) + state.tick(now_s):
+            ends += [action] if isinstance(action, Fail) else []
+    assert isinstance(submit, Submit)
+    (end,) = ends
+    assert isinstance(end.error, NoEligibleWorker) and "recipe fp16, not int8" in end.error.message
+    assert now_s < 2.0 + LIMITS.stall_s

@@ -196,10 +196,12 @@ def test_a_stream_that_has_begun_moves_only_between_equal_recipes() -> None:
     assert "recipe" in nobody.message
 
 
-def test_a_worker_with_other_blocks_is_walled_off() -> None:
-    nobody = refused(request(), [Candidate(status(block_size_tokens=32))])
+def test_a_worker_with_another_vocabulary_is_walled_off() -> None:
+    nobody = refused(request(vocabulary="v1"), [Candidate(status(vocabulary="v2"))])
     assert nobody.code == "no_eligible_worker"
-    assert "blocks of 32 tokens" in nobody.message
+    assert "vocabulary v2, not v1" in nobody.message
+    assert placed(request(), [Candidate(status(vocabulary="v2"))]).chosen.worker == "w0"
+    assert placed(request(vocabulary="v1"), [Candidate(status())]).chosen.worker == "w0"
 
 
 @pytest.mark.parametrize(("worker", "ask", "code", "retryable", "says"), [

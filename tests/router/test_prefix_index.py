@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.prefix_index import ExpectedBlocks, PrefixIndex
+from router.prefix_index import BYTES_PER_BLOCK, BYTES_PER_COPY, ExpectedBlocks, PrefixIndex
+from shared.blocks import fold, join_hashes
 from tests.router.builders import blocks
 
 WORKERS = ("a", "b", "c")
@@ -50,16 +51,18 @@ def test_a_slot_that_is_given_on_brings_nothing_along() -> None:
 
 
 def test_a_full_index_stops_learning_and_stays_right() -> None:
-    index = PrefixIndex(max_blocks=3)
+    index = PrefixIndex(max_bytes=3 * (BYTES_PER_BLOCK + BYTES_PER_COPY))
     chain = blocks(5)
     index.store("a", chain)
     assert index.longest_prefix(chain) == {"a": 3}
     assert index.overflow_total == 2
+    assert index.digest("a") is None
     index.store("b", chain)
-    assert index.longest_prefix(chain) == {"a": 3, "b": 3}
-    index.remove("b", chain)
+    assert index.longest_prefix(chain) == {"a": 3}
+    assert index.bytes_estimate <= index.max_bytes
     index.clear("a")
     assert len(index) == 0
+    assert index.digest("a") == 0
     index.store("b", chain[:3])
     assert index.longest_prefix(chain) == {"b": 3}
 
@@ -107,6 +110,7 @@ def test_the_index_equals_one_set_per_worker(history: list[tuple[str, str, list[
         if depth:
             expected[worker] = depth
         assert index.blocks(worker) == held
+        assert index.digest(worker) == fold(join_hashes(sorted(held)))
     assert index.longest_prefix(POOL) == expected
     assert len(index) == len(set().union(*truth.values()))
 

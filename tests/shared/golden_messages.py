@@ -43,13 +43,15 @@ HASH = bytes(range(16))
 
 sampling = Sampling(temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, seed=2**64 - 1)
 residency = Residency(zones=("eu", "us-east1"))
-placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, estimate_s=0.25, policy="prefix")
-accepted = Accepted(request_id="r-1", attempt=2, worker="worker-a", cached_tokens=32)
+placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, estimate_s=0.25, policy="prefix",
+                      certain_tokens=16, receipt=b"why")
+accepted = Accepted(request_id="r-1", attempt=2, worker="worker-a", cached_tokens=32, receipt=b"why")
 tokens = Tokens(request_id="r-1", attempt=2, index=3, tokens=pack([1, 2**32 - 1]))
 finished = Finished(request_id="r-1", attempt=2, reason="stop", worker="worker-a", prompt_tokens=40, cached_tokens=32,
                     completion_tokens=7, draft_tokens=6, accepted_draft_tokens=4, drafter="drafter-a", queue_s=0.5,
-                    prefill_s=0.25, decode_s=1.5)
-failed = Failed(request_id="r-1", attempt=2, code="overloaded", message="full", retryable=True, retry_after_s=1.5)
+                    prefill_s=0.25, decode_s=1.5, miss="evicted")
+failed = Failed(request_id="r-1", attempt=2, code="overloaded", message="full", retryable=True, retry_after_s=1.5,
+                receipt=b"why not")
 stored, removed, cleared = Stored(hashes=HASH), Removed(hashes=HASH * 2), Cleared()
 opened = Open(request_id="r-1", attempt=2, tokens=pack([1, 2]), tenant="acme", prompt_tokens=2, sampling=sampling,
               max_draft_tokens=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
@@ -63,9 +65,11 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     Generate(request_id="r-1", attempt=2, gateway="gateway-a", model="SmolLM2", tokens=pack([1, 2, 3]), max_tokens=9,
              deadline=1_700_000_000.5, sampling=sampling, tenant="acme", cache_salt=HASH, block_hashes=HASH * 2,
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
-             exclude_workers=("worker-b",), cache_hint="session 5", placement=placement),
+             exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
+             recipe="int8-g32", vocabulary="abcd"),
     Cancel(request_id="r-1", attempt=2),
-    StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed)),
+    StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),
+                recipe="int8-g32"),
     KvEvents(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(stored, removed, cleared)),
     KvSnapshot(worker="worker-a", epoch=1_700_000_000_000, seq=5, hashes=HASH * 3, part=1, parts=2),
     SnapshotRequest(router="router-a"),
@@ -76,7 +80,8 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
                  block_size_tokens=32, blocks_total=1000, blocks_used=10, context_length=8192, running=3, waiting=1,
                  queued_tokens=500, max_running=64, prefill_tok_s=1000.0, step_base_s=0.005, step_row_s=0.0005,
                  decode_tok_s=300.0, kv_seq=77, replies_sent={"gateway-a": 5}, tokens_total=10000,
-                 draft_tokens_total=600, accepted_draft_tokens_total=400, drafter="drafter-a", steps_total=5000),
+                 draft_tokens_total=600, accepted_draft_tokens_total=400, drafter="drafter-a", steps_total=5000,
+                 kv_digest=HASH, parity=HASH),
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
                  indexed_blocks=500),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",

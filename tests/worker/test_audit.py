@@ -1,0 +1,99 @@
+"""What a worker says so that its router need not believe: its block names, the digest of its cache, its recipe."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from shared.blocks import fold, join_hashes, split_hashes
+from shared.messages import Cleared, Failed, Finished, KvEvents, KvMessage, KvSnapshot, Removed, Stored
+from shared.parity import expected_answer
+from tests.virtual_time import run_virtual
+from tests.worker.builders import BLOCK, mock_decoder, plain, request
+from tests.worker.mesh import WALL_S, Mesh
+from worker.kv_blocks import BlockPool
+from worker.outbox import Outbox
+from worker.probe import probe_answer
+
+DEADLINE = WALL_S + 1000.0
+
+
+def play(scenario: Callable[[Mesh], Awaitable[None]], mesh: Mesh) -> Mesh:
+    async def run() -> Mesh:
+        async with mesh:
+            await scenario(mesh)
+        return mesh
+    return run_virtual(run(), timeout_s=600)
+
+
+def held_after(messages: list[KvMessage]) -> dict[int, set[bytes]]:
+    """The cache behind each number, as one who heard everything would have it."""
+    held: set[bytes] = set()
+    behind: dict[int, set[bytes]] = {0: set()}
+    for message in messages:
+        if isinstance(message, KvSnapshot):
+            assert set(split_hashes(message.hashes)) == held
+            continue
+        for event in message.events:
+            match event:
+                case Stored(hashes):
+                    held = held | set(split_hashes(hashes))
+                case Removed(hashes):
+                    held = held - set(split_hashes(hashes))
+                case Cleared():
+                    held = set()
+        behind[message.seq] = held
+    return behind
+
+
+def test_the_probe_is_answered_by_the_code_that_names_blocks_and_agrees_with_the_mesh() -> None:
+    for size in (1, 4, 16, 32, 64):
+        assert probe_answer("w1", 5, size) == expected_answer("w1", 5, size) != b""
+    assert probe_answer("w1", 5, 128) == b""
+    answers = {probe_answer(name, epoch, size) for name in ("a", "b") for epoch in (1, 2) for size in (8, 16)}
+    assert len(answers) == 8
+
+
+def test_every_status_carries_the_digest_of_the_cache_behind_its_number() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        for number in range(12):  # more than fits: blocks give way all the time
+            await mesh.send(request(f"r{number}", list(range(number * 7, number * 7 + 30)), deadline=DEADLINE))
+        for number in range(12):
+            assert isinstance(await mesh.ended(f"r{number}"), Finished)
+        await asyncio.sleep(1.0)
+
+    mesh = play(scenario, Mesh(mock_decoder(blocks=24), heartbeat_s=0.013))
+    behind = held_after(list(mesh.kv))
+    assert any(isinstance(event, Removed) for message in mesh.kv if isinstance(message, KvEvents)
+               for event in message.events)
+    spoken = [status for status in mesh.statuses if status.state == "ready"]
+    assert len({status.kv_seq for status in spoken}) > 5
+    for status in spoken:
+        assert int.from_bytes(status.kv_digest, "little") == fold(join_hashes(sorted(behind[status.kv_seq])))
+        assert status.parity == expected_answer("w1", status.epoch, BLOCK)
+
+
+def test_a_snapshot_mends_a_digest_that_the_events_got_wrong() -> None:
+    pool, outbox = BlockPool(8), Outbox("w1", 1)
+    block = (pool.allocate(1) or [0])[0]
+    pool.store(block, b"n" * 16, b"content")
+    outbox.kv_events(pool)
+    assert outbox.kv_digest == b"n" * 16
+    outbox._digest ^= 1
+    outbox.snapshot(pool)
+    assert (outbox.kv_digest, outbox.wrong_digests) == (b"n" * 16, 1)
+    outbox.snapshot(pool)
+    assert outbox.wrong_digests == 1
+
+
+def test_a_stream_that_began_under_another_recipe_is_handed_on_not_continued() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        own = mesh.decoder.recipe
+        await mesh.send(request("other", generated=[9], attempt=2, recipe="int8", deadline=DEADLINE),
+                        request("same", generated=[9], attempt=2, recipe=own, deadline=DEADLINE))
+        end = await mesh.ended("other", 2)
+        assert isinstance(end, Failed) and end.retryable and "int8" in end.message
+        assert isinstance(await mesh.ended("same", 2), Finished)
+        assert {batch.recipe for batch in mesh.batches} == {own}
+
+    mesh = play(scenario, Mesh())
+    assert mesh.stream("other", 2) == []
+    assert mesh.stream("same", 2) == plain(request("same", generated=[9], attempt=2))
