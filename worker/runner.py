@@ -127,26 +127,46 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
         try:
-            from kernels.native.build import build
-            from kernels.native.decoder import NativeDecoder
-
-            if timeline is not None:
-                timeline.mark("engine_imports")
-                build()
-                timeline.mark("native_library")
-            native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads,
-                                                 kv_format=settings.kv_format)
-            return native
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            return _recipe_decoder(settings, path, blocks, timeline)
+        except ValueError as error:
             if settings.kv_format != "fp16":
                 raise ValueError(f"only the native step has KV format {settings.kv_format}, and it is not available "
                                  f"({error}): leave out --kv-format") from error
-            _log.warning("native_step_unavailable", error=str(error), instead="the torch reference, which is slow")
+            _log.warning("recipe_unavailable", error=str(error), instead="the float32 reference: other numbers, so no "
+                         "stream can move between it and the native step, and four bytes a weight")
     from kernels.decoder import TorchDecoder
 
     device = "cuda" if engine == "cuda" else "cpu"
     torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device)
     return torch_decoder
+
+
+def _recipe_decoder(settings: WorkerSettings, path: Path, blocks: int | None, timeline: Timeline | None) -> Decoder:
+    """The recipe of the native step: compiled, or where nothing can be compiled the same numbers, slowly.
+
+    Raises ValueError when the recipe does not know the model, or has no such KV format without a compiler.
+    """
+    kv_bytes = settings.kv_mib << 20
+    try:
+        from kernels.native.build import build
+        from kernels.native.decoder import NativeDecoder
+
+        if timeline is not None:
+            timeline.mark("engine_imports")
+            build()
+            timeline.mark("native_library")
+        native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads,
+                                             kv_format=settings.kv_format)
+        return native
+    except (ImportError, OSError, RuntimeError) as error:
+        if settings.kv_format != "fp16":
+            raise ValueError(str(error)) from error
+        _log.warning("native_step_unavailable", error=str(error),
+                     instead="the same numbers from numpy and torch, about ten times slower")
+    from kernels.native.uncompiled import UncompiledDecoder
+
+    uncompiled: Decoder = UncompiledDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads)
+    return uncompiled
 
 
 def vocabulary_of(settings: WorkerSettings) -> str:

@@ -29,8 +29,8 @@ _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", 
 _AVX2 = {"avx2", "fma", "f16c"}
 
 _NO_COMPILER = (
-    "no C++ compiler: install g++ or clang++, or `pip install ziglang`, or name one in $CXX (without it the torch "
-    "decoder serves, several times slower)"
+    "no C++ compiler: install g++ or clang++, or `pip install ziglang`, or name one in $CXX (without it numpy and "
+    "torch serve the same numbers, about ten times slower)"
 )
 
 

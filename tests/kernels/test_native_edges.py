@@ -40,6 +40,30 @@ GOOD = StepInputs(
 )
 
 
+BAD_INPUTS: list[tuple[dict[str, object], str]] = [
+    ({"tokens": int32(1, 256, 3)}, "token 256 is outside the vocabulary of 256"),
+    ({"tokens": int32(1, -1, 3)}, "token -1"),
+    ({"positions": int32(0, 1, 1024)}, "position 1024 is outside the context of 1024"),
+    ({"positions": int32(-1, 1, 16)}, "position -1"),
+    ({"positions": int32(1, 1, 16)}, "ascending position order"),
+    ({"positions": int32(0, 32, 16)}, "needs 3 blocks; its table has 2"),
+    ({"positions": int32(0, 16, 16)}, "block id -1 is outside 0..3"),
+    ({"block_tables": int32(4, -1, 1, 2).reshape(2, 2)}, "block id 4"),
+    ({"block_tables": int32(0, 1, 2)}, "block_tables must have the shape"),
+    ({"sequence_starts": int32(0, 2, 4)}, "sequence_starts"),
+    ({"sequence_starts": int32(1, 2, 3)}, "sequence_starts"),
+    ({"sequence_starts": int32(0, 4, 3)}, "sequence_starts"),
+    ({"sequence_starts": int32()}, "sequence_starts"),
+    ({"sample_rows": int32(1, 3)}, "sample_rows"),
+    ({"sample_rows": int32(2, 1)}, "sample_rows"),
+    ({"positions": int32(0, 1)}, "positions must have the shape"),
+    ({"temperature": np.array([0, np.nan], np.float32)}, "sample 1"),
+    ({"top_k": int32(-1, 0)}, "sample 0"),
+    ({"tokens": np.array([1.5, 2, 3])}, "tokens must be int32"),
+    ({"seeds": np.zeros(3, np.uint64)}, "seeds must have the shape"),
+]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "model.gguf")
@@ -50,31 +74,7 @@ def decoder(tiny: Path) -> NativeDecoder:
     return NativeDecoder(open_checkpoint(tiny), blocks=BLOCKS, threads=2)
 
 
-@pytest.mark.parametrize(
-    "change,words",
-    [
-        ({"tokens": int32(1, 256, 3)}, "token 256 is outside the vocabulary of 256"),
-        ({"tokens": int32(1, -1, 3)}, "token -1"),
-        ({"positions": int32(0, 1, 1024)}, "position 1024 is outside the context of 1024"),
-        ({"positions": int32(-1, 1, 16)}, "position -1"),
-        ({"positions": int32(1, 1, 16)}, "ascending position order"),
-        ({"positions": int32(0, 32, 16)}, "needs 3 blocks; its table has 2"),
-        ({"positions": int32(0, 16, 16)}, "block id -1 is outside 0..3"),
-        ({"block_tables": int32(4, -1, 1, 2).reshape(2, 2)}, "block id 4"),
-        ({"block_tables": int32(0, 1, 2)}, "block_tables must have the shape"),
-        ({"sequence_starts": int32(0, 2, 4)}, "sequence_starts"),
-        ({"sequence_starts": int32(1, 2, 3)}, "sequence_starts"),
-        ({"sequence_starts": int32(0, 4, 3)}, "sequence_starts"),
-        ({"sequence_starts": int32()}, "sequence_starts"),
-        ({"sample_rows": int32(1, 3)}, "sample_rows"),
-        ({"sample_rows": int32(2, 1)}, "sample_rows"),
-        ({"positions": int32(0, 1)}, "positions must have the shape"),
-        ({"temperature": np.array([0, np.nan], np.float32)}, "sample 1"),
-        ({"top_k": int32(-1, 0)}, "sample 0"),
-        ({"tokens": np.array([1.5, 2, 3])}, "tokens must be int32"),
-        ({"seeds": np.zeros(3, np.uint64)}, "seeds must have the shape"),
-    ],
-)
+@pytest.mark.parametrize("change,words", BAD_INPUTS)
 def test_bad_inputs_are_refused_and_change_nothing(
     decoder: NativeDecoder, change: dict[str, object], words: str
 ) -> None:
