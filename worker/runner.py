@@ -162,7 +162,7 @@ def _recipe_decoder(settings: WorkerSettings, path: Path, blocks: int | None, ti
         if settings.kv_format != "fp16":
             raise ValueError(str(error)) from error
         _log.warning("native_step_unavailable", error=str(error),
-                     instead="the same numbers from numpy and torch, about ten times slower")
+                     instead="the same numbers from numpy and torch, some thirty times slower")
     from kernels.native.uncompiled import UncompiledDecoder
 
     uncompiled: Decoder = UncompiledDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads)

@@ -1,4 +1,4 @@
-"""The native step's numbers on a machine without a C++ compiler: numpy and torch, about ten times slower.
+"""The native step's numbers on a machine without a C++ compiler: numpy and torch, some thirty times slower.
 
 Rule: the same recipe, bit for bit (`specification.py`), so a stream may move between a worker with a compiler and one
 without, and the same memory: weights as packed as the checkpoint has them, the KV cache in fp16.
