@@ -3,6 +3,7 @@
 tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
 tokenmill replay  a trace of traffic on a virtual clock
+tokenmill explain why a request went where it went
 """
 
 import importlib.util
@@ -177,6 +178,26 @@ def replay(
         json.write_bytes(msgspec.json.format(msgspec.json.encode(page.report), indent=2) + b"\n")
     if plot is not None:
         replay_plot.draw(plot, page.report, page.ttft_ms)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="the x-request-id of a response, or its id")],
+    url: Annotated[list[str] | None, typer.Option(metavar="URL", help="address of a gateway; several are asked in "
+                                                  "turn; default: http://127.0.0.1:8000")] = None,
+    json: Annotated[bool, typer.Option("--json", help="the receipt as JSON")] = False,
+) -> None:
+    """Say why a request went where it went, what it cost there and elsewhere, and what the cache gave."""
+    import msgspec
+
+    from deploy import explain as explaining
+
+    try:
+        receipt = explaining.fetch(url or ["http://127.0.0.1:8000"], request_id)
+    except explaining.ExplainFailed as error:
+        _leave(str(error))
+    typer.echo(msgspec.json.format(msgspec.json.encode(receipt)).decode() if json
+               else "\n".join(explaining.page(receipt)))
 
 
 def _pull(ref: str) -> Path:

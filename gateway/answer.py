@@ -22,6 +22,7 @@ from gateway.openai.chat import ChatReply
 from gateway.openai.completions import CompletionReply
 from gateway.openai.parameters import Options
 from gateway.prompt import Prompt, ServedModel
+from gateway.receipts import Kept, Outcome, found, header, outcome_of
 from gateway.streams import Stream
 from shared import telemetry
 from shared import trace_names as names
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 HEADERS_WITHIN_S = 3.0  # a client in a long queue gets its headers by then; later refusals come as events
 WRITE_S = 30.0  # for a client to take what was written
+EXPLAIN = b"x-tokenmill-explain"  # a request with this gets what is known of its placement as a header
 
 log = structlog.get_logger("gateway.answer")
 
@@ -272,6 +274,8 @@ class Answer:
         worker = self._streams[0].worker
         if worker:
             headers.append((b"x-mill-worker", worker.encode()))
+        if dict(self._scope["headers"]).get(EXPLAIN, b"0") not in (b"", b"0") and (line := header(self._outcomes())):
+            headers.append((b"x-tokenmill-receipt", line.encode()))
         await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
@@ -293,6 +297,15 @@ class Answer:
 
     def _ends(self) -> list[Finished]:
         return [stream.ended for stream in self._streams if isinstance(stream.ended, Finished)]
+
+    def _outcomes(self) -> list[Outcome]:
+        """Each choice as its receipt shows it. One that a stop string ended is not ended for its worker."""
+        outcomes = [
+            outcome_of(stream.notes, len(self._prompt_of(index).tokens), stream.ended, stream.worker,
+                       stream.state.attempt, stream.state.cached_tokens)
+            for index, stream in enumerate(self._streams)]
+        return [outcome._replace(ended=outcome.ended or self._reasons[index] or "")
+                for index, outcome in enumerate(outcomes)]
 
     def _usage(self) -> common.Usage:
         """Counts of all choices; a prompt with several choices counts once."""
@@ -358,6 +371,15 @@ class Answer:
         if ends := self._ends():
             attributes |= {names.LATENCY_IN_QUEUE: ends[0].queue_s, names.LATENCY_PREFILL: ends[0].prefill_s,
                            names.LATENCY_DECODE: ends[0].decode_s}
+        outcomes = self._outcomes()
+        gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
+                                   self._unix(self._began_s), tuple(outcomes)))
+        known = [truth for truth in map(found, outcomes) if truth is not None]
+        for truth in known:
+            metrics.placed(truth)
+        if known:
+            attributes |= {names.PLACEMENT_CACHED_TOKENS: known[0].predicted_tokens,
+                           names.CACHED_TOKENS: known[0].cached_tokens, names.CACHE_MISS: known[0].miss}
         span.end(self._unix(now_s), attributes, error)
         # routers and workers log `request=` the response's number and that of the choice
         log.info("request_ended", response=self._reply.id, operation=operation, prompt_tokens=usage.prompt_tokens,

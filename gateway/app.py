@@ -3,6 +3,7 @@
 Rule: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`.
 
     POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /tokenize, /detokenize
+    GET /v1/requests/{id}/receipt: why it went where it went
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
 
@@ -21,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import receipts
 from gateway.answer import ClientLeft
 from gateway.detokenize import Detokenizer
 from gateway.endpoints import Chat, Generation, TextCompletion, read_body
@@ -48,6 +50,7 @@ def build_app(gateway: "Gateway") -> ASGIApp:
         Route("/v1/completions", Generation(gateway, TextCompletion()), methods=["POST"]),
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.model),
+        Route("/v1/requests/{id:path}/receipt", api.receipt),
         Route("/tokenize", api.tokenize, methods=["POST"]),
         Route("/detokenize", api.detokenize, methods=["POST"]),
         Route("/health", api.health),
@@ -73,6 +76,9 @@ class _Api:
     async def model(self, request: Request) -> Response:
         self._gateway.model_named(request.path_params["model"])
         return _json(self._model())
+
+    async def receipt(self, request: Request) -> Response:
+        return _json(receipts.document(self._gateway.receipts.find(request.path_params["id"])))
 
     async def tokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway.settings.max_body_bytes)

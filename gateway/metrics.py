@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.receipts import Found
 from shared.messages import WorkerStatus
+from shared.receipts import MISSES
 from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -62,6 +64,18 @@ class Metrics:
         self.lost_messages = Counter("mill_gateway_lost_messages", "Gaps in the numbering of replies.", registry=own)
         self.cancels = Counter("mill_gateway_cancels", "Cancels sent to workers.", registry=own)
         self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
+        self.predicted_cached_tokens = Counter(
+            "mill_gateway_predicted_cached_tokens", "Prompt tokens that routers said were cached, where what was there "
+            "is known too.", registry=own)
+        self.found_cached_tokens = Counter("mill_gateway_found_cached_tokens", "Of the same requests, those that were.",
+                                           registry=own)
+        self.placements = Counter("mill_gateway_placements", "Streams whose prediction and cache hit are known, by "
+                                  "class of miss.", ["miss"], registry=own)
+        self.missed_tokens = Counter("mill_gateway_missed_tokens", "Prompt tokens that could have been cached, by class"
+                                     " of miss.", ["miss"], registry=own)
+        for miss in MISSES:
+            self.placements.labels(miss)
+            self.missed_tokens.labels(miss)
         served = ["gen_ai_operation_name", "gen_ai_request_model"]
         self._duration = Histogram("gen_ai_server_request_duration_seconds", "Whole requests.",
                                    [*served, "error_type"], buckets=REQUEST_DURATION_BUCKETS, registry=own)
@@ -87,6 +101,13 @@ class Metrics:
             per_token_s = (last_token_s - first_token_s) / (tokens - 1)
             self._per_token.labels(operation, model).observe(per_token_s)
             self._fine_per_token.observe(per_token_s)
+
+    def placed(self, known: Found) -> None:
+        """Note what was predicted of one stream, and what was there."""
+        self.predicted_cached_tokens.inc(known.predicted_tokens)
+        self.found_cached_tokens.inc(known.cached_tokens)
+        self.placements.labels(known.miss).inc()
+        self.missed_tokens.labels(known.miss).inc(known.missed_tokens)
 
     @contextlib.contextmanager
     def served(self, port: int, host: str) -> Iterator[None]:

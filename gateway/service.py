@@ -24,6 +24,7 @@ from gateway.app import build_app
 from gateway.failover import Limits
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
+from gateway.receipts import Receipts
 from gateway.streams import Streams
 from shared import subjects, telemetry
 from shared.blocks import tenant_salt
@@ -63,6 +64,7 @@ class Gateway:
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics)
         self.cache_salt = tenant_salt(settings.cache_secret.encode(), "default")
         self.answers: set[Answer] = set()
+        self.receipts = Receipts()
         self.draining = False
         self.url = ""
         self._idle = asyncio.Event()

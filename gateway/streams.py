@@ -15,11 +15,23 @@ import structlog
 
 from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit
 from gateway.metrics import Metrics
+from gateway.receipts import MOST_NOTES, Note
 from shared import subjects
 from shared.clock import Clock
 from shared.errors import MillError, NoEligibleWorker, Overloaded, TooLarge
 from shared.fleet import Fleet
-from shared.messages import Accepted, Cancel, Finished, Generate, Reply, StepReplies, Tokens, WorkerStatus, encode
+from shared.messages import (
+    Accepted,
+    Cancel,
+    Failed,
+    Finished,
+    Generate,
+    Reply,
+    StepReplies,
+    Tokens,
+    WorkerStatus,
+    encode,
+)
 
 _REMEMBERED_CANCELS = 4096
 _CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
@@ -41,8 +53,8 @@ class Outgoing(NamedTuple):
 class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 
-    __slots__ = ("changed", "ended", "first_token_s", "headers", "last_token_s", "opened_s", "pending", "state",
-                 "submitted")
+    __slots__ = ("changed", "ended", "first_token_s", "headers", "last_token_s", "notes", "opened_s", "pending",
+                 "state", "submitted")
 
     def __init__(self, state: StreamState, headers: Mapping[str, str], changed: asyncio.Event, now_s: float) -> None:
         self.state = state
@@ -54,6 +66,7 @@ class Stream:
         self.first_token_s: float | None = None
         self.last_token_s = now_s
         self.submitted = 0
+        self.notes: list[Note] = []  # receipts of its attempts
 
     @property
     def alive(self) -> bool:
@@ -73,6 +86,16 @@ class Stream:
         if isinstance(self.ended, Finished) and self.state.attempt == 1:
             return max(self.state.cached_tokens, self.ended.cached_tokens)
         return self.state.cached_tokens
+
+    def note(self, reply: Reply, sender: str) -> None:
+        """Keep the receipt that came with a reply, the first of each attempt."""
+        if not isinstance(reply, Accepted | Failed) or not reply.receipt:
+            return
+        if any(note.attempt == reply.attempt for note in self.notes):
+            return
+        self.notes.append(Note(reply.attempt, sender, reply.receipt))
+        if len(self.notes) > MOST_NOTES:
+            del self.notes[1]
 
     def take(self) -> list[int]:
         """The tokens that came since the last call."""
@@ -142,6 +165,7 @@ class Streams:
             if stream is None:
                 self._stop_stranger(reply, sender)
             else:
+                stream.note(reply, sender)
                 self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None,
                                                         recipe=message.recipe))
                 stream.changed.set()
