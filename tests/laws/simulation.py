@@ -100,6 +100,7 @@ class Schedule:
     drafters: int
     step_tokens: int
     kv_blocks: int
+    kv_tier_mib: int  # 16 blocks of the mock in each
 
     @property
     def someone_always_serves(self) -> bool:
@@ -174,6 +175,7 @@ class Schedule:
             rng.randint(0, 1) if drafters is None else drafters,
             rng.choice((32, 64, 256)),
             kv_blocks,
+            rng.choice((0, 0, 1, 4)),
         )
         if schedule.someone_always_serves:
             return schedule
@@ -527,6 +529,7 @@ class _Mesh:
             engine="mock",
             mock_vocabulary=VOCABULARY,
             kv_blocks=self.schedule.kv_blocks,
+            kv_tier_mib=self.schedule.kv_tier_mib,
             step_tokens=self.schedule.step_tokens,
             max_running=16,
             drain_s=drain_s,

@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder
 from kernels.step import BlockStore, Decoder
+from shared.blocks import split_hashes
+from shared.messages import Failed, Finished, KvEvents, Stored
 from shared.settings import WorkerSettings
 from tests.kernels.tiny import Tiny, write_tiny_gguf
-from tests.worker.builders import FAR, VOCABULARY, make_batch, mock_decoder, request
+from tests.virtual_time import run_virtual
+from tests.worker.builders import BLOCK, FAR, VOCABULARY, make_batch, mock_decoder, plain, request
+from tests.worker.mesh import WALL_S, Mesh
 from tests.worker.test_kv_blocks import apply, name
 from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, Load, Save, TierMemory
+from worker.mock_decoder import MockDecoder
 from worker.runner import tier_for
 from worker.scheduler import Advanced, Limits, Scheduler
 
@@ -284,3 +289,62 @@ def test_the_settings_size_the_tier_and_bad_ones_are_named() -> None:
         tier_for(decoder, WorkerSettings(kv_tier_mib=-1))
     with pytest.raises(ValueError, match="at least one slot"):
         HostTier(0)
+
+
+class ForgetfulDecoder(MockDecoder):
+    """A device whose copies can fail."""
+
+    broken = False
+
+    def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
+        if self.broken:
+            self._kv[block] = 0
+            raise RuntimeError("the link is down")
+        super().write_block(block, data)
+
+
+PROMPTS = [[number] * 3 + list(range(number, number + 38)) for number in range(1, 5)]
+
+
+async def talk(mesh: Mesh, turn: int) -> dict[str, Finished | Failed]:
+    """Every conversation once, one after the other."""
+    ends = {}
+    for number, prompt in enumerate(PROMPTS):
+        end_of = f"{turn}-{number}"
+        await mesh.send(request(end_of, prompt, deadline=WALL_S + 1000.0))
+        ends[end_of] = await mesh.ended(end_of)
+    return ends
+
+
+def test_a_worker_copies_back_what_it_had_to_evict_and_its_routers_never_lost_it() -> None:
+    async def scenario() -> None:
+        async with Mesh(mock_decoder(blocks=16), kv_tier_mib=4, speculation=False) as mesh:
+            for end in (await talk(mesh, 0)).values():
+                assert isinstance(end, Finished) and end.cached_tokens == 0
+            for end in (await talk(mesh, 1)).values():
+                assert isinstance(end, Finished) and end.cached_tokens == 40
+            for number, prompt in enumerate(PROMPTS):
+                assert mesh.stream(f"1-{number}") == mesh.stream(f"0-{number}") == plain(request(prompt=prompt))
+            await mesh.until(lambda: mesh.statuses[-1].kv_seq == max(message.seq for message in mesh.kv))
+        events = [event for message in mesh.kv if isinstance(message, KvEvents) for event in message.events]
+        assert all(isinstance(event, Stored) for event in events)
+        stored = [name for event in events if isinstance(event, Stored) for name in split_hashes(event.hashes)]
+        assert len(stored) == len(set(stored)) == 4 * (len(PROMPTS[0]) + 7) // BLOCK
+
+    run_virtual(scenario(), timeout_s=600)
+
+
+def test_a_copy_that_fails_ends_what_runs_and_never_serves_what_it_left_behind() -> None:
+    async def scenario() -> None:
+        decoder = ForgetfulDecoder(blocks=16, block_size_tokens=BLOCK, vocabulary_size=VOCABULARY, context_length=512)
+        async with Mesh(decoder, kv_tier_mib=4, speculation=False) as mesh:
+            await talk(mesh, 0)
+            decoder.broken = True
+            first, *others = (await talk(mesh, 1)).values()
+            assert isinstance(first, Failed) and (first.code, first.retryable) == ("worker_failed", True)
+            # nothing is known any more, so nothing has to be copied back
+            assert all(isinstance(end, Finished) and end.cached_tokens == 0 for end in others)
+            for number, prompt in enumerate(PROMPTS[1:], 1):
+                assert mesh.stream(f"1-{number}") == plain(request(prompt=prompt))
+
+    run_virtual(scenario(), timeout_s=600)
