@@ -50,18 +50,18 @@ class Disturbance:
 
 def cpu_seconds(pids: list[int]) -> float:
     """User and system time so far of these processes and all their descendants."""
-    parents: dict[int, tuple[int, float]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:  # it ended meanwhile
-                continue
-            parents[int(entry.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS_PER_S)
-    wanted = set(pids)
-    while more := {pid for pid, (parent, _) in parents.items() if parent in wanted} - wanted:
-        wanted |= more
-    return sum(parents[pid][1] for pid in wanted if pid in parents)
+    return sum(_tree(pids).values())
+
+
+def peak_rss_tree_mib(pid: int) -> float:
+    """`peak_rss_mib` of a process and all its descendants, added up: what they share is counted several times."""
+    total = 0.0
+    for each in _tree([pid]):
+        try:
+            total += peak_rss_mib(each)
+        except OSError:  # it ended meanwhile
+            continue
+    return total
 
 
 def peak_rss_mib(pid: int | None = None) -> float:
@@ -74,6 +74,27 @@ def peak_rss_mib(pid: int | None = None) -> float:
     return 0.0
 
 
+def _tree(pids: list[int]) -> dict[int, float]:
+    """CPU seconds of these processes and all their descendants, those that still run."""
+    parents: dict[int, tuple[int, float]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:  # it ended meanwhile
+                continue
+            parents[int(entry.name)] = (int(fields[1]), (int(fields[11]) + int(fields[12])) / TICKS_PER_S)
+    wanted = set(pids)
+    while more := {pid for pid, (parent, _) in parents.items() if parent in wanted} - wanted:
+        wanted |= more
+    return {pid: parents[pid][1] for pid in wanted if pid in parents}
+
+
+def rss_bytes() -> int:
+    """What this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _stat() -> tuple[float, float]:
     user, nice, system, _, _, irq, soft, steal, *_ = (
         int(field) for field in Path("/proc/stat").read_text().split()[1:11]
@@ -81,12 +102,27 @@ def _stat() -> tuple[float, float]:
     return (user + nice + system + irq + soft) / TICKS_PER_S, steal / TICKS_PER_S
 
 
+def usable_cores() -> int:
+    """Those this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; where it has none, float32 is faster."""
+    return bool({"avx512_bf16", "amx_bf16"} & _flags())
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    flags = _flags()
     wide = [flag for flag in ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]
     return f"{name} ({' '.join(wide)})"
+
+
+def _flags() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
 def _version(name: str) -> str:
