@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kernels.decoder import TorchDecoder
 from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder
 from kernels.step import BlockStore, Decoder
 from shared.blocks import split_hashes
 from shared.messages import Failed, Finished, KvEvents, Stored
 from shared.settings import WorkerSettings
+from tests.kernels.test_native_step import step_of
 from tests.kernels.tiny import Tiny, write_tiny_gguf
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, FAR, VOCABULARY, make_batch, mock_decoder, plain, request
@@ -348,3 +350,21 @@ def test_a_copy_that_fails_ends_what_runs_and_never_serves_what_it_left_behind()
                 assert mesh.stream(f"1-{number}") == plain(request(prompt=prompt))
 
     run_virtual(scenario(), timeout_s=600)
+
+
+def test_a_torch_decoder_s_block_read_out_and_written_elsewhere_is_the_same_block(tmp_path: Path) -> None:
+    decoder = TorchDecoder.load(write_tiny_gguf(tmp_path / "model.gguf"), blocks=8)
+    assert isinstance(decoder, BlockStore)
+    prompt = np.random.default_rng(7).integers(0, 256, 37).tolist()
+    decoder.step(step_of((prompt, 0, (5, 2, 1))))
+    expected = decoder.logits(step_of(([9], 37, (5, 2, 1))))
+    memory = np.empty((3, decoder.block_bytes), np.uint8)
+    for slot, block in enumerate((5, 2, 1)):
+        decoder.read_block(block, memory[slot])
+    for block in range(8):
+        decoder.write_block(block, np.zeros(decoder.block_bytes, np.uint8))
+    for slot, block in enumerate((0, 7, 3)):
+        decoder.write_block(block, memory[slot])
+    assert (decoder.logits(step_of(([9], 37, (0, 7, 3)))) == expected).all()
+    with pytest.raises(RuntimeError):
+        decoder.write_block(0, memory[0][:-4])
