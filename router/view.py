@@ -12,6 +12,7 @@ from router.outstanding import Outstanding
 from router.placement import Candidate
 from router.prefix_index import ExpectedBlocks, PrefixIndex
 from router.resync import Action, ApplyEvents, AskSnapshot, Compare, DropBlocks, ReplaceBlocks, Resync
+from router.turnover import Turnover
 from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
 from shared.fleet import Fleet
 from shared.messages import Cleared, Generate, KvEvents, KvMessage, Removed, Stored, WorkerStatus
@@ -53,6 +54,7 @@ class View:
         self._unreachable: set[str] = set()
         self._outstanding = Outstanding()
         self._expected = ExpectedBlocks()
+        self._turnover = Turnover()
         self._models: dict[str, float] = {}  # model -> last heard of
         self.blind: dict[str, str] = {}  # worker -> why its cache is not looked at
         self.alarms: list[Alarm] = []
@@ -91,6 +93,7 @@ class View:
             return
         tokens = max(0, prompt_tokens - placement.cached_tokens)
         self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, now)
+        self._write(placement.worker, tokens)
         if placement.worker in self.blind:
             return
         new_blocks = request.block_hashes[placement.cached_tokens // self._block_size_tokens * HASH_BYTES:]
@@ -113,7 +116,8 @@ class View:
             silent_s = self.fleet.silent_s(status, now)
             if status.id not in self._unreachable and silent_s is not None and silent_s <= self._silence_s:
                 sent = self._outstanding.sent(status.id, now)
-                found.append(Candidate(status, cached.get(status.id, 0), sent.requests, sent.tokens))
+                found.append(Candidate(status, cached.get(status.id, 0), sent.requests, sent.tokens,
+                                       self._turnover.of(status.id, status.model)))
         return found
 
     def certain_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
@@ -145,8 +149,16 @@ class View:
         """Whether somebody was heard and nobody's snapshot is missing."""
         return bool(self.fleet.workers()) and not any(True for _ in self.resync.awaiting())
 
+    def _write(self, worker: str, tokens: int) -> None:
+        """So many tokens are about to be computed there, and pushed out."""
+        status = self.fleet.worker(worker)
+        if status is not None:
+            room = sum(peer.blocks_total for peer in self.fleet.workers(status.model))
+            self._turnover.write(worker, status.model, tokens / status.block_size_tokens, status.blocks_total, room)
+
     def _forget_sent(self, worker: str) -> None:
         self._outstanding.forget(worker)
+        self._turnover.forget(worker)
         self._expected.forget(self.index.slot(worker))
 
     def _judge(self, status: WorkerStatus) -> None:
