@@ -8,7 +8,7 @@ Pure.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
-from itertools import repeat
+from itertools import islice, repeat
 from operator import or_
 
 from shared.blocks import fold, join_hashes
@@ -17,6 +17,7 @@ from shared.blocks import fold, join_hashes
 BYTES_PER_BLOCK = 48
 BYTES_PER_COPY = 106
 MAX_BYTES = 1 << 30
+MOST_BIT_SETS = 65_536
 
 
 class PrefixIndex:
@@ -26,11 +27,13 @@ class PrefixIndex:
         self.max_bytes = max_bytes
         self.overflow_total = 0
         self._copies = 0
+        self._bit_sets: dict[int, int] = {}
         self._digests: dict[str, int] = {}
         self._incomplete: set[str] = set()  # workers some of whose blocks did not fit
         self._holders: dict[bytes, int] = {}
         self._slots: dict[str, int] = {}
-        self._held: dict[str, set[bytes]] = {}
+        # dicts for sets: the garbage collector walks every set, a tenth of a second for 10^6 blocks, and no such dict
+        self._held: dict[str, dict[bytes, None]] = {}
         self._free_slots: list[int] = []
 
     def longest_prefix(self, hashes: Sequence[bytes], expected: Mapping[bytes, int] | None = None) -> dict[str, int]:
@@ -60,25 +63,23 @@ class PrefixIndex:
             return {}
         return {worker: depths[slot] for worker, slot in self._slots.items() if slot in depths}
 
-    def store(self, worker: str, hashes: Iterable[bytes]) -> None:
+    def store(self, worker: str, hashes: Sequence[bytes]) -> None:
         """These blocks can be reused at `worker`."""
         bit = 1 << self.slot(worker)
         holders, held = self._holders, self._held[worker]
         room = (self.max_bytes - self.bytes_estimate) // (BYTES_PER_BLOCK + BYTES_PER_COPY)
-        fresh: list[bytes] = []
-        for block in hashes:
-            known = holders.get(block, 0)
-            if known & bit:
-                continue
-            if len(fresh) >= room:
-                self.overflow_total += 1
-                self._incomplete.add(worker)
-                continue
-            holders[block] = known | bit
-            fresh.append(block)
+        fresh = dict.fromkeys(block for block in hashes if block not in held) if held else dict.fromkeys(hashes)
+        if len(fresh) > room:
+            self.overflow_total += len(fresh) - room
+            self._incomplete.add(worker)
+            fresh = dict.fromkeys(islice(fresh, room))
+        # in C but for the first line above: a snapshot of 10^6 blocks must not hold requests up
+        known = list(map(holders.get, fresh, repeat(0)))
+        after = {bits: self._shared(bits | bit) for bits in set(known)}
+        holders.update(zip(fresh, map(after.__getitem__, known), strict=True))
         held.update(fresh)
         self._copies += len(fresh)
-        self._digests[worker] ^= fold(join_hashes(fresh))
+        self._digests[worker] ^= fold(b"".join(fresh))
 
     def remove(self, worker: str, hashes: Iterable[bytes]) -> None:
         """These blocks are gone from `worker`. Unknown ones are passed over."""
@@ -89,7 +90,7 @@ class PrefixIndex:
         gone = []
         for block in hashes:
             if block in held:
-                held.discard(block)
+                del held[block]
                 self._unset(block, keep)
                 gone.append(block)
         self._copies -= len(gone)
@@ -104,7 +105,7 @@ class PrefixIndex:
         for block in held:
             self._unset(block, keep)
         self._copies -= len(held)
-        self._held[worker] = set()
+        self._held[worker] = {}
         self._digests[worker] = 0
         self._incomplete.discard(worker)
 
@@ -122,13 +123,13 @@ class PrefixIndex:
             # with no slot free, those in use are 0 ... n - 1
             slot = heappop(self._free_slots) if self._free_slots else len(self._slots)
             self._slots[worker] = slot
-            self._held[worker] = set()
+            self._held[worker] = {}
             self._digests[worker] = 0
         return slot
 
     def certain(self, worker: str, hashes: Sequence[bytes]) -> int:
         """Of a chain that `worker` holds or is expected to hold, how many leading blocks end in one it does hold."""
-        held = self._held.get(worker, set())
+        held = self._held.get(worker, {})
         length = len(hashes)
         while length and hashes[length - 1] not in held:
             length -= 1
@@ -154,6 +155,12 @@ class PrefixIndex:
     def bytes_estimate(self) -> int:
         """Memory, give or take a third: tables double when they are full."""
         return BYTES_PER_BLOCK * len(self._holders) + BYTES_PER_COPY * self._copies
+
+    def _shared(self, bits: int) -> int:
+        """One object for equal bit sets: 32 bytes less for most blocks."""
+        if len(self._bit_sets) >= MOST_BIT_SETS:
+            self._bit_sets.clear()
+        return self._bit_sets.setdefault(bits, bits)
 
     def _unset(self, block: bytes, keep: int) -> None:
         left = self._holders[block] & keep
@@ -181,12 +188,11 @@ class ExpectedBlocks:
     def expect(self, slot: int, hashes: Iterable[bytes], now: float) -> None:
         """The worker in `slot` is about to compute these."""
         self.expire(now)
-        bit = 1 << slot
-        bits, young = self.bits, self._young
-        for block in hashes:
-            bits[block] = bits.get(block, 0) | bit
-            young[block] = young.get(block, 0) | bit
-        if len(bits) > self._max_blocks:
+        blocks, bit = list(hashes), repeat(1 << slot)
+        for bits in (self.bits, self._young):
+            # in C: 750 blocks take 100 us
+            bits.update(zip(blocks, map(or_, map(bits.get, blocks, repeat(0)), bit), strict=False))
+        if len(self.bits) > self._max_blocks:
             self._turn(now)
 
     def expire(self, now: float) -> None:

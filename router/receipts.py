@@ -4,8 +4,8 @@ Pure. Read by `gateway.receipts`; its size is bounded by `shared.receipts`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
-from operator import attrgetter
+from itertools import islice, repeat
+from operator import attrgetter, mul
 
 from router.placement import Candidate, Decision, Refused, Terms
 from shared.receipts import MOST_CANDIDATES, MOST_NAMES, MOST_WALLS, Receipt, Wall, Weighed
@@ -44,8 +44,8 @@ def refusal_of(router: str, policy: str, prompt_tokens: int, refused: Refused, d
 
 def _weighed(terms: Terms, worker: Candidate) -> Weighed:
     return Weighed(terms.worker, terms.cached_tokens, round(1e6 * terms.cost_s),
-                   tuple([round(1e6 * second) for second in _seconds(terms)]), worker.sent_requests, worker.sent_tokens,
-                   terms.price_usd_per_hour)
+                   tuple(map(round, map(mul, _seconds(terms), repeat(1e6)))), worker.sent_requests,
+                   worker.sent_tokens, terms.price_usd_per_hour)
 
 
 def _because(decision: Decision, ranked: Sequence[Terms], hint: str) -> str:

@@ -111,14 +111,10 @@ class View:
         """Every worker that is alive, with what it holds of this chain, by name."""
         self._expected.expire(now)
         cached = self.index.longest_prefix(hashes, self._expected.bits)
-        found = []
-        for status in self.fleet.workers():
-            silent_s = self.fleet.silent_s(status, now)
-            if status.id not in self._unreachable and silent_s is not None and silent_s <= self._silence_s:
-                sent = self._outstanding.sent(status.id, now)
-                found.append(Candidate(status, cached.get(status.id, 0), sent.requests, sent.tokens,
-                                       self._turnover.of(status.id, status.model)))
-        return found
+        alive = self.fleet.workers_heard_since(now - self._silence_s)
+        return [Candidate(status, cached.get(status.id, 0), *self._outstanding.sent(status.id, now),
+                          self._turnover.of(status.id, status.model))
+                for status in alive if status.id not in self._unreachable]
 
     def certain_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
         """Of these leading blocks, credited to `worker`, how many it has told of itself."""

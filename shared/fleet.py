@@ -12,6 +12,7 @@ when a status was heard and what time it is, both in seconds of one clock.
     a status of an epoch that fell silent        it joins again: it was only unreachable
 """
 
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 from shared.messages import DrafterStatus, GatewayStatus, RouterStatus, Status, WorkerStatus
@@ -20,6 +21,8 @@ S = TypeVar("S", WorkerStatus, RouterStatus, DrafterStatus, GatewayStatus)
 
 REMEMBERED_DEAD = 4096
 LATE_S = 60.0  # no message is under way for longer
+
+_id = attrgetter("id")
 
 
 class Seen(NamedTuple):
@@ -70,6 +73,13 @@ class Fleet:
     def workers(self, model: str | None = None) -> list[WorkerStatus]:
         """Workers by id, those of one model if it is named. Starting and draining ones too: see their `state`."""
         return [worker for worker in self._all(WorkerStatus) if model is None or worker.model == model]
+
+    def workers_heard_since(self, since_s: float) -> list[WorkerStatus]:
+        """Workers by id that were heard at `since_s` or later."""
+        found = [seen.status for seen in self._seen.values()
+                 if seen.heard_s >= since_s and isinstance(seen.status, WorkerStatus)]
+        found.sort(key=_id)
+        return found
 
     def worker(self, name: str) -> WorkerStatus | None:
         """One worker, if it lives."""

@@ -50,7 +50,8 @@ def test_what_decided_between_near_equals_is_named() -> None:
 
 
 def test_a_worker_that_had_more_and_was_too_busy_shows() -> None:
-    told, _ = placed([Candidate(status("full", running=8, waiting=30, queued_tokens=50_000), 9), Candidate(status("b"))])
+    full = Candidate(status("full", running=8, waiting=30, queued_tokens=50_000), 9)
+    told, _ = placed([full, Candidate(status("b"))])
     assert (told.worker, told.cached_tokens, told.most_cached_tokens) == ("b", 0, 144)
 
 

@@ -72,7 +72,8 @@ def test_what_earlier_attempts_generated_is_not_missed() -> None:
 def test_a_bounded_number_of_departed_blocks_is_remembered() -> None:
     departed = Departed(most=100)
     for number in range(50):
-        departed.take_in((Removed(b"".join((1000 * number + i).to_bytes(16, "big") for i in range(30))),), float(number))
+        gone = b"".join((1000 * number + i).to_bytes(16, "big") for i in range(30))
+        departed.take_in((Removed(gone),), float(number))
     departed.take_in((Removed(b"".join(i.to_bytes(16, "little") for i in range(500))),), 99.0)
     assert len(departed) == 100
     assert departed.gone_s((499).to_bytes(16, "little")) == 99.0
