@@ -14,7 +14,7 @@ Pure.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 MOST_USES = 4
 NAMELESS = 0
@@ -27,10 +27,7 @@ class Unheld:
         self.taken = 0  # blocks handed out so far: the clock
         self._blocks = blocks
         self._length = 0
-        # list n begins and ends at the sentinel `blocks` + n; outside of all lists a block's `next` is -1
-        ring = range(blocks, blocks + MOST_USES + 1)
-        self._next = array("i", [-1]) * blocks + array("i", ring)
-        self._previous = array("i", [-1]) * blocks + array("i", ring)
+        self._next, self._previous = _links(blocks)
         self._since = array("q", [0]) * blocks
 
     def __len__(self) -> int:
@@ -40,10 +37,12 @@ class Unheld:
         return self._next[block] >= 0
 
     def __iter__(self) -> Iterator[int]:
-        """All of them, by number of uses and then oldest first."""
+        """All of them, by number of uses and then oldest first. A broken list ends at the break."""
         for end in range(self._blocks, self._blocks + MOST_USES + 1):
             block = self._next[end]
-            while block != end:
+            for _ in range(self._blocks):
+                if not 0 <= block < self._blocks:
+                    break
                 yield block
                 block = self._next[block]
 
@@ -64,6 +63,15 @@ class Unheld:
         self._next[block] = -1
         self._length -= 1
 
+    def rebuild(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """These and their uses are what nobody holds, in this order."""
+        known = self._since[:]
+        self._next, self._previous = _links(self._blocks)
+        self._length = 0
+        for block, uses in blocks:
+            self.put(block, uses)
+            self._since[block] = known[block]
+
     def pop(self) -> int:
         """Take out the block that goes next. Raises IndexError when there is none."""
         blocks, following = self._blocks, self._next
@@ -81,3 +89,10 @@ class Unheld:
         self.remove(found)
         self.taken += 1
         return found
+
+
+def _links(blocks: int) -> tuple["array[int]", "array[int]"]:
+    """Empty lists: list n begins and ends at the sentinel `blocks` + n; a block outside of all has no next, -1."""
+    ring = range(blocks, blocks + MOST_USES + 1)
+    links = array("i", [-1]) * blocks + array("i", ring)
+    return links, links[:]

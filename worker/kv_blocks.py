@@ -1,7 +1,7 @@
 """The KV cache as numbered blocks: who holds which, which can be reused, which goes next.
 
     FREE    nobody holds it and it says nothing        next to be handed out
-    CACHED  nobody holds it, its contents have a name  handed out when no FREE block is left, oldest first
+    CACHED  nobody holds it, its contents have a name  handed out when no FREE block is left (`worker.eviction`)
     HELD    one sequence or more read or write it      never handed out; it may have a name as well
 
 Rules: free + cached + held = all blocks; a name belongs to one block, and is given only when every token of the block
@@ -16,11 +16,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from itertools import pairwise
 from typing import NamedTuple
 
 from shared.blocks import join_hashes
 from shared.messages import Cleared, KvEvent, Removed, Stored
+from worker.eviction import MOST_USES, NAMELESS, Unheld
 from worker.kv_tier import Copy, HostTier, Load, Save
 
 
@@ -51,18 +51,21 @@ class BlockPool:
             raise ValueError(f"a block pool needs at least one block, got {blocks}: give the worker more KV memory")
         self.blocks = blocks
         self.tier = tier
-        self.available = blocks  # FREE and CACHED
         self._holders = array("i", [0]) * blocks
         self._names: list[bytes] = [b""] * blocks
         self._contents: list[bytes] = [b""] * blocks
         self._by_name: dict[bytes, int] = {}
         self._copies: list[Copy] = []
         self._events: list[tuple[type[Stored] | type[Removed] | type[Cleared], bytes]] = []
-        # the list of unheld blocks, in the order they will be handed out; `blocks` is its sentinel
-        self._next = array("i", range(1, blocks + 2))
-        self._previous = array("i", range(-1, blocks))
-        self._next[blocks] = 0
-        self._previous[0] = blocks
+        self._uses = array("B", [0]) * blocks  # how often each was used under its name, and not counted further
+        self._unheld = Unheld(blocks)
+        for block in range(blocks):
+            self._unheld.put(block, NAMELESS)
+
+    @property
+    def available(self) -> int:
+        """How many are FREE or CACHED."""
+        return len(self._unheld)
 
     def ownership(self, block: int) -> Ownership:
         if self._holders[block]:
@@ -100,6 +103,7 @@ class BlockPool:
         tier.free(slot)
         self._names[blocks[0]], self._contents[blocks[0]] = name, content
         self._by_name[name] = blocks[0]
+        self._uses[blocks[0]] = 2
         return blocks[0]
 
     def take_copies(self) -> tuple[Copy, ...]:
@@ -111,10 +115,11 @@ class BlockPool:
         return self._holders[block] > 0
 
     def hold(self, block: int) -> None:
-        """One more holder, so that the block stays what it is."""
+        """One more holder and one more use, so that the block stays what it is."""
         if not self._holders[block]:
-            self._unlink(block)
+            self._unheld.remove(block)
         self._holders[block] += 1
+        self._uses[block] = min(self._uses[block] + 1, MOST_USES)
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one holder each and no name, or None when there are not so many. All or nothing."""
@@ -122,8 +127,7 @@ class BlockPool:
             return None
         taken = []
         for _ in range(count):
-            block = self._next[self.blocks]
-            self._unlink(block)
+            block = self._unheld.pop()
             self._holders[block] = 1
             if self._names[block]:
                 self._forget(block)
@@ -131,11 +135,11 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One holder less for each block of a sequence. The tail becomes older than the head: prefixes live longest."""
+        """One holder less for each block of a sequence. The tail goes before the head: prefixes live longest."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if not self._holders[block]:
-                self._link(block)
+                self._unheld.put(block, self._uses[block] if self._names[block] else NAMELESS)
 
     def store(self, block: int, name: bytes, content: bytes) -> bool:
         """Name a held block whose tokens are all computed. False when the name is taken or the block has one."""
@@ -151,6 +155,7 @@ class BlockPool:
         self._names[block] = name
         self._contents[block] = content
         self._by_name[name] = block
+        self._uses[block] = 1
         return True
 
     def clear(self) -> None:
@@ -159,6 +164,9 @@ class BlockPool:
             self.tier.clear()
         for block in self._by_name.values():
             self._names[block] = self._contents[block] = b""
+            if not self._holders[block]:
+                self._unheld.remove(block)
+                self._unheld.put(block, NAMELESS)
         self._by_name.clear()
         self._events = [(Cleared, b"")]
 
@@ -182,14 +190,15 @@ class BlockPool:
         true_holders = Counter(block for table in tables for block in table)
         wrong_counts = sum(self._holders[block] != true_holders[block] for block in range(self.blocks))
         wrong_names = self._audit_names()
-        listed = self._listed()
+        listed = list(self._unheld)
         unheld = [block for block in range(self.blocks) if not true_holders[block]]
         wrong_list = len(set(listed) ^ set(unheld)) + len(listed) - len(set(listed))
         if wrong_counts or wrong_list or self.available != len(unheld):
             for block in range(self.blocks):
                 self._holders[block] = true_holders[block]
             order = dict.fromkeys(block for block in listed if not true_holders[block])
-            self._relink([*order, *(block for block in unheld if block not in order)])
+            self._unheld.rebuild((block, self._uses[block] if self._names[block] else NAMELESS) for block in
+                                 [*order, *(block for block in unheld if block not in order)])
         return Audit(wrong_counts, wrong_list, wrong_names, self._audit_tier())
 
     def _audit_names(self) -> int:
@@ -210,22 +219,6 @@ class BlockPool:
         self._events += [(Removed, name) for name in gone]
         return wrong
 
-    def _listed(self) -> list[int]:
-        """The unheld blocks as the list has them; a broken list ends at the break."""
-        found: list[int] = []
-        block = self._next[self.blocks]
-        while 0 <= block < self.blocks and len(found) <= self.blocks:
-            found.append(block)
-            block = self._next[block]
-        return found
-
-    def _relink(self, order: list[int]) -> None:
-        ring = [self.blocks, *order, self.blocks]
-        for before, after in pairwise(ring):
-            self._next[before] = after
-            self._previous[after] = before
-        self.available = len(order)
-
     def _forget(self, block: int) -> None:
         """A block that is handed out loses its name; the tier keeps it if there is one."""
         name, content = self._names[block], self._contents[block]
@@ -238,20 +231,3 @@ class BlockPool:
                 self._copies.append(Save(block, slot))
         if gone:
             self._events.append((Removed, gone))
-
-    def _unlink(self, block: int) -> None:
-        before, after = self._previous[block], self._next[block]
-        self._next[before] = after
-        self._previous[after] = before
-        self.available -= 1
-
-    def _link(self, block: int) -> None:
-        """A named block goes to the young end, a nameless one is used up first."""
-        if self._names[block]:
-            before, after = self._previous[self.blocks], self.blocks
-        else:
-            before, after = self.blocks, self._next[self.blocks]
-        self._previous[block], self._next[block] = before, after
-        self._next[before] = block
-        self._previous[after] = block
-        self.available += 1

@@ -125,3 +125,14 @@ def test_nothing_is_left_to_take_when_every_block_is_held() -> None:
     with pytest.raises(IndexError, match="held"):
         unheld.pop()
     assert len(unheld) == 0 and unheld.taken == 0
+
+
+def test_a_list_that_was_broken_is_built_again_in_the_order_given() -> None:
+    unheld = Unheld(4)
+    for block in range(4):
+        unheld.put(block, 1)
+    unheld._next[1] = -1
+    assert list(unheld) == [0, 1]
+    unheld.rebuild((block, 1) for block in (2, 0, 1))
+    assert list(unheld) == [2, 0, 1] and len(unheld) == 3 and 3 not in unheld
+    assert [unheld.pop() for _ in range(3)] == [2, 0, 1]

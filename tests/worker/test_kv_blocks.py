@@ -123,7 +123,7 @@ def test_an_audit_finds_and_mends(harm: str) -> None:
         case "leak":
             assert pool.allocate(1) is not None
         case "list":
-            pool._next[pool.blocks] = pool.blocks
+            pool._unheld._next[pool.blocks] = pool.blocks
         case "name":
             pool._by_name[name(2)] = table[1]
     assert pool.audit([table]).repairs > 0
@@ -137,3 +137,38 @@ def test_an_audit_finds_and_mends(harm: str) -> None:
 def test_a_pool_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="more KV memory"):
         BlockPool(0)
+
+
+def test_a_flood_of_blocks_seen_once_leaves_those_that_came_back() -> None:
+    pool = BlockPool(8)
+    kept = pool.allocate(2)
+    assert kept is not None
+    for number, block in enumerate(kept):
+        pool.store(block, name(number), b"")
+    pool.release(kept)
+    for block in kept:
+        pool.hold(block)
+    pool.release(kept)
+    for number in range(2, 12):
+        taken = pool.allocate(1)
+        assert taken is not None and not set(taken) & set(kept)
+        pool.store(taken[0], name(number), b"")
+        pool.release(taken)
+    assert {name(0), name(1)} <= set(pool.names())
+
+
+def test_blocks_that_lost_their_names_together_are_used_up_first() -> None:
+    pool = BlockPool(4)
+    cleared = pool.allocate(2)
+    assert cleared is not None
+    for number, block in enumerate(cleared):
+        pool.store(block, name(number), b"")
+    pool.release(cleared)
+    pool.clear()
+    fresh = pool.allocate(2)
+    assert fresh is not None and not set(fresh) & set(cleared)
+    pool.store(fresh[0], name(7), b"")
+    pool.release(fresh[:1])
+    taken = pool.allocate(2)
+    assert taken is not None and set(taken) == set(cleared)
+    assert pool.names() == [name(7)]
