@@ -2,8 +2,8 @@
 
     python -m deploy.bench.soak [--minutes 30] [--streams 12] [--threads N] [--seed 1] [--json FILE]
 
-The whole mesh of real processes with the real model and the drafter, a small KV cache so that it fills and streams give
-way to each other. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses;
+The whole mesh of real processes with the real model and the drafter, a small KV cache so that it fills and requests wait
+for blocks. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses;
 every REST_EVERY_S all of them rest until the mesh is idle, which is when its books are compared. Before they begin,
 FILLERS requests that ask for no token fill the tables in which requests are remembered.
 
@@ -40,7 +40,7 @@ from deploy.bench.soak_requests import Hurry, Mesh, Wrong
 from deploy.local_mesh import LocalMesh, Options
 from gateway.model_files import load_card
 
-KV_MIB = 96  # about 4,400 tokens: less than the streams want at their busiest
+KV_MIB = 96  # about 4,400 tokens: filled within the first minute
 FILLERS = 8500  # worker and router remember 8,192 and 4,096 requests: a table that fills is no leak
 PAUSE_S = 0.4  # mean of a client's pause between requests
 BOUND_S = 120.0
