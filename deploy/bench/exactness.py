@@ -8,11 +8,14 @@ through the worker's scheduler, block pool and batch onto the default model in a
     alone            one request at a time, no drafts, nothing cached: the truth
     batches          up to 32 at once, coming and going, blocks of one reused by another
     chunks           the same with step budgets that cut prompts into small pieces
-    preemption       the same with too few blocks, some of them now and then in other hands
+    preemption       the same with too few blocks, most of them now and then in other hands
+    priority         the same, those of high priority come last and take the blocks of those that run
+    cancels          streams cancelled at random moments and sent again, with or without what they had said
     warm             the same requests once more over the blocks that they left
     right drafts     the true continuation proposed, every third time with one token changed
     wrong drafts     random tokens proposed
     resubmission     part of the output handed back as `generated`, on an engine that knows nothing of it
+    all at once      few blocks, small steps, priorities, cancels, right and wrong drafts, a warm cache, two threads
     two threads      batches again with two threads (all others have one)
 
 A flip is a stream that differs from the truth, however much of it does (`different_tokens`). Counters in each row show
@@ -43,7 +46,7 @@ from gateway.model_files import load_card
 from gateway.tokenizer import Tokenizer
 from kernels.native.decoder import NativeDecoder
 from kernels.step import Decoder
-from shared.messages import Failed, Generate, Proposal, Sampling
+from shared.messages import Cancel, Failed, Generate, Proposal, Sampling
 from shared.tokens import pack, unpack
 from worker.batch import Batch
 from worker.kv_blocks import BlockPool
@@ -58,7 +61,7 @@ SHARED_BEGINNINGS = 8
 MOST_STREAMS = 32
 ROUND_REQUESTS = 64  # each round has a scheduler of its own, and blocks full of what the round before has left in them
 BLOCKS = 1024  # a round and its answers fit: 64 requests of 7 blocks on average, 22 at most
-FEW_BLOCKS = 48  # the longest request needs 22, and half of them may be in other hands
+FEW_BLOCKS = (26, 48)  # the longest request needs 22
 FAR = 1e18
 
 Truth = dict[str, list[int]]
@@ -75,6 +78,8 @@ class Cover:
     chunks: int = 0  # parts of prompts that were not their last
     cached_tokens: int = 0
     preemptions: int = 0
+    priority_preemptions: int = 0  # while one of higher priority that came later ran on
+    cancels: int = 0
     draft_tokens: int = 0
     accepted_drafts: int = 0
     resumed_tokens: int = 0
@@ -88,10 +93,10 @@ class Run(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """One way to disturb requests; `proof` is the counter that is above zero when it took place."""
+    """One way to disturb requests; the counters of `proof` are above zero when it took place."""
 
     run: Callable[[Decoder, Sequence[Generate], Truth, random.Random], Run]
-    proof: str
+    proof: tuple[str, ...]
     threads: int = 1
 
 
@@ -105,7 +110,7 @@ def main() -> None:
     report = measure(options.requests, options.seed, options.jobs)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    show({"rows": [_line(row) for row in report["rows"]]})
+    show({"rows": [_line(row) for row in [*report["rows"], report["total"]]]})
     if wrong := complaints(report):
         raise SystemExit("\n".join(wrong))
 
@@ -115,11 +120,12 @@ def measure(count: int, seed: int, jobs: int) -> dict[str, Any]:
     folder = pull.pull("default")
     requests = make_requests(Tokenizer.load(folder), load_card(folder).stop_token_ids, count, seed)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
-        started = time.perf_counter()
         truth: Truth = {}
-        for part in _share(processes, _alone, [(folder, requests[at::jobs]) for at in range(jobs)]):
+        cpu_s = 0.0
+        for part, part_s in _share(processes, _alone, [(folder, requests[at::jobs]) for at in range(jobs)]):
             truth |= part
-        print(f"alone: {sum(map(len, truth.values()))} tokens, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            cpu_s += part_s
+        print(f"alone: {sum(map(len, truth.values()))} tokens, {cpu_s:.0f} s of CPU", file=sys.stderr)
         rows = list(_share(processes, _disturbed, [(folder, name, requests, truth, seed) for name in CONDITIONS]))
     return {
         "machine": machine.describe(),
@@ -130,25 +136,39 @@ def measure(count: int, seed: int, jobs: int) -> dict[str, Any]:
             "prompt_tokens": sum(len(unpack(request.tokens)) for request in requests),
             "output_tokens": sum(map(len, truth.values())),
             "sampled": sum(request.sampling.temperature > 0 for request in requests),
+            "alone_cpu_s": round(cpu_s, 1),
         },
         "rows": rows,
+        "total": total(rows),
     }
+
+
+def total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum over all conditions."""
+    sums = {key: sum(row[key] for row in rows) for key in ("tokens", "flips", "different_tokens")}
+    return {"condition": "all", **sums, "flips_per_1e5": _per_1e5(sums["flips"], sums["tokens"])}
+
+
+def _per_1e5(flips: int, tokens: int) -> float | None:
+    return round(1e5 * flips / tokens, 2) if tokens else None
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     """What people want to see of a row; the file has all of it."""
-    proof = CONDITIONS[row["condition"]].proof
     shown = {key: row[key] for key in ("condition", "tokens", "flips", "different_tokens", "flips_per_1e5")}
-    return shown | {"took place": f"{row[proof]} {proof}"}
+    if row["condition"] not in CONDITIONS:
+        return shown
+    return shown | {"took place": ", ".join(f"{row[name]} {name}" for name in CONDITIONS[row["condition"]].proof)}
 
 
 def complaints(report: dict[str, Any]) -> list[str]:
     """Why the report fails; empty when law 1 holds in every condition and every condition took place."""
     rows = report["rows"]
     wrong = [
-        f"{row['condition']}: nothing counted as {CONDITIONS[row['condition']].proof}, so this condition was not tried"
+        f"{row['condition']}: nothing counted as {name}, so this condition was not tried"
         for row in rows
-        if not row[CONDITIONS[row["condition"]].proof]
+        for name in CONDITIONS[row["condition"]].proof
+        if not row[name]
     ]
     if str(report["recipe"]).startswith(EXACT_RECIPES):
         wrong += [f"{row['condition']}: {row['flips']} streams differ, {row['first']}" for row in rows if row["flips"]]
@@ -226,7 +246,48 @@ def chunks(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser
 
 def preemption(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
     """Admission leaves room to grow and so preempts seldom: blocks that vanish for a while make it happen."""
-    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, FEW_BLOCKS, squeezed=True))
+    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, _few(chooser), squeezed=True))
+
+
+def priority(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+    said: Truth = {}
+    cover = Cover()
+    for part in _rounds(requests, chooser):
+        engine = Engine(decoder, cover, chooser, _few(chooser), squeezed=True)
+        said |= engine.run(sorted(part, key=lambda request: request.priority + chooser.random()))
+    return Run(said, cover)
+
+
+def cancels(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, cancels=True))
+
+
+def all_at_once(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+    """Half of each round first, so that what follows finds its blocks, as far as those of the few that are left."""
+    right, wrong = _right_draft(decoder, truth, chooser), _wrong_draft(decoder, chooser)
+    said: Truth = {}
+    cover = Cover()
+    for part in _rounds(requests, chooser):
+        running = chooser.choice([8, 16])
+        engine = Engine(
+            decoder,
+            cover,
+            chooser,
+            _few(chooser),
+            lambda stream: chooser.choice([right, wrong])(stream),
+            squeezed=True,
+            cancels=True,
+            max_running=running,
+            step_tokens=chooser.randint(running, 3 * running),
+        )
+        part.sort(key=lambda request: request.priority + 2 * chooser.random())
+        engine.run(part[::2])
+        said |= engine.run([msgspec.structs.replace(request, attempt=1000) for request in part])
+    return Run(said, cover)
+
+
+def _few(chooser: random.Random) -> int:
+    return chooser.randint(*FEW_BLOCKS)
 
 
 def warm(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
@@ -244,6 +305,16 @@ def warm(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: 
 
 
 def right_drafts(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+    draft = _right_draft(decoder, truth, chooser)
+    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, draft=draft))
+
+
+def wrong_drafts(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+    draft = _wrong_draft(decoder, chooser)
+    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, draft=draft))
+
+
+def _right_draft(decoder: Decoder, truth: Truth, chooser: random.Random) -> Draft:
     vocabulary = decoder.vocabulary_size
 
     def draft(stream: Stream) -> list[int]:
@@ -252,16 +323,12 @@ def right_drafts(decoder: Decoder, requests: Sequence[Generate], truth: Truth, c
             tokens[chooser.randrange(len(tokens))] = chooser.randrange(vocabulary)
         return tokens
 
-    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, draft=draft))
+    return draft
 
 
-def wrong_drafts(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
+def _wrong_draft(decoder: Decoder, chooser: random.Random) -> Draft:
     vocabulary = decoder.vocabulary_size
-
-    def draft(stream: Stream) -> list[int]:
-        return [chooser.randrange(vocabulary) for _ in range(chooser.randint(0, 4))]
-
-    return _in_rounds(requests, chooser, lambda cover: Engine(decoder, cover, chooser, draft=draft))
+    return lambda stream: [chooser.randrange(vocabulary) for _ in range(chooser.randint(0, 4))]
 
 
 def resubmission(decoder: Decoder, requests: Sequence[Generate], truth: Truth, chooser: random.Random) -> Run:
@@ -270,14 +337,21 @@ def resubmission(decoder: Decoder, requests: Sequence[Generate], truth: Truth, c
 
 
 CONDITIONS = {
-    "batches": Condition(batches, "shared_steps"),
-    "chunks": Condition(chunks, "chunks"),
-    "preemption": Condition(preemption, "preemptions"),
-    "warm": Condition(warm, "cached_tokens"),
-    "right drafts": Condition(right_drafts, "accepted_drafts"),
-    "wrong drafts": Condition(wrong_drafts, "draft_tokens"),
-    "resubmission": Condition(resubmission, "resumed_tokens"),
-    "two threads": Condition(batches, "shared_steps", threads=2),
+    "batches": Condition(batches, ("shared_steps",)),
+    "chunks": Condition(chunks, ("chunks",)),
+    "preemption": Condition(preemption, ("preemptions",)),
+    "priority": Condition(priority, ("priority_preemptions",)),
+    "cancels": Condition(cancels, ("cancels",)),
+    "warm": Condition(warm, ("cached_tokens",)),
+    "right drafts": Condition(right_drafts, ("accepted_drafts",)),
+    "wrong drafts": Condition(wrong_drafts, ("draft_tokens",)),
+    "resubmission": Condition(resubmission, ("resumed_tokens",)),
+    "all at once": Condition(
+        all_at_once,
+        ("chunks", "preemptions", "priority_preemptions", "cancels", "accepted_drafts", "cached_tokens"),
+        threads=2,
+    ),
+    "two threads": Condition(batches, ("shared_steps",), threads=2),
 }
 
 
@@ -300,7 +374,7 @@ def compare(name: str, requests: Sequence[Generate], truth: Truth, run: Run) -> 
         "tokens": compared,
         "flips": flips,
         "different_tokens": different,
-        "flips_per_1e5": round(1e5 * flips / compared, 2) if compared else None,
+        "flips_per_1e5": _per_1e5(flips, compared),
         "first": first,
         **asdict(run.cover),
     }
@@ -320,10 +394,12 @@ class Engine:
         blocks: int | None = None,
         draft: Draft | None = None,
         squeezed: bool = False,
+        cancels: bool = False,
         **limits: int,
     ) -> None:
         """`chooser` lets requests come at random times, without it they come one by one. `draft` proposes
-        tokens before each step. `squeezed`: now and then somebody else holds some of the free blocks."""
+        tokens before each step. `squeezed`: now and then somebody else holds some of the free blocks. `cancels`: now
+        and then a stream is cancelled and sent again."""
         sizes = Limits(decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size)
         limits = {"max_running": MOST_STREAMS, "max_draft_tokens": 8 if draft else 0} | limits
         self.cover = cover
@@ -331,11 +407,12 @@ class Engine:
         self._chooser = chooser
         self._draft = draft
         self._squeezed = squeezed
+        self._cancels = cancels
         self._taken: list[int] = []
         self._scheduler = Scheduler(sizes._replace(**limits), BlockPool(blocks or decoder.blocks))
         self._batch = Batch(limits["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens))
         self._said: Truth = {}
-        self._open: set[str] = set()
+        self._open: dict[str, Generate] = {}
 
     def run(self, requests: Sequence[Generate]) -> Truth:
         """The output of each request. Raises RuntimeError when one fails."""
@@ -348,8 +425,10 @@ class Engine:
                 wanted = self._chooser.randint(1, MOST_STREAMS) if self._chooser else 1
             while waiting and len(self._open) < wanted:
                 self._add(waiting.popleft())
-            if self._squeezed and self._chooser and self._chooser.random() < 0.2:
+            if self._squeezed and self._chooser and self._chooser.random() < 0.3:
                 self._squeeze(self._chooser)
+            if self._cancels and self._chooser and self._open and self._chooser.random() < 0.05:
+                self._cancel(self._chooser)
             self._step()
         self.cover.preemptions += scheduler.preemptions - before[0]
         self.cover.draft_tokens += scheduler.draft_tokens - before[1]
@@ -357,16 +436,27 @@ class Engine:
         return {request.request_id: self._said.pop(request.request_id) for request in requests}
 
     def _add(self, request: Generate) -> None:
-        self._open.add(request.request_id)
+        self._open[request.request_id] = request
         self._said[request.request_id] = unpack(request.generated)
         self.cover.resumed_tokens += len(self._said[request.request_id])
         self._scheduler.add(request, 0.0, FAR)
 
     def _squeeze(self, chooser: random.Random) -> None:
-        """Take other free blocks than before, at most half of all: one stream alone must always fit."""
-        pool = self._scheduler.pool
+        """Take other free blocks than before, mostly as many as may be: the longest stream alone must always fit."""
+        pool, size = self._scheduler.pool, self._decoder.block_size_tokens
         pool.release(self._taken)
-        self._taken = pool.allocate(chooser.randint(0, min(pool.available, pool.blocks // 2))) or []
+        longest = max((len(request.tokens) // 4 + request.max_tokens for request in self._open.values()), default=0)
+        most = max(0, min(pool.available, pool.blocks - -(-longest // size)))
+        self._taken = pool.allocate(chooser.choice([most, most, chooser.randint(0, most)])) or []
+
+    def _cancel(self, chooser: random.Random) -> None:
+        """End a stream and send its request again, half the time with what was said."""
+        request = chooser.choice(list(self._open.values()))
+        said = pack(self._said[request.request_id]) if chooser.random() < 0.5 else b""
+        self._scheduler.cancel(Cancel(request.request_id, request.attempt), 0.0)
+        self._take(self._scheduler.take_events())
+        self.cover.cancels += 1
+        self._add(msgspec.structs.replace(request, attempt=request.attempt + 1, generated=said))
 
     def _step(self) -> None:
         if self._draft:
@@ -374,7 +464,9 @@ class Engine:
                 if tokens := self._draft(stream):
                     proposal = Proposal(*stream.key, base_length=len(stream.tokens), tokens=pack(tokens))
                     self._scheduler.drafts.offer(proposal)
+        before = list(self._scheduler.running)
         step = self._scheduler.plan(0.0)
+        self.cover.priority_preemptions += sum(stream.slot < 0 and self._overtaken(stream) for stream in before)
         self._take(self._scheduler.take_events())
         if step is None:
             return
@@ -383,6 +475,13 @@ class Engine:
         self.cover.shared_steps += len(step.works) > 1
         self.cover.chunks += sum(not work.samples for work in step.works)
         self._take(self._scheduler.commit(step, self._decoder.step(self._batch.build(step)).tolist(), 0.0))
+
+    def _overtaken(self, stream: Stream) -> bool:
+        """Whether one that came later runs on, for its priority."""
+        return any(
+            other.order > stream.order and other.request.priority > stream.request.priority
+            for other in self._scheduler.running
+        )
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -396,7 +495,7 @@ class Engine:
                     raise RuntimeError(f"{reply.request_id} did not run: {reply}")
                 case Ended(stream, _):
                     self.cover.cached_tokens += stream.cached_tokens
-                    self._open.remove(stream.request.request_id)
+                    del self._open[stream.request.request_id]
 
 
 def _rounds(requests: Sequence[Generate], chooser: random.Random) -> Iterator[list[Generate]]:
@@ -422,20 +521,23 @@ def _share(processes: Executor, function: Callable[..., Any], tasks: list[tuple[
         yield future.result()
 
 
-def _alone(folder: Path, requests: Sequence[Generate]) -> Truth:
+def _alone(folder: Path, requests: Sequence[Generate]) -> tuple[Truth, float]:
     decoder = NativeDecoder.load(folder / "model.gguf", blocks=BLOCKS, threads=1)
+    started = time.process_time()
     truth = alone(decoder, requests)
+    cpu_s = time.process_time() - started
     decoder.close()
-    return truth
+    return truth, cpu_s
 
 
 def _disturbed(folder: Path, name: str, requests: Sequence[Generate], truth: Truth, seed: int) -> dict[str, Any]:
     condition = CONDITIONS[name]
     decoder = NativeDecoder.load(folder / "model.gguf", blocks=BLOCKS, threads=condition.threads)
-    started = time.perf_counter()
+    started = time.process_time()
     row = compare(name, requests, truth, condition.run(decoder, requests, truth, random.Random(f"{seed} {name}")))
     decoder.close()
-    print(f"{name}: {row['flips']} flips, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    row["cpu_s"] = round(time.process_time() - started, 1)
+    print(f"{name}: {row['flips']} flips, {row['cpu_s']:.0f} s of CPU", file=sys.stderr)
     return row
 
 
