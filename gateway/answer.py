@@ -17,6 +17,7 @@ from opentelemetry.trace import SpanKind
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import sse
+from gateway.direct import DirectBody, direct_body
 from gateway.openai import common
 from gateway.openai.chat import ChatReply
 from gateway.openai.completions import CompletionReply
@@ -67,11 +68,16 @@ class Answer:
         self._scope = scope
         self._began_s = began_s
         self._changed = asyncio.Event()
+        self._direct = direct_body(scope)
+        self._resting = False  # the task waits for more of a stream whose headers are out, and all is written
+        self._unwritten: list[bytes] = []  # taken from the streams by `set`, left to the task
+        self._broke: Exception | None = None  # in `set`, for the task to raise
         self._client_left = False
         self._writing_s: float | None = None  # since when the client has been taking what was written
         self._written_s = began_s
         self._task: asyncio.Task[Any] | None = None
         count = len(prompts) * options.choices
+        self._opened = [False] * count
         self._choices = [model.choice(options) for _ in range(count)]
         self._reasons: list[str | None] = [None] * count
         self._error: MillError | None = None
@@ -127,7 +133,7 @@ class Answer:
                 cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
                 stop_token_ids=self._model.end_tokens(options), priority=options.priority,
                 cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary)
-            self._streams.append(gateway.streams.open(request, headers, self._changed,
+            self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 
     def _seed(self) -> int:
@@ -163,6 +169,29 @@ class Answer:
             self._stop()
             if self._task is not None:
                 self._task.cancel()
+
+    def set(self) -> None:
+        """Called when streams have changed. Writes the middle of a stream on the spot; wakes the task for all else."""
+        if self._resting and self._direct is not None and not self._changed.is_set():
+            try:
+                if self._write_now(self._direct):
+                    return
+            except Exception as error:
+                self._broke = error
+        self._changed.set()
+
+    def _write_now(self, direct: DirectBody) -> bool:
+        """Write what has come. False when the task has to go on: with an end, an error or a client that lags behind."""
+        for stream in self._streams:
+            if stream.ended is not None:
+                return False
+        documents = self._documents()
+        if self._error is None and None in self._reasons and (not documents or direct.write(sse.events(documents))):
+            if documents:
+                self._written_s = self._gateway.clock.now()
+            return True
+        self._unwritten = documents
+        return False
 
     async def _wait(self) -> None:
         """Until something changed. Raises ClientLeft."""
@@ -219,9 +248,11 @@ class Answer:
     async def _stream(self, send: Send) -> None:
         await self._first_sign()
         await self._start(send, 200, list(sse.HEADERS))
-        opened = [False] * len(self._choices)
         while True:
-            documents = self._documents(opened)
+            if self._broke is not None:
+                raise self._broke
+            documents = self._unwritten + self._documents()
+            self._unwritten = []
             if self._error is not None:
                 log.warning("stream_failed", code=self._error.code, reason=self._error.message)
                 await self._write(send, sse.events([*documents, common.error_json(self._error)]), last=True)
@@ -235,7 +266,11 @@ class Answer:
                 await self._write(send, sse.events(documents))
             elif self._gateway.clock.now() - self._written_s >= self._gateway.settings.keep_alive_s:
                 await self._write(send, sse.KEEP_ALIVE)
-            await self._wait()
+            self._resting = True
+            try:
+                await self._wait()
+            finally:
+                self._resting = False
 
     async def _first_sign(self) -> None:
         """Until a worker works on some choice, a few seconds at most. Raises the MillError of a choice that failed."""
@@ -251,8 +286,9 @@ class Answer:
                 async with asyncio.timeout(left_s):
                     await self._wait()
 
-    def _documents(self, opened: list[bool]) -> list[bytes]:
+    def _documents(self) -> list[bytes]:
         documents = []
+        opened = self._opened
         ids, usage = self._options.return_token_ids, None
         pieces = self._advance()
         if self._options.continuous_usage and pieces:

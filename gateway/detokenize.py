@@ -20,11 +20,18 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = _Utf8("replace")
+        self._open = False  # a character has begun and is not complete
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text these tokens complete; perhaps none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(tokens, self._skip_special))
+        data = self._tokenizer.decode_bytes(tokens, self._skip_special)
+        if not self._open and data.isascii():
+            return data.decode("ascii")
+        text = self._decoder.decode(data)
+        self._open = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is left when no token follows: U+FFFD for an unfinished character, or nothing."""
+        self._open = False
         return self._decoder.decode(b"", final=True)

@@ -166,6 +166,26 @@ class StreamState:
             case Failed():
                 return self._on_failed(reply, sender, now_s, from_worker)
 
+    def hear_next(self, reply: Tokens, sender: str, now_s: float, recipe: str) -> list[int] | None:
+        """What `hear` would deliver of nearly every message: the next tokens of a running stream, and not its last.
+
+        None: it is something else, nothing has changed, ask `hear`.
+        """
+        delivered = self.delivered
+        if (not delivered or reply.index != len(delivered) or sender != self.worker or self.state != "running"
+                or reply.attempt != self.attempt or recipe != self.recipe or self._early
+                or self._early_end is not None):
+            return None
+        fresh = unpack(reply.tokens)
+        request = self.request
+        if not fresh or len(delivered) + len(fresh) >= request.max_tokens or fresh[-1] in request.stop_token_ids:
+            return None
+        delivered += fresh
+        self._progress_s = self._since_s = now_s
+        self._pause_s = _PAUSE_S
+        self._gap_s = self._suspect_s = None
+        return fresh
+
     def unheard(self, attempt: int, now_s: float) -> list[Action]:
         """Nobody listens where `attempt` was published, or there is no bus: try again, for a while."""
         if self.state != "submitted" or attempt != self.attempt:

@@ -21,6 +21,7 @@ import uvicorn
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.app import build_app
+from gateway.direct import DirectProtocol
 from gateway.failover import Limits
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
@@ -256,8 +257,8 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
 
 async def _serve_http(gateway: Gateway, listener: socket.socket, ready: asyncio.Event | None) -> None:
     server = _Server(uvicorn.Config(
-        build_app(gateway), http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(CLOSE_S)), ready)
+        build_app(gateway), http=DirectProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(CLOSE_S)), ready)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]), name=f"{gateway.id}-http")
         log.info("gateway_serving", id=gateway.id, url=gateway.url, model=gateway.model and gateway.model.name)

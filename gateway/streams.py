@@ -9,7 +9,7 @@ handler to pick up, and figures. A handler waits on its call's `changed` and tak
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -50,13 +50,20 @@ class Outgoing(NamedTuple):
     too_large: Callable[[ValueError], None] | None
 
 
+class Wake(Protocol):
+    """Who waits for a stream, as an `asyncio.Event` is woken. Must not raise."""
+
+    def set(self) -> None:
+        """There is something to take."""
+
+
 class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 
     __slots__ = ("changed", "ended", "first_token_s", "headers", "last_token_s", "notes", "opened_s", "pending",
                  "state", "submitted")
 
-    def __init__(self, state: StreamState, headers: Mapping[str, str], changed: asyncio.Event, now_s: float) -> None:
+    def __init__(self, state: StreamState, headers: Mapping[str, str], changed: Wake, now_s: float) -> None:
         self.state = state
         self.headers = headers
         self.changed = changed
@@ -127,7 +134,7 @@ class Streams:
 
     # --- the handler's side ------------------------------------------------------------------------------------------
 
-    def open(self, request: Generate, headers: Mapping[str, str], changed: asyncio.Event, deadline_s: float) -> Stream:
+    def open(self, request: Generate, headers: Mapping[str, str], changed: Wake, deadline_s: float) -> Stream:
         """Send `request` on its way. `changed` is set whenever there is something to take."""
         now_s = self._clock.now()
         stream = Stream(StreamState(request, self._limits, deadline_s), headers, changed, now_s)
@@ -159,16 +166,23 @@ class Streams:
                 self._each_on(sender, lambda state: state.found_reply(sender))
             case "restarted":
                 self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
-        known = self._fleet.worker(sender)
+        known, recipe = self._fleet.worker(sender), message.recipe
+        changed: dict[Wake, None] = {}  # woken behind the whole message: what belongs together leaves in one write
         for reply in message.replies:
             stream = self._streams.get(reply.request_id)
             if stream is None:
                 self._stop_stranger(reply, sender)
-            else:
-                stream.note(reply, sender)
-                self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None,
-                                                        recipe=message.recipe))
-                stream.changed.set()
+                continue
+            changed[stream.changed] = None
+            if type(reply) is Tokens and (fresh := stream.state.hear_next(reply, sender, now_s, recipe)) is not None:
+                stream.pending += fresh
+                stream.last_token_s = now_s
+                continue
+            stream.note(reply, sender)
+            self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None,
+                                                    recipe=recipe))
+        for wake in changed:
+            wake.set()
 
     def status(self, status: WorkerStatus) -> None:
         """What a worker says of itself: a new life forgets all streams, a count beyond ours means a lost message."""
@@ -225,7 +239,6 @@ class Streams:
                     if stream.first_token_s is None:
                         stream.first_token_s = stream.last_token_s
                     stream.pending += tokens
-                    stream.changed.set()
                 case Submit(message, cause):
                     self._submit(stream, message, cause)
                 case SendCancel(worker, message):

@@ -9,12 +9,48 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+
+
+class _Event(msgspec.Struct):
+    """Of a chunk only what is counted: the client must not be what a benchmark waits for."""
+
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
 
 @dataclass
 class Load:
     """What one run of streams saw. Times in seconds."""
 
     wall_s: float = 0.0
+    cpu_s: float = 0.0  # of the client
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     e2e_s: list[float] = field(default_factory=list)
@@ -38,10 +74,10 @@ async def run(url: str, bodies: Sequence[dict[str, object]], streams: int, timeo
             except (OSError, asyncio.IncompleteReadError) as error:
                 load.failures.append(repr(error))
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     async with asyncio.timeout(timeout_s):
         await asyncio.gather(*(lane() for _ in range(streams)))
-    load.wall_s = time.perf_counter() - start
+    load.wall_s, load.cpu_s = time.perf_counter() - start, time.process_time() - cpu
     return load
 
 
@@ -60,15 +96,15 @@ async def _one(host: str, port: int, number: int, body: dict[str, object], load:
                 load.failures.append(f"{status} {line.decode()}")
             continue
         now = time.perf_counter()
-        event = json.loads(line[6:])
-        if "error" in event:
-            load.failures.append(event["error"]["message"])
-        if usage := event.get("usage"):
-            load.completion_tokens += usage["completion_tokens"]
-            load.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        for choice in event.get("choices", ()):
-            piece = choice.get("text") or choice.get("delta", {}).get("content")
-            if piece:
+        event = _decode(line[6:])
+        if event.error is not None:
+            load.failures.append(event.error.message)
+        if event.usage is not None:
+            load.completion_tokens += event.usage.completion_tokens
+            details = event.usage.prompt_tokens_details
+            load.cached_tokens += (details and details.cached_tokens) or 0
+        for choice in event.choices:
+            if piece := choice.text or (choice.delta and choice.delta.content):
                 text.append(piece)
                 load.chunks += 1
                 if last is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from gateway.openai.common import Usage, encode
+from gateway.openai.common import Usage, WithText, encode
 from gateway.openai.parameters import Options, Parameters, options, refuse
 from shared.errors import BadRequest
 
@@ -132,6 +132,7 @@ class ChatReply:
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
         self.id = id
         self._head = (id, "chat.completion.chunk", created, model, fingerprint)
+        self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
 
     def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
@@ -140,6 +141,11 @@ class ChatReply:
                             UNSET if prompt is None else prompt))
 
     def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
+        if tokens is None and usage is None:
+            if (plain := self._plain.get(index)) is None:
+                empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage))
+                plain = self._plain[index] = WithText(empty, "content")
+            return plain(text)
         choice = ChunkChoice(index, Delta(content=text), token_ids=UNSET if tokens is None else tokens)
         return encode(Chunk(*self._head, [choice], usage or self._no_usage))
 

@@ -6,7 +6,7 @@ Pure. Field order is the order on the wire.
 
 from msgspec import UNSET, Struct, UnsetType
 
-from gateway.openai.common import Usage, encode
+from gateway.openai.common import Usage, WithText, encode
 from gateway.openai.parameters import MAX_CHOICES, Options, Parameters, options, refuse
 from shared.errors import BadRequest
 
@@ -77,6 +77,7 @@ class CompletionReply:
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
         self.id = id
         self._head = (id, "text_completion", created, model, fingerprint)
+        self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
 
     def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
@@ -86,6 +87,11 @@ class CompletionReply:
         return encode(Completion(*self._head, [CompletionChoice("", index, prompt_token_ids=prompt)], self._no_usage))
 
     def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
+        if tokens is None and usage is None:
+            if (plain := self._plain.get(index)) is None:
+                empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage))
+                plain = self._plain[index] = WithText(empty, "text")
+            return plain(text)
         choice = CompletionChoice(text, index, token_ids=UNSET if tokens is None else tokens)
         return encode(Completion(*self._head, [choice], usage or self._no_usage))
 

@@ -1,0 +1,50 @@
+"""A way past the layers between an answer and its connection, for bytes that need none of them.
+
+Nearly all that a gateway writes is the middle of a stream: a chunk of a body whose headers are out, to a client that
+reads. An answer may hand it to the transport on the spot, while it handles the message that brought the tokens, instead
+of waking a task that awaits `send` through every middleware. Who is slow, gone or not yet answered is not written to
+here: `write` says no, and the usual way deals with it.
+
+Rule: an extension of ASGI, absent under any other server (and in tests without a socket); nothing may depend on it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+EXTENSION = "tokenmill.direct"
+
+
+class DirectBody:
+    """The body of one response, where its connection takes it at once."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def write(self, data: bytes) -> bool:
+        """Send `data`, not empty, as the next chunk. False, and nothing sent, when that would wait or be wrong."""
+        cycle = self._cycle
+        if (cycle.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete
+                or not cycle.chunked_encoding):
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+
+class DirectProtocol(HttpToolsProtocol):
+    """uvicorn's connection; every request finds its `DirectBody` among the extensions of its scope."""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        # the application has not run yet: it does so in a task, or behind the requests before it
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope.setdefault("extensions", {})[EXTENSION] = DirectBody(self.cycle)  # type: ignore[typeddict-item]
+
+
+def direct_body(scope: Mapping[str, Any]) -> DirectBody | None:
+    """The way of this request, if the server has one."""
+    found = scope.get("extensions", {}).get(EXTENSION)
+    return found if isinstance(found, DirectBody) else None
