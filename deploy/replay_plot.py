@@ -34,8 +34,10 @@ def draw(path: Path, report: Report, ttft_ms: Mapping[str, Sequence[float]]) -> 
     found = [report.policies[name].token_reuse for name in names]
     bars = reuse.barh(names, found, color=[colours[name] for name in names])
     reuse.bar_label(bars, labels=[f"{value:.3f}" for value in found], padding=3)
-    reuse.axvline(report.infinite_reuse, color="black", linestyle="--")
-    reuse.set(xlabel=f"prompt tokens found in a cache (dashed: cache without bounds, {report.infinite_reuse:.3f})",
+    reuse.axvline(report.infinite_reuse, color="black", linestyle="--",
+                  label=f"cache without bounds: {report.infinite_reuse:.3f}")
+    reuse.legend(loc="lower right")
+    reuse.set(xlabel="share of prompt tokens found in a cache",
               xlim=(0, max(report.infinite_reuse, *found) * 1.15 or 1.0))
     reuse.invert_yaxis()
     page.suptitle(f"{report.trace}: {report.requests:,} requests, {report.workers} workers of "
