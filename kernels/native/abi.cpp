@@ -18,9 +18,11 @@ void tell(const std::string& what, char* message, int32_t capacity) {
 
 }  // namespace
 
-// The instruction set the library was compiled for.
+// The instruction set that models opened now will use: what the library was compiled for, less tiles if Linux denies them.
 MILL_EXPORT const char* mill_instructions() {
-#if MILL_AVX2
+#if MILL_AVX512
+  return mill::tiles_permitted() ? "amx" : "avx512";
+#elif MILL_AVX2
   return "avx2";
 #else
   return "portable";

@@ -26,24 +26,35 @@ COMPILE_TIMEOUT_S = 300.0
 
 # -ffp-contract=off: a product and a sum are fused only where the source says `fma`, so every build gives the same bits.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
-_AVX2 = {"avx2", "fma", "f16c"}
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+
+# The best first, each with what it needs of the CPU, by the names in /proc/cpuinfo. Linux may still deny tiles to
+# "amx": it then runs as "avx512".
+INSTRUCTIONS = {
+    "amx": (*_AVX512, "amx_tile", "amx_int8"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": (),
+}
 
 _NO_COMPILER = (
     "no C++ compiler: install g++ or clang++, or `pip install ziglang`, or name one in $CXX (without it numpy and "
-    "torch serve the same numbers, about ten times slower)"
+    "torch serve the same numbers, some thirty times slower)"
 )
 
 
 def build(instructions: str | None = None) -> Path:
     """The compiled library, compiled now if it is not in the cache. Takes about ten seconds the first time.
 
-    `instructions`: "avx2" or "portable"; None takes the best this CPU has. Raises RuntimeError without a working
-    compiler.
+    `instructions`: one of INSTRUCTIONS; None takes what $TOKENMILL_INSTRUCTIONS names, or else the best that this CPU
+    has and the compiler knows. Raises RuntimeError without a working compiler, or when the environment names what this
+    CPU has not.
     """
-    instructions = instructions or best_instructions()
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError(_NO_COMPILER)
+    instructions = instructions or _named_instructions() or _best_known_to(compiler)
     flags = [*_FLAGS, *_instruction_flags(instructions)]
     folder = _cache_folder() / _fingerprint(compiler, flags)
     library = folder / LIBRARY
@@ -66,14 +77,44 @@ def available() -> str | None:
 
 def best_instructions() -> str:
     """The fastest of the library's instruction sets that this CPU has."""
-    return "avx2" if _cpu_features() >= _AVX2 else "portable"
+    return next(name for name in INSTRUCTIONS if not missing_features(name))
+
+
+def missing_features(instructions: str) -> set[str]:
+    """What this CPU lacks of an instruction set."""
+    return set(INSTRUCTIONS[instructions]) - _cpu_features()
+
+
+def _named_instructions() -> str | None:
+    """What the environment wants instead of the best."""
+    named = os.environ.get("TOKENMILL_INSTRUCTIONS")
+    if named in INSTRUCTIONS and (missing := missing_features(named)):
+        raise RuntimeError(f"TOKENMILL_INSTRUCTIONS is {named}, but this CPU lacks {', '.join(sorted(missing))}")
+    return named
+
+
+def _best_known_to(compiler: tuple[str, ...]) -> str:
+    """As `best_instructions`, without what the compiler is too old for: AMX came with gcc 11 and clang 12."""
+    here = [name for name in INSTRUCTIONS if not missing_features(name)]
+    newer = [name for name in here if name in ("amx", "avx512")]
+    return next((name for name in newer if _knows(compiler, _instruction_flags(name))), here[len(newer)])
+
+
+@functools.cache
+def _knows(compiler: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    """Compiles nothing with these flags."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "nothing.cpp"
+        source.touch()
+        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_S, check=False).returncode == 0
 
 
 def _instruction_flags(instructions: str) -> tuple[str, ...]:
-    known: dict[str, tuple[str, ...]] = {"avx2": ("-mavx2", "-mfma", "-mf16c"), "portable": ()}
-    if instructions not in known:
-        raise ValueError(f"unknown instructions {instructions!r}; there are {', '.join(known)}")
-    return known[instructions]
+    if instructions not in INSTRUCTIONS:
+        raise ValueError(f"unknown instructions {instructions!r}; there are {', '.join(INSTRUCTIONS)}")
+    names = (feature.replace("avx512_", "avx512").replace("_", "-") for feature in INSTRUCTIONS[instructions])
+    return tuple(f"-m{name}" for name in names)
 
 
 def _cpu_features() -> set[str]:

@@ -2,16 +2,34 @@
 //
 // Rule: an operation here rounds exactly once per lane, so every instruction set gives the same bits. Sums across lanes
 // use one fixed tree. Nothing is contracted behind our back (-ffp-contract=off); a fused multiply-add is written `fma`.
-// Another instruction set is another block of these few functions (AVX-512: one register), and no other change.
+// Another instruction set is another lanes_*.hpp with these few functions, and another section of dots.hpp.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+// The compiler's flags decide; each level has all that the one below has.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define MILL_AVX512 1
+#endif
+#if MILL_AVX512 && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
+#define MILL_AMX 1
+#endif
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define MILL_AVX2 1
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12 warns of values that its own header leaves undefined on purpose
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#define MILL_INLINE inline __attribute__((always_inline))
+#else
+#define MILL_INLINE inline
 #endif
 
 namespace mill {
@@ -58,112 +76,17 @@ inline uint8_t float_to_fp8(float value) {
   return uint8_t((bits >> 24 & 0x80) | (magnitude < 0x3C800000 ? tiny : normal));
 }
 
-#if MILL_AVX2
+}  // namespace mill
 
-struct Lanes {
-  __m256 low, high;
-};
-
-#define MILL_INLINE inline __attribute__((always_inline))
-MILL_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-MILL_INLINE void store(float* p, Lanes x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
-MILL_INLINE Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-MILL_INLINE Lanes operator+(Lanes x, Lanes y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
-MILL_INLINE Lanes operator-(Lanes x, Lanes y) { return {_mm256_sub_ps(x.low, y.low), _mm256_sub_ps(x.high, y.high)}; }
-MILL_INLINE Lanes operator*(Lanes x, Lanes y) { return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)}; }
-MILL_INLINE Lanes operator/(Lanes x, Lanes y) { return {_mm256_div_ps(x.low, y.low), _mm256_div_ps(x.high, y.high)}; }
-MILL_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) {
-  return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
-}
-MILL_INLINE Lanes largest(Lanes x, Lanes y) { return {_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)}; }
-MILL_INLINE Lanes smallest(Lanes x, Lanes y) { return {_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)}; }
-MILL_INLINE Lanes magnitude(Lanes x) {
-  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-  return {_mm256_and_ps(x.low, mask), _mm256_and_ps(x.high, mask)};
-}
-MILL_INLINE Lanes to_integer(Lanes x) {  // nearest, ties to even
-  return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-          _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-MILL_INLINE Lanes power_of_two(Lanes n) {  // integers -126..127
-  const __m256i bias = _mm256_set1_epi32(127);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.low), bias), 23)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.high), bias), 23))};
-}
-MILL_INLINE Lanes load_half(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
-}
-MILL_INLINE Lanes load_bfloat(const uint16_t* p) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1)), 16))};
-}
-MILL_INLINE Lanes load_int8(const int8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
-}
-// e4m3 divided by 256: its bits are those of an fp16 number, after the sign has moved.
-MILL_INLINE Lanes load_fp8(const uint8_t* p) {
-  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
-  const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xBFFF)));
-  return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
-}
-MILL_INLINE void store_half(uint16_t* p, Lanes x) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
-}
-// Rounds 32 numbers of magnitude at most 127.5 to int8, ties to even; returns their sum.
-MILL_INLINE int32_t store_int8(int8_t* p, Lanes x, Lanes y) {
-  const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
-  const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
-  const __m256i pairs = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1));
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
-}
-
+#if MILL_AVX512
+#include "lanes_avx512.hpp"
+#elif MILL_AVX2
+#include "lanes_avx2.hpp"
 #else
-
-struct Lanes {
-  float at[kLanes];
-};
-
-#define MILL_INLINE inline
-#define MILL_EACH(expression)                  \
-  Lanes result;                                \
-  for (int i = 0; i < kLanes; i++) result.at[i] = (expression); \
-  return result
-MILL_INLINE Lanes load(const float* p) { MILL_EACH(p[i]); }
-MILL_INLINE void store(float* p, Lanes x) { std::memcpy(p, x.at, sizeof x.at); }
-MILL_INLINE Lanes splat(float x) { MILL_EACH(x); }
-MILL_INLINE Lanes operator+(Lanes x, Lanes y) { MILL_EACH(x.at[i] + y.at[i]); }
-MILL_INLINE Lanes operator-(Lanes x, Lanes y) { MILL_EACH(x.at[i] - y.at[i]); }
-MILL_INLINE Lanes operator*(Lanes x, Lanes y) { MILL_EACH(x.at[i] * y.at[i]); }
-MILL_INLINE Lanes operator/(Lanes x, Lanes y) { MILL_EACH(x.at[i] / y.at[i]); }
-MILL_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) { MILL_EACH(std::fma(x.at[i], y.at[i], z.at[i])); }
-MILL_INLINE Lanes largest(Lanes x, Lanes y) { MILL_EACH(x.at[i] > y.at[i] ? x.at[i] : y.at[i]); }
-MILL_INLINE Lanes smallest(Lanes x, Lanes y) { MILL_EACH(x.at[i] < y.at[i] ? x.at[i] : y.at[i]); }
-MILL_INLINE Lanes magnitude(Lanes x) { MILL_EACH(std::fabs(x.at[i])); }
-MILL_INLINE Lanes to_integer(Lanes x) { MILL_EACH(std::nearbyint(x.at[i])); }
-MILL_INLINE Lanes power_of_two(Lanes n) { MILL_EACH(bits_to_float(uint32_t(int32_t(n.at[i]) + 127) << 23)); }
-MILL_INLINE Lanes load_half(const uint16_t* p) { MILL_EACH(half_to_float(p[i])); }
-MILL_INLINE Lanes load_bfloat(const uint16_t* p) { MILL_EACH(bits_to_float(uint32_t(p[i]) << 16)); }
-MILL_INLINE Lanes load_int8(const int8_t* p) { MILL_EACH(float(p[i])); }
-MILL_INLINE Lanes load_fp8(const uint8_t* p) { MILL_EACH(half_to_float(uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7))); }
-MILL_INLINE void store_half(uint16_t* p, Lanes x) {
-  for (int i = 0; i < kLanes; i++) p[i] = float_to_half(x.at[i]);
-}
-MILL_INLINE int32_t store_int8(int8_t* p, Lanes x, Lanes y) {
-  int32_t sum = 0;
-  for (int i = 0; i < 2 * kLanes; i++) {
-    p[i] = int8_t(std::nearbyint(i < kLanes ? x.at[i] : y.at[i - kLanes]));
-    sum += p[i];
-  }
-  return sum;
-}
-
+#include "lanes_portable.hpp"
 #endif
+
+namespace mill {
 
 // The one order in which lanes are added: i with i + 8, then i + 4, i + 2, i + 1.
 inline float sum_of(Lanes x) {

@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <type_traits>
+
+#include "tiles.hpp"
 
 namespace mill {
 
@@ -16,136 +19,12 @@ size_t q8_header_bytes(int groups) { return (size_t(groups) * 2 * kLanes + 63) /
 
 MILL_INLINE void prefetch(const uint8_t* address) { __builtin_prefetch(address, 0, 3); }
 
-#if MILL_AVX2
-
-MILL_INLINE __m256i line(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-MILL_INLINE __m256i four_inputs(const int8_t* p) {
-  int32_t word;
-  std::memcpy(&word, p, 4);
-  return _mm256_set1_epi32(word);
+// Calls work(R, row) for all rows from `row` on, R of them at a time: `Most`, and what is left at last.
+template <int Most = kRowsTogether, typename Work>
+MILL_INLINE void by_rows(int row, int rows, Work work) {
+  for (; row + Most <= rows; row += Most) work(std::integral_constant<int, Most>(), row);
+  if constexpr (Most > 1) by_rows<Most - 1>(row, rows, work);
 }
-
-// Keeps a value in its register. Left alone, gcc reassociates the sums of a group and spills every product, and reads
-// weights from memory once per row: three times slower.
-MILL_INLINE __m256i kept(__m256i x) {
-  asm("" : "+x"(x));
-  return x;
-}
-
-// Eight products of at most 15 * 127 * 2 stay below 2^15, so a whole group is summed in int16.
-template <int R>
-struct Q4Dots {
-  __m256i low[R], high[R];
-
-  MILL_INLINE void quad(int i, __m256i weights_low, __m256i weights_high, const int8_t* x) {
-    weights_low = kept(weights_low), weights_high = kept(weights_high);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m256i inputs = four_inputs(x + r * kGroup + 4 * i);
-      const __m256i a = _mm256_maddubs_epi16(weights_low, inputs), b = _mm256_maddubs_epi16(weights_high, inputs);
-      low[r] = kept(i ? _mm256_add_epi16(low[r], a) : a);
-      high[r] = kept(i ? _mm256_add_epi16(high[r], b) : b);
-    }
-  }
-  MILL_INLINE Lanes total(int r) const {
-    const __m256i ones = _mm256_set1_epi16(1);
-    return {_mm256_cvtepi32_ps(_mm256_madd_epi16(low[r], ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(high[r], ones))};
-  }
-};
-
-// |w| <= 128 and |x| <= 127: a pair of products is at most 32512, so int16 does not saturate.
-template <int R>
-struct Q8Dots {
-  __m256i low[R], high[R];
-
-  MILL_INLINE void quad(int i, const uint8_t* lines, const int8_t* x) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    const __m256i a = kept(line(lines + 64 * i)), b = kept(line(lines + 64 * i + 32));
-    const __m256i a_size = kept(_mm256_abs_epi8(a)), b_size = kept(_mm256_abs_epi8(b));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m256i inputs = four_inputs(x + r * kGroup + 4 * i);
-      const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(a_size, _mm256_sign_epi8(inputs, a)), ones);
-      const __m256i q = _mm256_madd_epi16(_mm256_maddubs_epi16(b_size, _mm256_sign_epi8(inputs, b)), ones);
-      low[r] = kept(i ? _mm256_add_epi32(low[r], p) : p);
-      high[r] = kept(i ? _mm256_add_epi32(high[r], q) : q);
-    }
-  }
-  MILL_INLINE Lanes total(int r) const { return {_mm256_cvtepi32_ps(low[r]), _mm256_cvtepi32_ps(high[r])}; }
-};
-
-MILL_INLINE void unpack_line(const uint8_t* lines, int i, __m256i quads[4]) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i a = line(lines + 64 * i), b = line(lines + 64 * i + 32);
-  quads[0] = _mm256_and_si256(a, nibble);
-  quads[1] = _mm256_and_si256(b, nibble);
-  quads[2] = _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble);
-  quads[3] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
-}
-
-// The int32 dots of R rows with one packed group (64-byte lines after the scales).
-template <int R>
-MILL_INLINE void q4_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
-  Q4Dots<R> sums;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    __m256i quads[4];
-    unpack_line(lines, i, quads);
-    sums.quad(2 * i, quads[0], quads[1], x);
-    sums.quad(2 * i + 1, quads[2], quads[3], x);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) dots[r] = sums.total(r);
-}
-
-template <int R>
-MILL_INLINE void q8_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
-  Q8Dots<R> sums;
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) sums.quad(i, lines, x);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) dots[r] = sums.total(r);
-}
-
-#else
-
-template <int R>
-void q4_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < kLanes; n++) {
-      int32_t dot = 0;
-      for (int k = 0; k < kGroup; k++) {
-        const uint8_t pair = lines[k / 8 * 64 + 4 * n + k % 4];
-        dot += int32_t(k % 8 < 4 ? pair & 15 : pair >> 4) * x[r * kGroup + k];
-      }
-      dots[r].at[n] = float(dot);
-    }
-}
-
-template <int R>
-void q8_dots(const uint8_t* lines, const int8_t* x, Lanes dots[R]) {
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < kLanes; n++) {
-      int32_t dot = 0;
-      for (int k = 0; k < kGroup; k++) dot += int32_t(int8_t(lines[k / 4 * 64 + 4 * n + k % 4])) * x[r * kGroup + k];
-      dots[r].at[n] = float(dot);
-    }
-}
-
-#endif
-
-// Where the rows of one group lie, from `row` on.
-struct GroupRows {
-  const int8_t* q;
-  const float *scale, *sum;
-
-  GroupRows(const Activations& x, int group, int row) {
-    const size_t at = size_t(group) * size_t(x.rows) + size_t(row);
-    q = x.q.data() + at * kGroup;
-    scale = x.scale.data() + at;
-    sum = x.sum.data() + at;
-  }
-};
 
 // R rows from `row` on: one pass over the panel, sums in registers. Unpacking is an eighth of the work at four rows, and
 // more rows find the panel in L1: unpacking it once for all of them was no faster on Zen 3.
@@ -157,13 +36,13 @@ void multiply_q4(const uint8_t* panel, int groups, const Activations& x, int row
     if (row == 0)
       for (int ahead = 0; ahead < int(kQ4GroupBytes); ahead += 64) prefetch(panel + kPrefetchAhead + ahead);
     const Lanes scale = load_half((const uint16_t*)panel), minimum = load_half((const uint16_t*)panel + kLanes);
-    const GroupRows group(x, g, row);
+    const GroupRows rows = x.group(g, row);
     Lanes dots[R];
-    q4_dots<R>(panel + 64, group.q, dots);
+    q4_dots<R>(panel + 64, rows, dots);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      sums[r] = fma(scale * splat(group.scale[r]), dots[r], sums[r]);
-      sums[r] = fma(minimum, splat(group.sum[r]), sums[r]);
+      sums[r] = fma(scale * splat(rows.scale[r]), dots[r], sums[r]);
+      sums[r] = fma(minimum, splat(rows.sum[r]), sums[r]);
     }
   }
   for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
@@ -179,11 +58,11 @@ void multiply_q8(const uint8_t* panel, int groups, const Activations& x, int row
     if (row == 0)
       for (int ahead = 0; ahead < int(kQ8LineBytes) + 64; ahead += 64) prefetch(lines + kPrefetchAhead + ahead);
     const Lanes scale = load_half(scales + g * kLanes);
-    const GroupRows group(x, g, row);
+    const GroupRows rows = x.group(g, row);
     Lanes dots[R];
-    q8_dots<R>(lines, group.q, dots);
+    q8_dots<R>(lines, rows, dots);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sums[r] = fma(scale * splat(group.scale[r]), dots[r], sums[r]);
+    for (int r = 0; r < R; r++) sums[r] = fma(scale * splat(rows.scale[r]), dots[r], sums[r]);
   }
   for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
 }
@@ -201,7 +80,7 @@ void multiply_float_rows(const uint8_t* panel, int inputs, const float* x, float
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
   for (int k = 0; k < inputs; k++) {
     const Lanes weights = float_weights<K>(panel, k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[r] = fma(weights, splat(x[size_t(r) * inputs + k]), sums[r]);
   }
   for (int r = 0; r < R; r++) store(acc + r * kLanes, sums[r]);
@@ -209,10 +88,9 @@ void multiply_float_rows(const uint8_t* panel, int inputs, const float* x, float
 
 template <Kind K>
 void multiply_float(const uint8_t* panel, int inputs, const Activations& x, float* acc) {
-  const float* rows = x.plain.data();
-  int row = 0;
-  for (; row + 4 <= x.rows; row += 4) multiply_float_rows<K, 4>(panel, inputs, rows + size_t(row) * inputs, acc + row * kLanes);
-  for (; row < x.rows; row++) multiply_float_rows<K, 1>(panel, inputs, rows + size_t(row) * inputs, acc + row * kLanes);
+  by_rows(0, x.rows, [&](auto count, int row) {
+    multiply_float_rows<K, count>(panel, inputs, x.plain.data() + size_t(row) * size_t(inputs), acc + row * kLanes);
+  });
 }
 
 uint16_t read_half(const uint8_t* p) {
@@ -221,29 +99,40 @@ uint16_t read_half(const uint8_t* p) {
   return half;
 }
 
+// The first rows of a product with a quantised panel, if there are enough of them for tiles; returns how many they are.
+int multiply_tiles([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const uint8_t* panel,
+                   [[maybe_unused]] const Activations& x, [[maybe_unused]] float* acc, [[maybe_unused]] uint8_t* unpacked) {
+  int row = 0;
+#if MILL_AMX
+  if (!unpacked || x.rows < kFewestTileRows) return 0;
+  const int groups = matrix.inputs / kGroup;
+  const bool nibbles = matrix.kind == Kind::Q4;
+  if (nibbles) unpack_nibbles(panel + 64, kQ4GroupBytes, groups, unpacked);
+  TilePanel tiles{groups, panel, nibbles ? kQ4GroupBytes : 2 * kLanes, nibbles ? unpacked : panel + q8_header_bytes(groups),
+                  panel + matrix.panel_bytes, matrix.panel_bytes / size_t(groups)};
+  for (; x.rows - row >= kFewestTileRows; row += kTileRows) {
+    if (nibbles)
+      multiply_sixteen<true>(tiles, x, row, acc);
+    else
+      multiply_sixteen<false>(tiles, x, row, acc);
+    tiles.next = nullptr;
+  }
+#endif
+  return row;
+}
+
 }  // namespace
 
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc) {
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc, uint8_t* unpacked) {
   const int groups = matrix.inputs / kGroup;
-  int row = 0;
   switch (matrix.kind) {
     case Kind::Q4_0:  // described as Q4
     case Kind::Q4:
-      for (; row + 4 <= x.rows; row += 4) multiply_q4<4>(panel, groups, x, row, acc);
-      switch (x.rows - row) {
-        case 3: return multiply_q4<3>(panel, groups, x, row, acc);
-        case 2: return multiply_q4<2>(panel, groups, x, row, acc);
-        case 1: return multiply_q4<1>(panel, groups, x, row, acc);
-      }
-      return;
+      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.rows,
+                     [&](auto count, int row) { multiply_q4<count>(panel, groups, x, row, acc); });
     case Kind::Q8:
-      for (; row + 4 <= x.rows; row += 4) multiply_q8<4>(panel, groups, x, row, acc);
-      switch (x.rows - row) {
-        case 3: return multiply_q8<3>(panel, groups, x, row, acc);
-        case 2: return multiply_q8<2>(panel, groups, x, row, acc);
-        case 1: return multiply_q8<1>(panel, groups, x, row, acc);
-      }
-      return;
+      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.rows,
+                     [&](auto count, int row) { multiply_q8<count>(panel, groups, x, row, acc); });
     case Kind::F32: return multiply_float<Kind::F32>(panel, matrix.inputs, x, acc);
     case Kind::F16: return multiply_float<Kind::F16>(panel, matrix.inputs, x, acc);
     case Kind::BF16: return multiply_float<Kind::BF16>(panel, matrix.inputs, x, acc);
@@ -254,6 +143,7 @@ void Activations::reserve(int inputs, bool keep_plain) {
   q.resize(size_t(inputs) * kPassRows);
   scale.resize(size_t(inputs / kGroup) * kPassRows);
   sum.resize(size_t(inputs / kGroup) * kPassRows);
+  offset.resize(size_t(inputs / kGroup) * kPassRows);
   if (keep_plain) plain.resize(size_t(inputs) * kPassRows);
 }
 
@@ -268,10 +158,13 @@ void Activations::set_group(int row, int group, int inputs, const float* values)
   if (step < FLT_MIN) {  // a quotient by a denormal step could leave the range of int8
     std::memset(q.data() + at * kGroup, 0, kGroup);
     scale[at] = sum[at] = 0.0f;
+    offset[at] = 0;
     return;
   }
+  const int32_t total = store_int8(q.data() + at * kGroup, a / splat(step), b / splat(step));
   scale[at] = step;
-  sum[at] = step * float(store_int8(q.data() + at * kGroup, a / splat(step), b / splat(step)));
+  sum[at] = step * float(total);
+  offset[at] = -128 * total;
 }
 
 void Matrix::describe(int32_t ggml_type, int outputs_, int inputs_, int panels_per_unit_) {

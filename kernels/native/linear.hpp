@@ -19,11 +19,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "lanes.hpp"
+#include "dots.hpp"
 
 namespace mill {
 
-constexpr int kGroup = 32;
 constexpr int kPassRows = 64;  // rows that go through the layers together; more rows go in several passes
 
 enum class Kind : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q8 = 8, BF16 = 30 };  // the numbers of GGUF
@@ -31,12 +30,18 @@ enum class Kind : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q8 = 8, BF16 = 3
 // Rows of activations: int8 with a scale per group of 32 for quantised weights, and as they were for float weights.
 struct Activations {
   int rows = 0;
-  std::vector<int8_t> q;       // [inputs / 32][rows][32]
-  std::vector<float> scale;    // [inputs / 32][rows]   largest magnitude / 127
-  std::vector<float> sum;      // [inputs / 32][rows]   scale * sum of q
-  std::vector<float> plain;    // [rows][inputs], empty unless a float matrix reads it
+  std::vector<int8_t> q;        // [inputs / 32][rows][32]
+  std::vector<float> scale;     // [inputs / 32][rows]   largest magnitude / 127
+  std::vector<float> sum;       // [inputs / 32][rows]   scale * sum of q
+  std::vector<int32_t> offset;  // [inputs / 32][rows]   -128 * sum of q
+  std::vector<float> plain;     // [rows][inputs], empty unless a float matrix reads it
 
   void reserve(int inputs, bool keep_plain);
+  // The rows of one group from `row` on.
+  GroupRows group(int index, int row) const {
+    const size_t at = size_t(index) * size_t(rows) + size_t(row);
+    return {q.data() + at * kGroup, scale.data() + at, sum.data() + at, offset.data() + at};
+  }
   // Takes the 32 numbers of one group of one row.
   void set_group(int row, int group, int inputs, const float* values);
 };
@@ -70,6 +75,7 @@ struct Matrix {
 };
 
 // acc[row][16] for all rows of `x` = the product with one panel.
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc);
+// `unpacked`: inputs * 16 bytes on a line of 64 for AMX to work in, and then this thread has Tiles; null: none are used.
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc, uint8_t* unpacked);
 
 }  // namespace mill

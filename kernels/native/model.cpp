@@ -111,12 +111,14 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   head_input_.reserve(config.hidden, normed_plain);
   attended_input_.reserve(attention_width, attended_plain);
   down_input_.reserve(config.feed_forward, down_plain);
+  const int widest = std::max({config.hidden, attention_width, config.feed_forward});
   for (Scratch& scratch : scratch_) {
     scratch.normed.reserve(config.hidden, normed_plain);
     scratch.attended.reserve(attention_width, attended_plain);
     scratch.acc.resize(size_t(kPassRows) * kGroup);
     scratch.other_acc.resize(size_t(kPassRows) * kGroup);
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
+    if (tiles_permitted_) scratch.unpacked = Region(size_t(widest) * kLanes);
     scratch.scores = Region(size_t(kHeadsTogether) * size_t(config.context + kBlockTokens) * sizeof(float));
   }
 }
@@ -245,6 +247,7 @@ bool Model::step(const mill_inputs& inputs, int32_t* tokens, float* logits) {
 }
 
 void Model::run_pass(Pass& pass, int thread) {
+  const Tiles tiles(tiles_permitted_);
   Scratch& scratch = scratch_[size_t(thread)];
   const int hidden = config_.hidden, attention_width = config_.heads * config_.head_dim, rows = pass.rows;
   embed(pass, thread);
@@ -325,9 +328,10 @@ void Model::share_out(const Matrix& matrix, int thread, Work work) {
 
 // out[row][outputs] = or += matrix * x, for the outputs this thread gets.
 void Model::project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add) {
-  float* const acc = scratch_[size_t(thread)].acc.data();
+  Scratch& scratch = scratch_[size_t(thread)];
+  float* const acc = scratch.acc.data();
   share_out(matrix, thread, [&](const Matrix::Share& share, int index) {
-    multiply_panel(matrix, matrix.panel(share, index), x, acc);
+    multiply_panel(matrix, matrix.panel(share, index), x, acc, scratch.unpacked.data());
     const int count = std::min(kLanes, matrix.outputs - index * kLanes);
     for (int row = 0; row < x.rows; row++) {
       float* const to = out + size_t(row) * size_t(stride) + size_t(index) * kLanes;
@@ -402,10 +406,13 @@ void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scrat
   constexpr int per_unit = kGroup / kLanes;
   const size_t half = size_t(x.rows) * kLanes;
   float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
+  const auto multiply = [&](const Matrix& matrix, const Matrix::Share& share, int index, float* acc) {
+    for (int i = 0; i < per_unit; i++)
+      multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data());
+  };
   share_out(layer.gate, thread, [&](const Matrix::Share& gate, int index) {
-    const Matrix::Share& up = layer.up.shares[size_t(&gate - layer.gate.shares.data())];
-    for (int i = 0; i < per_unit; i++) multiply_panel(layer.gate, layer.gate.panel(gate, index + i), x, gates + size_t(i) * half);
-    for (int i = 0; i < per_unit; i++) multiply_panel(layer.up, layer.up.panel(up, index + i), x, ups + size_t(i) * half);
+    multiply(layer.gate, gate, index, gates);
+    multiply(layer.up, layer.up.shares[size_t(&gate - layer.gate.shares.data())], index, ups);
     for (int row = 0; row < x.rows; row++) {
       float group[kGroup];
       for (int i = 0; i < per_unit; i++) {

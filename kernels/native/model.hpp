@@ -10,6 +10,7 @@
 #include "linear.hpp"
 #include "sampling.hpp"
 #include "team.hpp"
+#include "tiles.hpp"
 
 // The C structs below are mirrored in decoder.py.
 extern "C" {
@@ -83,7 +84,7 @@ class Model {
   struct Scratch {  // one thread's own
     Activations normed, attended;
     std::vector<float> acc, other_acc, row;
-    Region scores;
+    Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
   struct Pass;
   struct alignas(64) Counter {
@@ -115,6 +116,7 @@ class Model {
   std::vector<Layer> layers_;
   Matrix embedding_, head_;
   bool tied_ = true;
+  const bool tiles_permitted_ = tiles_permitted();
   std::vector<float> final_norm_;
   std::vector<Region> weights_;  // one per thread
   KvCache cache_;

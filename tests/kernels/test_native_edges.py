@@ -187,6 +187,54 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.rglob("step.so"))
 
 
-def test_unknown_instructions_are_refused() -> None:
+def test_unknown_instructions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="avx2, portable"):
         building.build("abacus")
+    monkeypatch.setenv("TOKENMILL_INSTRUCTIONS", "slide rule")
+    with pytest.raises(ValueError, match="'slide rule'; there are amx, avx512"):
+        building.build()
+
+
+@pytest.mark.parametrize("best", building.INSTRUCTIONS)
+def test_the_best_instructions_the_cpu_has_are_taken(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
+    monkeypatch.setattr(building, "_cpu_features", lambda: {"sse4_2", *building.INSTRUCTIONS[best]})
+    assert building.best_instructions() == best
+
+
+def test_a_cpu_with_half_of_a_set_gets_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_cpu_features", lambda: {*building.INSTRUCTIONS["amx"]} - {"avx512_vnni"})
+    assert building.best_instructions() == "avx2"
+    assert building.missing_features("amx") == {"avx512_vnni"}
+
+
+def test_a_compiler_too_old_for_the_best_gets_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "c++"
+    old.write_text('#!/bin/sh\ncase "$*" in *amx*) exit 1;; esac\n')
+    old.chmod(0o755)
+    monkeypatch.setattr(building, "_cpu_features", lambda: {*building.INSTRUCTIONS["amx"]})
+    assert building._best_known_to((str(old),)) == "avx512"
+    assert building._best_known_to(("false",)) == "avx2"
+    assert building._best_known_to(("true",)) == "amx"
+
+
+def test_the_environment_may_choose_what_the_cpu_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    compiled = []
+
+    def compile_nothing(compiler: tuple[str, ...], flags: list[str], scratch: Path) -> Path:
+        compiled.append([flag for flag in flags if flag.startswith("-m")])
+        (scratch / "step.so").write_bytes(b"library")
+        return scratch / "step.so"
+
+    monkeypatch.setattr(building, "_compile", compile_nothing)
+    monkeypatch.setattr(building, "_cpu_features", lambda: {*building.INSTRUCTIONS["avx512"]})
+    building.build()
+    for named in ("avx2", "portable"):
+        monkeypatch.setenv("TOKENMILL_INSTRUCTIONS", named)
+        building.build()
+    vnni = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+    assert compiled == [["-mavx2", "-mfma", "-mf16c", *vnni], ["-mavx2", "-mfma", "-mf16c"], []]
+    monkeypatch.setenv("TOKENMILL_INSTRUCTIONS", "amx")
+    with pytest.raises(RuntimeError, match="this CPU lacks amx_int8, amx_tile"):
+        building.build()
+    assert len(compiled) == 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels.checkpoint import open_checkpoint
-from kernels.native.build import available, best_instructions
+from kernels.native.build import INSTRUCTIONS, available, missing_features
 from kernels.native.decoder import RECIPE, NativeDecoder, block_bytes
 from kernels.native.specification import SpecifiedDecoder, as_fp8, as_int8, spread
 from tests.kernels.test_native_step import BLOCKS, PROMPT, TABLE, same_bits, step_of, whole
@@ -36,14 +36,14 @@ def opened(path: Path, kv_format: str, instructions: str | None = None, threads:
     )
 
 
-@pytest.mark.parametrize("instructions", ["portable", "avx2"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("kv_format", BYTES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_the_specification_s_to_the_bit(
     tmp_path: Path, instructions: str, kv_format: str, shape: Tiny
 ) -> None:
-    if instructions == "avx2" and best_instructions() != "avx2":
-        pytest.skip("this CPU has no AVX2")
+    if missing := missing_features(instructions):
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
     path = write_tiny_gguf(tmp_path / "model.gguf", shape)
     specified = SpecifiedDecoder(open_checkpoint(path), blocks=BLOCKS, kv_format=kv_format)
     assert same_bits(whole(opened(path, kv_format, instructions)), whole(specified))
