@@ -10,8 +10,8 @@ was said before and a new question. The first turn is new to everyone and not co
     tier    the pool, and a tier with room for everything
     pool    a pool with room for everything: what a CPU can have instead, and a GPU cannot
 
-`ttft_cpu_ms` is processor time of the whole process from question to first token: the figure to compare on a machine
-that others use too.
+`cpu_ms` is processor time of the whole process from question to first token, `ttft_ms` the time that passed: on a
+machine that others use too, compare the former. `computed` and `cached` are prompt tokens, `saved` and `restored` blocks.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def measure(load: Load, repeats: int) -> dict[str, Any]:
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-            runs[mode].append(json.loads(done.stdout.splitlines()[-1]) | {"steal_cores": lost.steal_cores})
+            runs[mode].append(json.loads(done.stdout.splitlines()[-1]) | {"steal": lost.steal_cores})
     said = {run.pop("said") for mode in MODES for run in runs[mode]}
     if len(said) != 1:
         raise SystemExit("answers differ between rows: a restored block was not the computed one")
@@ -230,12 +230,12 @@ async def run(load: Load, mode: str) -> dict[str, Any]:
     await asyncio.gather(serving, beating, return_exceptions=True)
     cached = sum(answer.cached_tokens for answer in answers)
     return {
-        "ttft_p50_ms": 1000 * statistics.median(answer.ttft_s for answer in answers),
-        "ttft_cpu_p50_ms": 1000 * statistics.median(answer.ttft_cpu_s for answer in answers),
-        "prefill_tokens": sum(answer.prompt_tokens for answer in answers) - cached,
-        "cached_tokens": cached,
-        "blocks_saved": decoder.saves,
-        "blocks_restored": decoder.restores,
+        "ttft_ms": 1000 * statistics.median(answer.ttft_s for answer in answers),
+        "cpu_ms": 1000 * statistics.median(answer.ttft_cpu_s for answer in answers),
+        "computed": sum(answer.prompt_tokens for answer in answers) - cached,
+        "cached": cached,
+        "saved": decoder.saves,
+        "restored": decoder.restores,
         "rss_mib": machine.peak_rss_mib(),
         "said": hash(tuple(map(tuple, said))),
     }
