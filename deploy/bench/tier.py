@@ -11,7 +11,8 @@ was said before and a new question. The first turn is new to everyone and not co
     pool    a pool with room for everything: what a CPU can have instead, and a GPU cannot
 
 `cpu_ms` is processor time of the whole process from question to first token, `ttft_ms` the time that passed: on a
-machine that others use too, compare the former. `computed` and `cached` are prompt tokens, `saved` and `restored` blocks.
+machine that others use too, compare the former. `computed` and `cached` count prompt tokens, `saved` and `restored`
+blocks.
 """
 
 import argparse
