@@ -6,7 +6,6 @@ beside it means little.
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -66,9 +65,7 @@ def peak_rss_tree_mib(pid: int) -> float:
 
 def peak_rss_mib(pid: int | None = None) -> float:
     """The most memory a process has held (VmHWM); of this process without `pid`."""
-    if pid is None:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     return 0.0

