@@ -77,7 +77,10 @@ class PrefixIndex:
         known = list(map(holders.get, fresh, repeat(0)))
         after = {bits: self._shared(bits | bit) for bits in set(known)}
         holders.update(zip(fresh, map(after.__getitem__, known), strict=True))
-        held.update(fresh)
+        if held:
+            held.update(fresh)
+        else:
+            self._held[worker] = fresh
         self._copies += len(fresh)
         self._digests[worker] ^= fold(b"".join(fresh))
 

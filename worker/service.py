@@ -3,6 +3,7 @@
     worker.<id>.generate, .cancel, .drafts    -> the engine's inbox
     worker.<id>.kv_request                    -> a snapshot of the cache
     status.drafter.*, status.gateway.*        -> whom to follow, who is gone
+    status.router.*                           -> a status at once for a router that has just started
     each step                                 -> replies, KV events, what the drafter should know
 
 Rule: a handler decodes, decides and hands over. `serve` runs until cancelled and then drains: it says so first, hands
@@ -28,6 +29,7 @@ from shared.messages import (
     Drafts,
     GatewayStatus,
     Generate,
+    RouterStatus,
     SnapshotRequest,
     Status,
     WorkerStatus,
@@ -57,6 +59,7 @@ GATEWAY_SILENCES = 10
 LAST_WORDS_S = 5.0
 # snapshots that several routers ask for at once are one; the next may follow after this
 SNAPSHOT_PAUSE_S = 0.1
+REMEMBERED_ROUTERS = 256
 
 _log = structlog.get_logger("worker")
 
@@ -145,6 +148,7 @@ class Worker:
         self.metrics = Metrics(self.figures)
         self._speculates = max_draft_tokens > 0
         self._gateways: dict[str, float] = {}  # last heard
+        self._routers: dict[str, int] = {}  # the last start of each that was answered
         self._turned_away: list[Event] = []  # refused at the door, not yet told
         self._status_wanted = asyncio.Event()
         self._snapshot_wanted = asyncio.Event()
@@ -196,6 +200,7 @@ class Worker:
             (subjects.worker_kv_request(self.name), self._on_snapshot_request),
             (subjects.status("drafter", "*"), self._on_status),
             (subjects.status("gateway", "*"), self._on_status),
+            (subjects.status("router", "*"), self._on_status),
         ]
 
     def _guarded(self, handler: Handler) -> Handler:
@@ -244,6 +249,12 @@ class Worker:
                     self._status_wanted.set()
             case GatewayStatus(id=gateway):
                 self._gateways[gateway] = self._clock.now()
+            case RouterStatus(id=router, epoch=epoch, state="starting") if self._routers.get(router) != epoch:
+                # it knows nobody yet: half a heartbeat sooner it finds every cache again
+                self._routers[router] = epoch
+                self._status_wanted.set()
+                if len(self._routers) > REMEMBERED_ROUTERS:
+                    del self._routers[next(iter(self._routers))]
 
     def _turn_away(self, refused: Refused) -> None:
         self._turned_away.append(refused)

@@ -109,11 +109,20 @@ def test_a_lost_request_is_sent_again_each_time_later() -> None:
         if resync.due(tick * 0.1):
             asked.append(tick * 0.1)
     waits = [round(b - a, 1) for a, b in pairwise(asked)]
-    assert waits[0] < 0.5
+    assert waits[0] < 1.0
     assert waits == sorted(waits)
     assert waits[-1] == 5.0
     resync.forget("w0")
     assert resync.due(1e9) == []
+
+
+def test_a_snapshot_that_is_arriving_is_not_asked_for_again() -> None:
+    resync = Resync()
+    resync.on_events(events(3), 0.0)
+    for part in range(5):
+        assert resync.due(0.7 * part) == []
+        resync.on_snapshot(snapshot(3, CHAIN[part:part + 1], part=part, parts=9), 0.7 * part)
+    assert resync.due(0.7 * 4 + 1.6) == [AskSnapshot("w0")]
 
 
 def test_a_worker_that_starts_again_loses_its_blocks_and_its_numbers() -> None:

@@ -3,8 +3,20 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from shared import subjects
 from shared.blocks import fold, join_hashes, split_hashes
-from shared.messages import Cleared, Failed, Finished, KvEvents, KvMessage, KvSnapshot, Removed, Stored
+from shared.messages import (
+    Cleared,
+    Failed,
+    Finished,
+    KvEvents,
+    KvMessage,
+    KvSnapshot,
+    Removed,
+    RouterStatus,
+    Stored,
+    encode,
+)
 from shared.parity import expected_answer
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, mock_decoder, plain, request
@@ -97,3 +109,32 @@ def test_a_stream_that_began_under_another_recipe_is_handed_on_not_continued() -
     mesh = play(scenario, Mesh())
     assert mesh.stream("other", 2) == []
     assert mesh.stream("same", 2) == plain(request("same", generated=[9], attempt=2))
+
+
+def test_a_router_that_has_just_started_is_answered_at_once_and_once() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await asyncio.sleep(0.1)
+        had = len(mesh.statuses)
+
+        async def says(epoch: int, state: str) -> int:
+            await mesh.bus.publish(subjects.status("router", "r1"), encode(RouterStatus("r1", epoch, state)))
+            await asyncio.sleep(0.01)
+            return len(mesh.statuses) - had
+
+        assert [await says(1, "starting"), await says(1, "starting"), await says(1, "ready")] == [1, 1, 1]
+        assert [await says(2, "ready"), await says(2, "starting")] == [1, 2]
+
+    play(scenario, Mesh(heartbeat_s=100.0))
+
+
+def test_a_snapshot_of_a_large_cache_fits_into_messages_of_a_broker() -> None:
+    pool, outbox = BlockPool(70_000), Outbox("w1", 1)
+    names = [number.to_bytes(16, "big") for number in range(70_000)]
+    for block, name in zip(pool.allocate(70_000) or [], names, strict=True):
+        pool.store(block, name, b"")
+    changes, *parts = [out.message for out in outbox.snapshot(pool)]
+    assert isinstance(changes, KvEvents)
+    assert all(len(encode(part)) < 1_000_000 for part in parts)
+    assert [(part.part, part.parts, part.seq) for part in parts if isinstance(part, KvSnapshot)] == [
+        (0, 3, 1), (1, 3, 1), (2, 3, 1)]
+    assert b"".join(part.hashes for part in parts if isinstance(part, KvSnapshot)) == b"".join(pool.names())
