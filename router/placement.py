@@ -89,11 +89,13 @@ class Terms(NamedTuple):
 
     @property
     def estimate_s(self) -> float:
-        return self.wait_s + self.prefill_s + self.step_s
+        return self.queue_s + self.slot_s + self.prefill_s + self.step_s
 
     @property
     def cost_s(self) -> float:
-        return self.estimate_s + self.decode_s + self.others_s + self.later_s + self.evict_s
+        # no property of a property: a decision among 16 asks for this a hundred times
+        return (self.queue_s + self.slot_s + self.prefill_s + self.step_s + self.decode_s + self.others_s
+                + self.later_s + self.evict_s)
 
     def __str__(self) -> str:
         return (f"{self.worker}: {self.cost_s:.4f} s = queue {self.queue_s:.4f} + slot {self.slot_s:.4f} + prefill "
@@ -170,7 +172,7 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
     # at least one prompt token is computed: its logits choose the first token
     cacheable_blocks = max(0, prompt_tokens - 1) // block_size_tokens
     output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
-    found = []
+    weighed = []
     arrivals_per_s = 0.0
     for status, cached_blocks, sent_requests, sent_tokens, turnover in workers:
         rate = status.prefill_tok_s or prefill_tok_s
@@ -184,23 +186,24 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
         cached_tokens = min(cached_blocks, cacheable_blocks) * block_size_tokens
         queued_tokens = status.queued_tokens + sent_tokens
         prefill_s = (prompt_tokens - cached_tokens) / rate
-        found.append(Terms(
-            worker=status.id,
-            cached_tokens=cached_tokens,
-            queue_s=queued_tokens / rate,
-            slot_s=max(0, streams - slots + 1) * stream_s / slots,
-            prefill_s=prefill_s,
-            step_s=step_s,
-            decode_s=output_tokens * step_s,
-            others_s=rows * (prefill_s + output_tokens * row_s),
-            later_s=0.0,
-            evict_s=turnover * EVICT_WEIGHT * prefill_s,
-            load=streams + queued_tokens / max(1, prompt_tokens),
-            price_usd_per_hour=status.price_usd_per_hour,
+        weighed.append((
+            status.id,
+            cached_tokens,
+            queued_tokens / rate,
+            max(0, streams - slots + 1) * stream_s / slots,
+            prefill_s,
+            step_s,
+            output_tokens * step_s,
+            rows * (prefill_s + output_tokens * row_s),
+            turnover * EVICT_WEIGHT * prefill_s,
+            streams + queued_tokens / max(1, prompt_tokens),
+            status.price_usd_per_hour,
         ))
     # new requests come to the fleet, not to the worker that is busy now
-    return [terms._replace(later_s=arrivals_per_s * (terms.wait_s + terms.prefill_s) * terms.prefill_s)
-            for terms in found]
+    return [Terms(worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s,
+                  arrivals_per_s * (queue_s + slot_s + prefill_s) * prefill_s, evict_s, load, price)
+            for worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s, evict_s, load, price
+            in weighed]
 
 
 def cheapest(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:
@@ -298,8 +301,10 @@ def _too_late(candidates: Sequence[Terms], time_left_s: float, max_queue_s: floa
 
 
 def _near(candidates: Sequence[Terms], share: float) -> list[Terms]:
-    best_s = min(terms.cost_s for terms in candidates)
-    return [terms for terms in candidates if terms.cost_s <= best_s * (1 + share) or terms.cost_s <= best_s + TIE_S]
+    costs_s = [terms.cost_s for terms in candidates]
+    best_s = min(costs_s)
+    enough_s = max(best_s * (1 + share), best_s + TIE_S)
+    return [terms for terms, cost_s in zip(candidates, costs_s, strict=True) if cost_s <= enough_s]
 
 
 def _among_equals(equals: Sequence[Terms], hint: str, rng: random.Random) -> Terms:

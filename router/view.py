@@ -58,6 +58,7 @@ class View:
         self._models: dict[str, float] = {}  # model -> last heard of
         self.blind: dict[str, str] = {}  # worker -> why its cache is not looked at
         self.alarms: list[Alarm] = []
+        self._rooms: dict[str, int] = {}  # model -> blocks of its workers, until one comes or goes
         self._judged: dict[str, tuple[object, ...]] = {}  # worker -> what it said of itself when it was last judged
 
     def on_status(self, status: WorkerStatus, now: float) -> list[str]:
@@ -134,6 +135,7 @@ class View:
             self._unreachable.discard(worker)
             self.blind.pop(worker, None)
             self._judged.pop(worker, None)
+            self._rooms.clear()
         return silent
 
     def snapshots_due(self, now: float) -> list[str]:
@@ -149,7 +151,10 @@ class View:
         """So many tokens are about to be computed there, and pushed out."""
         status = self.fleet.worker(worker)
         if status is not None:
-            room = sum(peer.blocks_total for peer in self.fleet.workers(status.model))
+            room = self._rooms.get(status.model)
+            if room is None:
+                room = self._rooms[status.model] = sum(
+                    peer.blocks_total for peer in self.fleet.workers(status.model))
             self._turnover.write(worker, status.model, tokens / status.block_size_tokens, status.blocks_total, room)
 
     def _forget_sent(self, worker: str) -> None:
@@ -159,10 +164,12 @@ class View:
 
     def _judge(self, status: WorkerStatus) -> None:
         """Whether its blocks are named as ours are, and whether its peers compute as it does. Once per claim."""
-        claim = (status.epoch, status.model, status.recipe, status.vocabulary, status.block_size_tokens, status.parity)
+        claim = (status.epoch, status.model, status.recipe, status.vocabulary, status.block_size_tokens, status.parity,
+                 status.blocks_total)
         if status.state == "starting" or self._judged.get(status.id) == claim:
             return
         self._judged[status.id] = claim
+        self._rooms.clear()
         self.blind.pop(status.id, None)
         if reason := _hashes_differ(status, self._block_size_tokens):
             self.blind[status.id] = reason
