@@ -45,9 +45,12 @@ log = structlog.get_logger("gateway.app")
 def build_app(gateway: "Gateway") -> ASGIApp:
     """The application of one gateway; the caller keeps `gateway.running()`."""
     api = _Api(gateway)
-    routes = [
+    generating = [
         Route("/v1/chat/completions", Generation(gateway, Chat()), methods=["POST"]),
         Route("/v1/completions", Generation(gateway, TextCompletion()), methods=["POST"]),
+    ]
+    routes = [
+        *generating,
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.model),
         Route("/v1/requests/{id:path}/receipt", api.receipt),
@@ -57,8 +60,25 @@ def build_app(gateway: "Gateway") -> ASGIApp:
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(_Envelope, gateway=gateway)],
-                     exception_handlers={HTTPException: _http_error})
+    others = Starlette(routes=routes, middleware=[Middleware(_Envelope, gateway=gateway)],
+                       exception_handlers={HTTPException: _http_error})
+    return _FrontDoor({route.path: (route, _Envelope(route.app, gateway)) for route in generating}, others)
+
+
+class _FrontDoor:
+    """Requests that generate go straight to their endpoint, which takes any error; all others through a router."""
+
+    def __init__(self, generating: dict[str, tuple[Route, ASGIApp]], others: ASGIApp) -> None:
+        self._generating = generating
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = self._generating.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        if found is None:
+            await self._others(scope, receive, send)
+            return
+        scope["route"], app = found
+        await app(scope, receive, send)
 
 
 class _Api:

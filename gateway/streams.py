@@ -126,6 +126,8 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._senders = Senders()
         self._cancelled: OrderedDict[tuple[str, str, int], float] = OrderedDict()
+        self._changed: dict[Wake, None] = {}  # who has something to take, in order
+        self._waking = False
         self._blind_until_s = 0.0
         self._ticked_s: float | None = None
 
@@ -167,13 +169,12 @@ class Streams:
             case "restarted":
                 self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
         known, recipe = self._fleet.worker(sender), message.recipe
-        changed: dict[Wake, None] = {}  # woken behind the whole message: what belongs together leaves in one write
         for reply in message.replies:
             stream = self._streams.get(reply.request_id)
             if stream is None:
                 self._stop_stranger(reply, sender)
                 continue
-            changed[stream.changed] = None
+            self._changed[stream.changed] = None
             if type(reply) is Tokens and (fresh := stream.state.hear_next(reply, sender, now_s, recipe)) is not None:
                 stream.pending += fresh
                 stream.last_token_s = now_s
@@ -181,6 +182,13 @@ class Streams:
             stream.note(reply, sender)
             self._perform(stream, stream.state.hear(reply, sender, epoch, now_s, from_worker=known is not None,
                                                     recipe=recipe))
+        if self._changed and not self._waking:
+            # behind all messages that have arrived by now: what belongs together leaves in one write
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        changed, self._changed, self._waking = self._changed, {}, False
         for wake in changed:
             wake.set()
 

@@ -27,6 +27,8 @@ from worker.scheduler import Advanced, Event, Scheduler, Step, Work
 INBOX_LIMIT = 4096
 AUDIT_PERIOD_S = 10.0
 RATE_WINDOW_S = 5.0
+# tokens of steps shorter than this travel together: a message to gateway and client per token would cost more than it
+GATHER_S = 0.002
 
 _log = structlog.get_logger("worker.engine")
 
@@ -99,6 +101,8 @@ class Engine:
         self._wake = asyncio.Event()
         self._audited_at = clock.now()
         self._kept: list[Event] = []  # events not yet published
+        self._urgent = False  # there are some among them that somebody waits for
+        self._published_at = clock.now()
         self._told_at = clock.now()  # when the drafter last heard of a step
         self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox
 
@@ -193,10 +197,19 @@ class Engine:
         try:
             # the device starts before this thread turns to anything else
             await asyncio.sleep(0)
-            await self._publish_kept()
+            if not self._may_gather():
+                await self._publish_kept()
             return await running
         finally:
             running.cancel()
+
+    def _may_gather(self) -> bool:
+        """Whether what is kept may leave with the tokens of the next step, because steps are that short.
+
+        First tokens, ends and all that a drafter waits for never do.
+        """
+        return (not self._urgent and not self.scheduler.speculates
+                and self._clock.now() - self._published_at < GATHER_S)
 
     async def _timed(self, step: Step) -> list[int] | None:
         started = self._clock.now()
@@ -250,11 +263,14 @@ class Engine:
 
     def _keep(self, events: list[Event]) -> None:
         self._kept += events
+        self._urgent = self._urgent or any(not isinstance(event, Advanced) or not event.first for event in events)
         if tokens := sum(len(event.tokens) for event in events if isinstance(event, Advanced)):
             self.rate.count(tokens, self._clock.now())
 
     async def _publish_kept(self) -> None:
         events, self._kept = self._kept, []
+        self._urgent = False
+        self._published_at = self._clock.now()
         if events:
-            self._told_at = self._clock.now()
+            self._told_at = self._published_at
         await self._publish(events)
