@@ -1,90 +1,21 @@
 """A request can be asked why it went where it went, and what the cache gave."""
 
-import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import router.service
-import worker.service
 from deploy import explain
-from gateway.app import build_app
 from gateway.receipts import HEADER_BYTES, Kept, Note, Outcome, ReceiptNotFound, Receipts, document, found, header
-from gateway.service import Gateway
 from shared import receipts
-from shared.clock import LoopClock
-from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import Failed
 from shared.receipts import MISSES, MOST_CANDIDATES, Receipt, Wall, Weighed, classify
-from shared.settings import GatewaySettings, RouterSettings, WorkerSettings
-from tests.gateway.fake_mesh import gateway_and_mesh, tiny_model
-from tests.virtual_time import run_virtual
-from worker.mock_decoder import MockDecoder
+from tests.gateway.fake_mesh import gateway_and_mesh
+from tests.gateway.world import PROMPT, World, virtual, world
 
 TOKENS = st.integers(0, 10_000)
-PROMPT = "The mill turns while the water runs. " * 4  # 148 tokens: nine full blocks
-
-
-class World:
-    """A gateway without a socket, before one real router and two real workers with the mock engine."""
-
-    def __init__(self, gateway: Gateway, client: httpx.AsyncClient, decoders: list[MockDecoder]) -> None:
-        self.gateway = gateway
-        self.client = client
-        self.decoders = decoders
-
-    async def ask(self, prompt: str = PROMPT, **more: Any) -> httpx.Response:
-        headers = more.pop("headers", {})
-        response = await self.client.post("/v1/completions", headers=headers, json={
-            "prompt": prompt, "max_tokens": 4, "temperature": 0, **more})
-        assert response.status_code == 200, response.text
-        await asyncio.sleep(0.2)  # of virtual time, in which everybody hears what became of it
-        return response
-
-    async def receipt(self, name: str) -> dict[str, Any]:
-        response = await self.client.get(f"/v1/requests/{name}/receipt")
-        assert response.status_code == 200, response.text
-        found: dict[str, Any] = response.json()
-        return found
-
-
-def virtual(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """The test in virtual time."""
-    def played() -> None:
-        run_virtual(test(), timeout_s=60)
-
-    played.__name__ = test.__name__
-    return played
-
-
-@contextlib.asynccontextmanager
-async def world(zones: tuple[str, ...] = ("eu", "us"), blocks: int = 64,
-                heartbeat_s: float = 0.05) -> AsyncIterator[World]:
-    broker, clock = MemoryBroker(), LoopClock()
-    decoders = [MockDecoder(blocks=blocks, vocabulary_size=258) for _ in zones]
-    gateway = Gateway(MemoryBus(broker), GatewaySettings(id="g1", model_name="tiny"), clock, tiny_model())
-    async with asyncio.TaskGroup() as tasks:
-        serving = [tasks.create_task(router.service.serve(
-            MemoryBus(broker), RouterSettings(id="r1", heartbeat_s=0.05), clock))]
-        for number, (zone, decoder) in enumerate(zip(zones, decoders, strict=True)):
-            told = WorkerSettings(id=f"w{number + 1}", engine="mock", model_name="tiny", zone=zone,
-                                  heartbeat_s=heartbeat_s, mock_step_s=0.0005, mock_row_s=0.0,
-                                  mock_token_s=0.0005, max_running=8, drain_s=0.0)
-            serving.append(tasks.create_task(worker.service.serve(MemoryBus(broker), told, clock, None, decoder)))
-        async with gateway.running():
-            while gateway.not_ready():
-                await asyncio.sleep(0.01)
-            transport = httpx.ASGITransport(build_app(gateway))
-            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-                yield World(gateway, client, decoders)
-        for task in serving:
-            task.cancel()
 
 
 @virtual

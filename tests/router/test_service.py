@@ -427,3 +427,26 @@ def _bare_gateway(mesh: Mesh) -> Callable[..., Awaitable[Any]]:
 
     return bare
 
+
+
+def test_a_burst_of_equal_prompts_computes_them_in_one_place() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        workers = [await mesh.worker(f"w{i}", max_running=64) for i in range(4)]
+        gateway = await mesh.gateway()
+        await asyncio.sleep(1)
+        for number in range(24):  # before any event or status can tell
+            await gateway.ask(request(prompt_tokens=1600, request_id=f"same{number}"))
+        await asyncio.sleep(0.01)
+        assert sorted(len(worker.requests) for worker in workers) == [0, 0, 0, 24]
+        (home,) = [worker for worker in workers if worker.requests]
+        promised = [got.placement for got in home.requests if got.placement]
+        assert [(placement.cached_tokens, placement.certain_tokens) for placement in promised] == [
+            (0, 0), *[(1584, 0)] * 23]
+        # once its events have told, what was expected is certain
+        await gateway.ask(request(prompt_tokens=1600, request_id="later"))
+        await asyncio.sleep(0.01)
+        (got,) = [got for worker in workers for got in worker.requests if got.request_id == "later"]
+        assert got.placement is not None and got.placement.certain_tokens == got.placement.cached_tokens
+
+    play(scenario)
