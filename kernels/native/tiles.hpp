@@ -64,26 +64,20 @@ class Tiles {
   const bool permitted_;
 };
 
-// C[Set] = the products of one group, left in `products`.
-template <bool Nibbles, int Set>
+// C[Set] = the products of one group, left in `products`. Both operands are signed: a nibble is a small positive byte.
+template <int Set>
 MILL_INLINE void tile_product(const int8_t* rows, const uint8_t* lines, int32_t* products) {
   if constexpr (Set == 0) {
     _tile_zero(0);
     _tile_loadd(2, rows, kGroup);
     _tile_loadd(4, lines, 64);
-    if constexpr (Nibbles)
-      _tile_dpbsud(0, 2, 4);
-    else
-      _tile_dpbssd(0, 2, 4);
+    _tile_dpbssd(0, 2, 4);
     _tile_stored(0, products, 64);
   } else {
     _tile_zero(1);
     _tile_loadd(3, rows, kGroup);
     _tile_loadd(5, lines, 64);
-    if constexpr (Nibbles)
-      _tile_dpbsud(1, 3, 5);
-    else
-      _tile_dpbssd(1, 3, 5);
+    _tile_dpbssd(1, 3, 5);
     _tile_stored(1, products, 64);
   }
 }
@@ -109,7 +103,8 @@ struct TilePanel {
 
 // The fp32 work on one group of sixteen rows.
 template <bool Nibbles>
-MILL_INLINE void add_products(const TilePanel& panel, int group, const GroupRows& rows, const int32_t* products, Lanes sums[kTileRows]) {
+MILL_INLINE void add_products(const TilePanel& panel, int group, const GroupRows& rows, const int32_t* products,
+                              Lanes sums[kTileRows]) {
   const uint16_t* const scales = (const uint16_t*)(panel.scales + size_t(group) * panel.scale_stride);
   const Lanes scale = load_half(scales), minimum = Nibbles ? load_half(scales + kLanes) : scale;
 #pragma GCC unroll 16
@@ -132,12 +127,12 @@ void multiply_sixteen(const TilePanel& panel, const Activations& x, int row, flo
   for (int r = 0; r < kTileRows; r++) sums[r] = splat(0.0f);
   const auto lines = [&](int group) { return panel.lines + size_t(group) * 8 * 64; };
   asm volatile("" : : : "memory");  // gcc does not know that a tile is loaded from memory
-  tile_product<Nibbles, 0>(x.group(0, row).q, lines(0), products[0]);
+  tile_product<0>(x.group(0, row).q, lines(0), products[0]);
   int g = 0;
   for (; g + 1 < panel.groups; g += 2) {
-    tile_product<Nibbles, 1>(x.group(g + 1, row).q, lines(g + 1), products[1]);
+    tile_product<1>(x.group(g + 1, row).q, lines(g + 1), products[1]);
     add_products<Nibbles>(panel, g, x.group(g, row), products[0], sums);
-    if (g + 2 < panel.groups) tile_product<Nibbles, 0>(x.group(g + 2, row).q, lines(g + 2), products[0]);
+    if (g + 2 < panel.groups) tile_product<0>(x.group(g + 2, row).q, lines(g + 2), products[0]);
     add_products<Nibbles>(panel, g + 1, x.group(g + 1, row), products[1], sums);
   }
   if (g < panel.groups) add_products<Nibbles>(panel, g, x.group(g, row), products[0], sums);

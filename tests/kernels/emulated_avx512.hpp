@@ -213,9 +213,8 @@ inline void store_tile(int index, void* base, long stride) {
   for (int row = 0; row < from.rows; row++) std::memcpy(static_cast<char*>(base) + row * stride, from.bytes[row], size_t(from.row_bytes));
 }
 
-// sums[m][n] += the products of four bytes of x[m][k] and y[k][n], for every k.
-template <typename X, typename Y>
-void dot_tiles(int sums, int x, int y) {
+// sums[m][n] += the products of four signed bytes of x[m][k] and y[k][n], for every k.
+inline void dot_tiles(int sums, int x, int y) {
   Tile& to = tile(sums);
   const Tile &left = tile(x), &right = tile(y);
   if (sums == x || sums == y || x == y) fault("three different tiles are needed");
@@ -225,7 +224,7 @@ void dot_tiles(int sums, int x, int y) {
       for (int n = 0; n < to.row_bytes / 4; n++) {
         int32_t sum;
         std::memcpy(&sum, to.bytes[m] + 4 * n, 4);
-        for (int j = 0; j < 4; j++) sum += int32_t(X(left.bytes[m][4 * k + j])) * int32_t(Y(right.bytes[k][4 * n + j]));
+        for (int j = 0; j < 4; j++) sum += int32_t(int8_t(left.bytes[m][4 * k + j])) * int32_t(int8_t(right.bytes[k][4 * n + j]));
         std::memcpy(to.bytes[m] + 4 * n, &sum, 4);
       }
   products++;
@@ -319,10 +318,8 @@ extern "C" __attribute__((visibility("default"), used)) inline long mill_tile_pr
 #define _tile_loadd emulated::load_tile
 #undef _tile_stored
 #define _tile_stored emulated::store_tile
-#undef _tile_dpbsud
-#define _tile_dpbsud (emulated::dot_tiles<int8_t, uint8_t>)
 #undef _tile_dpbssd
-#define _tile_dpbssd (emulated::dot_tiles<int8_t, int8_t>)
+#define _tile_dpbssd emulated::dot_tiles
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(x, control) emulated::roundscale<control>(x)
 #undef _mm512_cvtps_ph
