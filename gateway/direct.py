@@ -41,7 +41,7 @@ class DirectProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         # the application has not run yet: it does so in a task, or behind the requests before it
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope.setdefault("extensions", {})[EXTENSION] = DirectBody(self.cycle)  # type: ignore[typeddict-item]
+            self.scope.setdefault("extensions", {})[EXTENSION] = DirectBody(self.cycle)  # type: ignore[typeddict-item, assignment]
 
 
 def direct_body(scope: Mapping[str, Any]) -> DirectBody | None:

@@ -47,29 +47,35 @@ class MockDecoder:
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         size = self.block_size_tokens
-        tables, positions = inputs.block_tables.astype(np.int64), inputs.positions.astype(np.int64)
+        tables, positions = inputs.block_tables, inputs.positions.astype(np.int64)
         starts = inputs.sequence_starts.astype(np.int64)
         self._check(inputs)
-        sequence_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        sequences = np.arange(len(starts) - 1)
+        one_each = len(positions) == len(sequences)
+        sequence_of = sequences if one_each else np.repeat(sequences, np.diff(starts))
         # 1. the hash up to each row: what the cache says before the sequence's first row, and a running sum
         terms = mix(inputs.tokens.astype(np.uint64)) * self._powers[positions]
-        running = np.concatenate(([np.uint64(0)], terms.cumsum(dtype=np.uint64)))
-        first = positions[starts[:-1]]
+        first = positions if one_each else positions[starts[:-1]]
         previous = np.maximum(first - 1, 0)
-        held = self._kv[tables[np.arange(len(first)), previous // size], previous % size]
-        before = np.where(first > 0, held, np.uint64(0))
-        hashes = before[sequence_of] + running[1:] - running[starts[:-1]][sequence_of]
+        held = self._kv[tables[sequences, previous // size], previous % size]
+        before = held * (first > 0)
+        if one_each:
+            hashes = before + terms
+        else:
+            running = np.concatenate(([np.uint64(0)], terms.cumsum(dtype=np.uint64)))
+            hashes = before[sequence_of] + running[1:] - running[starts[:-1]][sequence_of]
         # 2. keys and values
         self._kv[tables[sequence_of, positions // size], positions % size] = hashes
         # 3. attention: the row's own slot and the last slot of every full block up to it
-        rows = inputs.sample_rows.astype(np.int64)
+        rows = inputs.sample_rows
         own, place = tables[sequence_of[rows]], positions[rows]
-        full = np.arange(own.shape[1])[None, :] < ((place + 1) // size)[:, None]
-        ends = np.where(full, self._kv[np.where(full, own, 0), size - 1], np.uint64(0))
+        full = np.arange(own.shape[1]) < ((place + 1) // size)[:, None]
+        ends = self._kv[own * full, size - 1] * full
         state = self._kv[own[np.arange(len(rows)), place // size], place % size]
         state = mix(state + mix(np.bitwise_xor.reduce(ends, axis=1)))
         # 4. sampling
-        seeded = mix(state ^ mix(inputs.seeds + ODD) * (inputs.temperature > 0).astype(np.uint64))
+        sampled = inputs.temperature > 0
+        seeded = mix(state ^ mix(inputs.seeds + ODD) * sampled if sampled.any() else state)
         word = (inputs.tokens[rows] - self._first).astype(np.int64) % self._words
         fresh = (seeded >> np.uint64(16)) % np.uint64(self._words)
         chosen = np.where(seeded % PHRASE == 0, fresh, self._follows[word])
@@ -97,17 +103,16 @@ class MockDecoder:
 
     def _check(self, inputs: StepInputs) -> None:
         """Raises ValueError where a real device would read or write somebody else's memory."""
-        if inputs.tokens.min() < 0 or inputs.tokens.max() >= self.vocabulary_size:
+        # as unsigned numbers what is negative is large
+        if inputs.tokens.view(np.uint32).max() >= self.vocabulary_size:
             raise ValueError("a token id outside the vocabulary")
-        ends = inputs.positions[inputs.sequence_starts[1:] - 1]
-        if inputs.positions.min() < 0 or ends.max() >= self.context_length:
+        if inputs.positions.view(np.uint32).max() >= self.context_length:
             raise ValueError("a position outside the context")
-        last = ends // self.block_size_tokens
+        last = inputs.positions[inputs.sequence_starts[1:] - 1] // self.block_size_tokens
         if last.max() >= inputs.block_tables.shape[1]:
             raise ValueError("a block table shorter than its sequence")
-        needed = np.arange(inputs.block_tables.shape[1])[None, :] <= last[:, None]
-        held = inputs.block_tables[needed]
-        if held.min() < 0 or held.max() >= self.blocks:
+        needed = np.arange(inputs.block_tables.shape[1]) <= last[:, None]
+        if (inputs.block_tables.view(np.uint32) * needed).max() >= self.blocks:
             raise ValueError("a block table with a hole")
 
 

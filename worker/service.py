@@ -59,6 +59,8 @@ GATEWAY_SILENCES = 10
 LAST_WORDS_S = 5.0
 # snapshots that several routers ask for at once are one; the next may follow after this
 SNAPSHOT_PAUSE_S = 0.1
+# changes of the cache that follow each other this fast are one message; routers expect what they sent anyway
+KV_PAUSE_S = 0.05
 REMEMBERED_ROUTERS = 256
 
 _log = structlog.get_logger("worker")
@@ -154,6 +156,7 @@ class Worker:
         self._snapshot_wanted = asyncio.Event()
         self._refusals_wanted = asyncio.Event()
         self._kv_order = asyncio.Lock()
+        self._kv_told_at = -KV_PAUSE_S
 
     async def run(self, bus: Bus, ready: asyncio.Event | None, timeline: Timeline) -> None:
         """Until cancelled, then drained."""
@@ -269,8 +272,11 @@ class Worker:
         if self._speculates:
             told = self._following.follow(events, self._scheduler.live, self._scheduler.speculates)
         await self._sender.send(replies + told)
-        async with self._kv_order:
-            await self._sender.send(self._outbox.kv_events(self._pool, self._clock.now()))
+        now = self._clock.now()
+        if now - self._kv_told_at >= KV_PAUSE_S or not self._scheduler.live:
+            self._kv_told_at = now
+            async with self._kv_order:
+                await self._sender.send(self._outbox.kv_events(self._pool, self._clock.now()))
         self._record(events)
 
     def _record(self, events: list[Event]) -> None:

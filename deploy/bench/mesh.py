@@ -1,6 +1,6 @@
 """What the mesh itself costs: gateway, router, bus and worker shells around mock engines; beside other meshes.
 
-    python -m deploy.bench.mesh [--streams 1,32,256] [--step-ms 0] [--rounds 3] [--workers 2] [--peer NAME=URL@PID,PID ...]
+    python -m deploy.bench.mesh [--streams 1,32,256] [--step-ms 0] [--rounds 3] [--peer NAME=URL@PID,PID ...]
 
 Real processes over a real nats-server on loopback. A mock step takes `--step-ms`, whatever its rows: what is measured
 is the path of a token. A peer is any running OpenAI endpoint with the processes that serve it (their descendants
@@ -10,7 +10,6 @@ the client, broker and mock engines included: it is the figure to compare on a n
 """
 
 import argparse
-import asyncio
 import itertools
 import json
 import shlex
