@@ -45,6 +45,10 @@ MILL_EXPORT void mill_close(void* model) { delete static_cast<mill::Model*>(mode
 MILL_EXPORT uint8_t* mill_cache(void* model) { return static_cast<mill::Model*>(model)->cache().base; }
 MILL_EXPORT int64_t mill_block_bytes(void* model) { return int64_t(static_cast<mill::Model*>(model)->cache().block_bytes()); }
 
+// How many threads took part in the last step; and the steps of the next seconds for the calling thread alone.
+MILL_EXPORT int32_t mill_crew(void* model) { return static_cast<mill::Model*>(model)->crew(); }
+MILL_EXPORT void mill_go_alone(void* model, int32_t seconds) { static_cast<mill::Model*>(model)->go_alone(seconds); }
+
 // Fills `tokens`, or `logits` when that is not null. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
 MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, int32_t* tokens, float* logits, char* message, int32_t capacity) {
   try {

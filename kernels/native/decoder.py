@@ -195,6 +195,19 @@ class NativeDecoder:
             self._check_open()
             np.copyto(self._cache[block], data)
 
+    @property
+    def crew(self) -> int:
+        """Threads that took part in the last step: all, or one where other work has kept the rest from coming."""
+        with self._busy:
+            self._check_open()
+            return int(self._library.mill_crew(self._model))
+
+    def go_alone(self, seconds: int) -> None:
+        """Leave the steps of the next seconds to the calling thread; 0: to all again. Changes no number."""
+        with self._busy:
+            self._check_open()
+            self._library.mill_go_alone(self._model, seconds)
+
     def close(self) -> None:
         """Give the memory back and end the helper threads. The decoder cannot be used afterwards."""
         with self._busy:
@@ -254,6 +267,10 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
     library.mill_cache.argtypes = [ctypes.c_void_p]
     library.mill_block_bytes.restype = ctypes.c_int64
     library.mill_block_bytes.argtypes = [ctypes.c_void_p]
+    library.mill_crew.restype = ctypes.c_int32
+    library.mill_crew.argtypes = [ctypes.c_void_p]
+    library.mill_go_alone.restype = None
+    library.mill_go_alone.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.mill_step.restype = ctypes.c_int32
     library.mill_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_char_p, ctypes.c_int32]
     library.mill_choose.restype = ctypes.c_int32

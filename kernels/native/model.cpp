@@ -239,7 +239,7 @@ bool Model::step(const mill_inputs& inputs, int32_t* tokens, float* logits) {
     normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
     head_input_.rows = samples;
     for (Counter& counter : taken_) counter.next.store(0, std::memory_order_relaxed);
-    team_.run([&](int thread) { run_pass(pass, thread); });
+    team_.run_step([&](int thread) { run_pass(pass, thread); });
     if (!pass.finite) return false;
     sample += samples;
   }
@@ -285,7 +285,7 @@ void Model::run_pass(Pass& pass, int thread) {
 
 // Token embeddings into the residual stream; cosines and sines of each row's position, in float64, rounded once.
 void Model::embed(const Pass& pass, int thread) {
-  const auto [first, last] = share_of(pass.rows, thread, team_.size());
+  const auto [first, last] = share_of(pass.rows, thread, team_.crew());
   for (int row = first; row < last; row++) {
     (tied_ ? head_ : embedding_).row(pass.inputs.tokens[pass.first + row], residual(row));
     float* const rotation = rotation_.data() + size_t(row) * size_t(config_.rope_dims);
@@ -303,7 +303,7 @@ const Activations& Model::prepare(Activations& shared, Activations& own, int row
   const bool each = rows <= kRowsEachThreadPrepares;
   Activations& to = each ? own : shared;
   if (each) own.rows = rows;
-  const auto [first, last] = each ? std::pair(0, rows) : share_of(rows, thread, team_.size());
+  const auto [first, last] = each ? std::pair(0, rows) : share_of(rows, thread, team_.crew());
   for (int row = first; row < last; row++) {
     const float* const numbers = values(row);
     for (int group = 0; group < width / kGroup; group++) to.set_group(row, group, width, numbers + group * kGroup);
@@ -360,7 +360,7 @@ void Model::rotate(const float* from, float* to, int row) const {
 
 void Model::write_cache(const Pass& pass, int layer, int thread) {
   const int dim = config_.head_dim;
-  const auto [first, last] = share_of(pass.rows * config_.kv_heads, thread, team_.size());
+  const auto [first, last] = share_of(pass.rows * config_.kv_heads, thread, team_.crew());
   float* const key = scratch_[size_t(thread)].row.data();
   for (int item = first; item < last; item++) {
     const int row = item / config_.kv_heads, head = item % config_.kv_heads, position = pass.position(row);
@@ -372,8 +372,8 @@ void Model::write_cache(const Pass& pass, int layer, int thread) {
 void Model::attend_all(const Pass& pass, int layer, int thread) {
   Scratch& scratch = scratch_[size_t(thread)];
   const int items = pass.rows * config_.kv_heads, group = config_.heads / config_.kv_heads;
-  if (items < 4 * team_.size()) {  // too few to even out by themselves: split the query heads
-    const auto [first, last] = share_of(config_.heads, thread, team_.size());
+  if (items < 4 * team_.crew()) {  // too few to even out by themselves: split the query heads
+    const auto [first, last] = share_of(config_.heads, thread, team_.crew());
     for (int row = 0; row < pass.rows; row++)
       for (int head = first; head < last; head = (head / group + 1) * group)
         attend_heads(pass, layer, row, head, std::min(last, (head / group + 1) * group), scratch);
@@ -437,22 +437,22 @@ void Model::sample(Pass& pass, int thread) {
   if (!pass.tokens) return;
   team_.meet();
 
-  const Matrix::Share& share = head_.shares[size_t(thread)];
+  const auto [first, last] = share_of(head_.panels(), thread, team_.crew());
   bool finite = true;
   for (int sample = 0; sample < pass.samples; sample++) {
     const Sampling sampling = pass.sampling(sample);
     if (sampling.masked()) continue;
     pass.choices[size_t(thread * pass.samples + sample)] =
-        choose(pass.logits + size_t(sample) * size_t(vocabulary), share.first * kLanes, std::min(share.last * kLanes, vocabulary), sampling, finite);
+        choose(pass.logits + size_t(sample) * size_t(vocabulary), first * kLanes, std::min(last * kLanes, vocabulary), sampling, finite);
   }
   team_.meet();
-  for (int sample = thread; sample < pass.samples; sample += team_.size()) {
+  for (int sample = thread; sample < pass.samples; sample += team_.crew()) {
     const Sampling sampling = pass.sampling(sample);
     Choice best{0, -1};
     if (sampling.masked())
       best = choose_masked(pass.logits + size_t(sample) * size_t(vocabulary), vocabulary, sampling, finite);
     else
-      for (int other = 0; other < team_.size(); other++) best = better(best, pass.choices[size_t(other * pass.samples + sample)]);
+      for (int other = 0; other < team_.crew(); other++) best = better(best, pass.choices[size_t(other * pass.samples + sample)]);
     pass.tokens[sample] = best.token;
     if (best.token < 0) finite = false;
   }

@@ -75,6 +75,9 @@ class Model {
   bool step(const mill_inputs& inputs, int32_t* tokens, float* logits);
 
   const KvCache& cache() const { return cache_; }
+  // Threads that took part in the last step; and: leave the steps of the next seconds to the caller's alone.
+  int crew() const { return team_.crew(); }
+  void go_alone(int seconds) { team_.go_alone(Crowding::Clock::now() + std::chrono::seconds(seconds)); }
 
  private:
   struct Layer {

@@ -1,7 +1,9 @@
 // The threads of a step: the caller is one of them, the others wait for it.
 //
 // Rule: idle is idle. A helper spins for a short time after a step (the next one usually follows at once), then sleeps.
-// Inside a step threads meet at barriers that spin, and yield the core when the partner does not come soon.
+// Inside a step threads meet at barriers that spin, and yield the core when the partner does not come soon. Where others
+// want the cores too, a step of hundreds of meetings waits most of the time for a thread that has no core: the caller
+// then goes on alone for a while (see Crowding), which changes no number.
 #pragma once
 
 #include <atomic>
@@ -26,9 +28,30 @@ inline void pause_briefly() {
 #endif
 }
 
+// Whether a team is worth having now. Alone the caller would need `threads` times its own share of the step; so the team
+// has lost when waiting for late threads took more than (threads - 1) / threads of the step. Then the caller goes on alone
+// for ten times as long as that step took: trying again costs a tenth of the time at most.
+class Crowding {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  explicit Crowding(int threads) : threads_(threads) {}
+
+  bool alone(Clock::time_point now) const { return now < until_; }
+  void go_alone(Clock::time_point until) { until_ = until; }
+  void observe(Clock::time_point start, Clock::time_point end, Clock::duration late) {  // of a step with the team
+    if (late * threads_ > (end - start) * (threads_ - 1)) until_ = end + kRest * (end - start);
+  }
+
+ private:
+  static constexpr int kRest = 10;
+  int threads_;
+  Clock::time_point until_{};
+};
+
 class Team {
  public:
-  explicit Team(int size) : size_(size) {
+  explicit Team(int size) : size_(size), crew_(size), crowding_(size), caller_(std::this_thread::get_id()) {
     for (int index = 1; index < size; index++) helpers_.emplace_back([this, index] { help(index); });
   }
 
@@ -39,18 +62,37 @@ class Team {
   }
 
   int size() const { return size_; }
+  // How many of them take part in what runs now: all, or the caller alone.
+  int crew() const { return crew_; }
+  // Steps that begin before then are the caller's alone.
+  void go_alone(Crowding::Clock::time_point until) { crowding_.go_alone(until); }
 
   // Runs work(thread) on every thread of the team and returns when all are done. One call at a time.
   void run(const std::function<void(int)>& work) {
+    crew_ = size_;
     work_ = &work;
     announce();
     in_plain_rounding(work, 0);
     meet();
   }
 
+  // Runs work(thread) on the crew that is quickest now. The work must not count on more threads than crew().
+  void run_step(const std::function<void(int)>& work) {
+    const auto start = Crowding::Clock::now();
+    if (size_ > 1 && crowding_.alone(start)) {
+      crew_ = 1;
+      in_plain_rounding(work, 0);
+      return;
+    }
+    caller_ = std::this_thread::get_id();
+    late_ = {};
+    run(work);
+    crowding_.observe(start, Crowding::Clock::now(), late_);
+  }
+
   // Nobody passes before everybody has arrived.
   void meet() {
-    if (size_ == 1) return;
+    if (crew_ == 1) return;
     const uint32_t round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -58,14 +100,18 @@ class Team {
       return;
     }
     for (int tries = 0; round_.load(std::memory_order_acquire) == round; tries++) {
-      if (tries < kSpinsBeforeYield)
-        pause_briefly();
-      else
-        std::this_thread::yield();
+      if (tries == kSpinsBeforeYield) return wait_for_late(round);
+      pause_briefly();
     }
   }
 
  private:
+  void wait_for_late(uint32_t round) {
+    const auto start = Crowding::Clock::now();
+    while (round_.load(std::memory_order_acquire) == round) std::this_thread::yield();
+    if (std::this_thread::get_id() == caller_) late_ += Crowding::Clock::now() - start;
+  }
+
   static constexpr int kSpinsBeforeYield = 4000;                   // some 60 us: longer than any healthy phase's imbalance
   static constexpr auto kSpinAfterStep = std::chrono::microseconds(200);  // a wake-up costs about 50
 
@@ -109,6 +155,10 @@ class Team {
   }
 
   const int size_;
+  int crew_;  // written by the caller between steps
+  Crowding crowding_;
+  std::thread::id caller_;
+  Crowding::Clock::duration late_{};  // the caller's waiting, in this step, for threads that came late
   std::vector<std::thread> helpers_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<bool> stopping_{false};

@@ -147,6 +147,22 @@ def test_threads_change_no_bit(load: Loader) -> None:
     assert same_bits(whole(load(threads=1)), whole(load(threads=5)))
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (0.9, 0), (0.9, 40)])
+def test_a_step_that_the_caller_does_alone_changes_no_bit(load: Loader, temperature: float, top_k: int) -> None:
+    decoder = load(threads=5)
+    step = step_of((PROMPT, 0, TABLE), samples=LOGITS_ROWS, temperature=temperature, top_k=top_k, seed=3)
+    decoder.go_alone(0)
+    logits = decoder.logits(step)
+    assert decoder.crew == 5
+    decoder.go_alone(0)
+    tokens = decoder.step(step)
+    assert decoder.crew == 5
+    decoder.go_alone(1000)
+    assert same_bits(decoder.logits(step), logits)
+    assert decoder.step(step).tolist() == tokens.tolist()
+    assert decoder.crew == 1
+
+
 def test_neighbours_and_blocks_change_no_bit(load: Loader) -> None:
     expected = whole(load())
     decoder = load()
