@@ -42,6 +42,7 @@ T = TypeVar("T")
 TICK_S = 0.1  # how finely deadlines and silence are noticed
 FORGET_S = 60.0
 LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
+PROMPTS_PER_TURN = 4  # of the event loop: 1 to 2 ms
 MOST_NAMED = 128  # characters of an unknown model's name that its error repeats
 CLOSE_S = 5.0  # for HTTP connections to end once nothing runs
 
@@ -68,6 +69,7 @@ class Gateway:
         self.receipts = Receipts()
         self.draining = False
         self.url = ""
+        self._turns = asyncio.Semaphore(PROMPTS_PER_TURN)
         self._idle = asyncio.Event()
         self._idle.set()
         self._changed = asyncio.Event()
@@ -106,8 +108,16 @@ class Gateway:
                 self._idle.set()
 
     async def aside(self, size_bytes: int, work: Callable[[], T]) -> T:
-        """`work()`, in a thread when the body it works on is long."""
-        return await asyncio.to_thread(work) if size_bytes > LONG_BYTES else work()
+        """`work()`, in a thread when the body it works on is long; of a crowd that comes at once a few at a time.
+
+        In between the first of them are on their way, and streams under way get their tokens.
+        """
+        if size_bytes > LONG_BYTES:
+            return await asyncio.to_thread(work)
+        async with self._turns:
+            done = work()
+            await asyncio.sleep(0)
+        return done
 
     def workers(self) -> list[WorkerStatus]:
         """The workers heard lately."""

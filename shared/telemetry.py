@@ -149,13 +149,14 @@ def traces_url(endpoint: str) -> str:
 def inject(context: Context | None = None) -> dict[str, str]:
     """Headers that carry `context` (default: the current one) on: `traceparent`, or nothing when nothing is traced."""
     headers: dict[str, str] = {}
-    _propagator.inject(headers, context)
+    if context is None or context:  # an empty one has nothing to carry
+        _propagator.inject(headers, context)
     return headers
 
 
 def extract(headers: Mapping[str, str]) -> Context:
     """The context that came with a message. Empty when there is none or it is malformed."""
-    return _propagator.extract(headers, Context())
+    return _propagator.extract(headers, Context()) if headers else Context()
 
 
 def traceparent_of(context: Context | None) -> str:

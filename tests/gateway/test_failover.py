@@ -627,3 +627,32 @@ def test_a_stream_without_a_worker_of_its_recipe_ends_with_that_reason() -> None
     (end,) = ends
     assert isinstance(end.error, NoEligibleWorker) and "recipe fp16, not int8" in end.error.message
     assert now_s < 2.0 + LIMITS.stall_s
+
+
+histories = st.lists(st.tuples(
+    st.sampled_from(["accepted", "tokens", "tokens", "tokens", "finished", "tick"]),
+    st.integers(0, 9),  # index, or count
+    st.lists(st.sampled_from([2, 7, 8, 9]), max_size=3),
+    st.sampled_from(["w1", "w1", "w1", "w2"]),
+    st.sampled_from([1, 1, 1, 2]),  # attempt
+    st.sampled_from(["r", "r", "r", "other", ""])), max_size=12)
+
+
+@settings(deadline=None)
+@given(histories)
+def test_the_short_way_for_the_next_tokens_does_what_hear_would_do(history: list[Any]) -> None:
+    short, long = stream(), stream()
+    for number, (kind, at, ids, sender, attempt, recipe) in enumerate(history):
+        now_s = 0.1 * number
+        if kind == "tick":
+            assert short.tick(now_s) == long.tick(now_s)
+            continue
+        reply: Reply = (accepted(attempt) if kind == "accepted" else finished(at, attempt) if kind == "finished"
+                        else tokens(at if at == 9 else len(long.delivered), *ids, attempt=attempt))
+        actions = long.hear(reply, sender, 5, now_s, recipe=recipe)
+        fresh = short.hear_next(reply, sender, now_s, recipe) if isinstance(reply, Tokens) else None
+        if fresh is None:
+            assert short.hear(reply, sender, 5, now_s, recipe=recipe) == actions
+        else:
+            assert actions == [Deliver(fresh)]
+        assert all(getattr(short, name) == getattr(long, name) for name in StreamState.__slots__)

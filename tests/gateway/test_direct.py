@@ -1,0 +1,113 @@
+"""Streams over a real connection: the short way to the socket gives the same bytes as the long one."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from gateway import direct
+from gateway.service import Gateway, _serve_http
+from shared.clock import LoopClock
+from shared.memory_bus import MemoryBroker, MemoryBus
+from shared.messages import Accepted, Finished, Generate, Reply, Tokens
+from shared.settings import GatewaySettings
+from shared.tokens import pack
+from tests.gateway.fake_mesh import FakeMesh, tiny_model
+
+BODY = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 40, "temperature": 0,
+        "stream_options": {"include_usage": True}}
+
+
+@contextlib.asynccontextmanager
+async def served() -> AsyncIterator[tuple[str, FakeMesh]]:
+    """A gateway on a port of its own, and the mesh that answers it."""
+    broker = MemoryBroker()
+    gateway = Gateway(MemoryBus(broker), GatewaySettings(id="g1"), LoopClock(), tiny_model())
+    mesh = FakeMesh(broker)
+    ready = asyncio.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with gateway.running(), asyncio.TaskGroup() as tasks:
+            await mesh.start()
+            serving = tasks.create_task(_serve_http(gateway, listener, ready))
+            await ready.wait()
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", mesh
+            serving.cancel()
+
+
+async def said(url: str, **more: object) -> dict[int, str]:
+    """The text of each choice; every event has to be whole JSON and the last one `[DONE]`."""
+    texts: dict[int, str] = {}
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        answer = await client.post("/v1/chat/completions", json=BODY | more)
+    assert answer.status_code == 200
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    for event in events:
+        for choice in json.loads(event.removeprefix("data: "))["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["delta"].get("content", "")
+    return texts
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What every direct write answered."""
+    answers: list[bool] = []
+    write = direct.DirectBody.write
+
+    def noted(self: direct.DirectBody, data: bytes) -> bool:
+        answers.append(write(self, data))
+        return answers[-1]
+
+    monkeypatch.setattr(direct.DirectBody, "write", noted)
+    return answers
+
+
+async def test_the_middle_of_a_stream_goes_to_the_socket_and_the_text_is_whole(written: list[bool]) -> None:
+    async with served() as (url, mesh):
+        mesh.says, mesh.batch, mesh.pause_s = "Grüße, 世界! 🦀 and more".encode(), 1, 0.001
+        assert await said(url) == {0: "Grüße, 世界! 🦀 and more"}
+    assert written.count(True) > 10
+
+
+async def test_several_choices_and_a_stop_string_end_as_they_should(written: list[bool]) -> None:
+    async with served() as (url, mesh):
+        mesh.says, mesh.batch, mesh.pause_s = b"one two three four", 1, 0.001
+        assert await said(url, n=2, stop=[" three"]) == {0: "one two", 1: "one two"}
+    assert any(written)
+
+
+async def test_where_the_connection_takes_nothing_the_long_way_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct.DirectBody, "write", lambda self, data: False)
+    async with served() as (url, mesh):
+        mesh.says, mesh.batch, mesh.pause_s = b"one two three four", 1, 0.001
+        assert await said(url) == {0: "one two three four"}
+
+
+async def test_tokens_and_the_end_in_messages_that_arrive_together_lose_nothing() -> None:
+    def script(request: Generate) -> list[Reply]:
+        name, attempt = request.request_id, request.attempt
+        return [Accepted(name, attempt, "w1"), *(Tokens(name, attempt, i, pack([65 + i])) for i in range(20)),
+                Finished(name, attempt, "length", "w1", 3, 0, 20)]
+
+    async with served() as (url, mesh):
+        mesh.script = script
+        assert await said(url, max_tokens=20) == {0: "ABCDEFGHIJKLMNOPQRST"}
+
+
+async def test_an_error_on_the_short_way_ends_the_stream_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = direct.DirectBody.write
+
+    def breaks(self: direct.DirectBody, data: bytes) -> bool:
+        monkeypatch.setattr(direct.DirectBody, "write", write)
+        raise RuntimeError("broken on purpose")
+
+    async with served() as (url, mesh):
+        mesh.says, mesh.batch, mesh.pause_s = b"one two three four", 1, 0.001
+        monkeypatch.setattr(direct.DirectBody, "write", breaks)
+        with pytest.raises(httpx.RemoteProtocolError):
+            await said(url)
+        assert await said(url) == {0: "one two three four"}
