@@ -5,6 +5,7 @@ import asyncio
 import openai
 import pytest
 
+from deploy import explain
 from deploy.local_mesh import LocalMesh
 from gateway.model_files import load_card
 from tests.mesh.streams import chat, read
@@ -53,6 +54,23 @@ async def test_a_shared_prefix_is_found_on_the_worker_that_has_it(mesh: LocalMes
     assert second.usage["mill"]["worker"] == first.usage["mill"]["worker"]
     assert second.usage["prompt_tokens_details"]["cached_tokens"] >= 2000
     await asyncio.gather(*busy)
+
+
+async def test_a_request_can_be_explained_afterwards(mesh: LocalMesh) -> None:
+    name = load_card(mesh.options.model).name
+    rules = " ".join(f"Law {i}: the {i}th baker pays {i * 3} loaves." for i in range(60))
+    for question in ("Who pays most?", "Who pays least?"):
+        asked = chat(name, f"{rules} {question}", max_tokens=4)
+        told = await read(mesh.url, asked, headers={"x-request-id": question.replace(" ", "-")})
+    receipt = await asyncio.to_thread(explain.fetch, [mesh.url], "Who-pays-least?")
+    (choice,) = receipt["choices"]
+    (attempt,) = choice["attempts"]
+    assert attempt["considered"] == 2 and {row["worker"] for row in attempt["candidates"]} == {"worker-1", "worker-2"}
+    assert attempt["router"] in ("router-1", "router-2")
+    assert choice["worker"] == attempt["worker"] == told.usage["mill"]["worker"]
+    assert choice["miss"] == "none"
+    assert choice["actual_cached_tokens"] >= attempt["predicted_cached_tokens"] > 500
+    assert attempt["worker"] in "\n".join(explain.page(receipt))
 
 
 async def test_one_request_is_one_trace_through_all_four_services(mesh: LocalMesh, otlp: OtlpReceiver) -> None:
