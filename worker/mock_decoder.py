@@ -23,6 +23,9 @@ FIRST_WORD = 1024
 
 Hashes = NDArray[np.uint64]
 
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
 
 class MockDecoder:
     """Implements `kernels.step.Decoder` and `BlockStore`."""
@@ -41,6 +44,7 @@ class MockDecoder:
         phrase = rng.permutation(self._words)
         self._follows = np.empty(self._words, np.uint64)
         self._follows[phrase] = np.roll(phrase, 1)
+        self._mixed = mix(np.arange(vocabulary_size, dtype=np.uint64))
         self._powers = np.full(context_length, ODD, np.uint64).cumprod(dtype=np.uint64)
         # never zero, so that an unwritten slot is as visible as a wrong one
         self._kv: Hashes = rng.integers(1, 1 << 63, (blocks, block_size_tokens), np.uint64)
@@ -54,7 +58,7 @@ class MockDecoder:
         one_each = len(positions) == len(sequences)
         sequence_of = sequences if one_each else np.repeat(sequences, np.diff(starts))
         # 1. the hash up to each row: what the cache says before the sequence's first row, and a running sum
-        terms = mix(inputs.tokens.astype(np.uint64)) * self._powers[positions]
+        terms = self._mixed[inputs.tokens] * self._powers[positions]
         first = positions if one_each else positions[starts[:-1]]
         previous = np.maximum(first - 1, 0)
         held = self._kv[tables[sequences, previous // size], previous % size]
@@ -118,6 +122,6 @@ class MockDecoder:
 
 def mix(values: Hashes) -> Hashes:
     """A bijection of 64 bits that leaves no pattern (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    values = (values ^ (values >> _SHIFTS[0])) * _FACTORS[0]
+    values = (values ^ (values >> _SHIFTS[1])) * _FACTORS[1]
+    return values ^ (values >> _SHIFTS[2])
