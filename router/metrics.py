@@ -38,6 +38,8 @@ class Metrics:
         self.snapshots_asked = Counter("mill_router_snapshots_asked", "Snapshot requests sent.", registry=own)
         self.indexed_blocks = Gauge("mill_router_indexed_blocks", "Different blocks in the index.", registry=own)
         self.indexed_bytes = Gauge("mill_router_indexed_bytes", "Memory of the index, estimated.", registry=own)
+        self.overflow = Gauge("mill_router_index_overflow_total", "Blocks that did not fit into the index.",
+                              registry=own)
         self.workers = Gauge("mill_router_workers", "Workers heard lately.", registry=own)
         self.estimate_s = Histogram("mill_router_estimate_seconds", "Expected time to the first token.",
                                     buckets=_ESTIMATE_S, registry=own)

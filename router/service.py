@@ -345,6 +345,7 @@ class Router:
         index = self.view.index
         self.metrics.indexed_blocks.set(len(index))
         self.metrics.indexed_bytes.set(index.bytes_estimate)
+        self.metrics.overflow.set(index.overflow_total)
         self.metrics.gaps.set(self.view.resync.gaps_total)
         self.metrics.workers.set(len(self.view.fleet.workers()))
         self.metrics.blind_workers.set(len(self.view.blind))

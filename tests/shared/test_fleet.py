@@ -84,6 +84,13 @@ def test_one_that_says_goodbye_is_gone_at_once_unless_it_started_again():
     assert fleet.worker("w1").epoch == 2
 
 
+def test_workers_heard_lately_come_by_id_and_nobody_else():
+    fleet = Fleet()
+    for status, at in ((worker("c"), 5.0), (worker("a"), 4.0), (worker("b"), 3.9), (DrafterStatus("d", 1), 5.0)):
+        fleet.fold(status, at)
+    assert [heard.id for heard in fleet.workers_heard_since(4.0)] == ["a", "c"]
+
+
 def test_silence_is_told():
     fleet = Fleet()
     fleet.fold(worker(), 1.0)
