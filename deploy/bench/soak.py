@@ -2,9 +2,9 @@
 
     python -m deploy.bench.soak [--minutes 30] [--streams 12] [--threads N] [--seed 1] [--json FILE]
 
-The whole mesh of real processes with the real model and the drafter, a small KV cache so that it fills and requests wait
-for blocks. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses;
-every REST_EVERY_S all of them rest until the mesh is idle, which is when its books are compared. Before they begin,
+The whole mesh of real processes with the real model and the drafter, and a small KV cache so that it fills and requests
+wait for blocks. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses.
+Every REST_EVERY_S all of them rest until the mesh is idle, which is when its books are compared. Before they begin,
 FILLERS requests that ask for no token fill the tables in which requests are remembered.
 
 Rules, each a complaint and exit code 1 when broken:

@@ -8,14 +8,15 @@ blocks, so that streams keep giving way to each other.
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from shared.errors import WorkerFailed
-from shared.messages import Cancel, Failed, Finished, Generate, Sampling
+from shared.messages import Cancel, Failed, Finished, Generate, Proposal, Sampling
 from shared.tokens import pack, unpack
-from tests.worker.builders import BLOCK, FAR, VOCABULARY, Bench, mock_decoder, plain, request
+from tests.worker.builders import BLOCK, FAR, Bench, mock_decoder, plain, request
 from tests.worker.test_scheduler import offer_drafts
 from worker.kv_blocks import Ownership
 from worker.scheduler import PREFILL_SHARE, Step
@@ -25,6 +26,37 @@ prompts = st.one_of(
     st.lists(st.integers(0, 3), min_size=1, max_size=30),
     st.integers(1, 40).map(lambda length: list(range(length))),
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 10), st.integers(1, 3), st.integers(20, 60), st.sampled_from([0, 4]))
+def test_no_step_exceeds_the_budget_when_long_prompts_come_to_streams_that_fill_it(
+        streams: int, extra: int, late: int, length: int, drafts: int) -> None:
+    bench = Bench(mock_decoder(256), max_running=streams + late, step_tokens=streams + late + extra,
+                  max_draft_tokens=drafts)
+    for number in range(streams):
+        bench.add(request(f"stream{number}", [number], 40))
+    while len(bench.streams) < streams:
+        bench.step()
+    for number in range(late):
+        bench.add(request(f"late{number}", [100 + number] * length, 4))
+    for number in range(streams):
+        stream = plain(request(f"stream{number}", [number], 40))
+        done = len(bench.streams.get((f"stream{number}", 1), []))
+        bench.scheduler.drafts.offer(Proposal(f"stream{number}", 1, 1 + done, pack(stream[done:done + 4])))
+    bench.finish()
+    assert bench.largest_step <= streams + late + extra
+
+
+def test_an_older_cancel_that_comes_late_takes_nothing_back() -> None:
+    bench = Bench(mock_decoder())
+    for attempt in (3, 1):
+        bench.scheduler.cancel(Cancel("r", attempt), 0.0)
+    for attempt in (2, 3, 4):
+        bench.add(request(attempt=attempt))
+        bench.finish()
+    ends = [bench.ends["r", attempt][0] for attempt in (2, 3, 4)]
+    assert [end.reason for end in ends if isinstance(end, Finished)] == ["cancelled", "cancelled", "length"]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -55,20 +87,23 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(prompt=prompts, max_tokens=st.integers(0, 24), tenant=st.sampled_from("abc"), priority=st.integers(0, 2),
           gateway=st.sampled_from(["g1", "g2"]), seed=st.integers(0, 2),
-          patience=st.sampled_from([None, None, 0.1, 0.5]))
+          patience=st.sampled_from([None, None, 0.1, 0.5]), stop=st.none() | st.integers(0, 12))
     def a_request_comes(self, prompt: list[int], max_tokens: int, tenant: str, priority: int, gateway: str, seed: int,
-                        patience: float | None) -> None:
+                        patience: float | None, stop: int | None) -> None:
         deadline = FAR if patience is None else self.bench.now + patience
-        self.add(request(
+        one = request(
             f"r{len(self.requests)}", prompt, max_tokens, tenant=tenant, priority=priority, gateway=gateway,
-            cache_salt=tenant.encode(), deadline=deadline, sampling=Sampling(temperature=float(seed > 0), seed=seed),
-            stop_token_ids=(VOCABULARY - 1, VOCABULARY - 2)))
+            cache_salt=tenant.encode(), deadline=deadline, sampling=Sampling(temperature=float(seed > 0), seed=seed))
+        if stop is not None:
+            # one of its own tokens, so that drafts may reach beyond the end
+            one = replace(one, stop_token_ids=tuple(plain(replace(one, deadline=FAR))[stop:stop + 1]))
+        self.add(one)
 
     @rule(count=st.integers(2, 6), prompt=st.integers(1, 20), tenant=st.sampled_from("abc"))
     def a_crowd_comes_that_will_need_more_than_there_is(self, count: int, prompt: int, tenant: str) -> None:
         for number in range(count):
             self.add(request(f"r{len(self.requests)}", [50 + number] * prompt, 40, tenant=tenant, priority=number % 3,
-                             cache_salt=tenant.encode()))
+                             cache_salt=tenant.encode(), deadline=FAR if number % 2 else self.bench.now + 0.12))
         self.steps_run(prompt)
         # a long one goes before all of them and takes their blocks while they run
         self.add(request(f"r{len(self.requests)}", [70 + prompt] * 40, 8, tenant=tenant, priority=3,
@@ -170,6 +205,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         names, handed_out = set(pool.names()), self.handed_out
         step = scheduler.plan(self.bench.now)
         self.take()
+        assert all(one.deadline > self.bench.now for one in scheduler.live)
         gave_way = [one for one in before if one.slot < 0 and not one.ended]
         stayed = [one for one in before if one.slot >= 0]
         self.check_gave_way(gave_way, stayed, hashes)
@@ -217,9 +253,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.bench.take(self.bench.scheduler.take_events())
 
     def stream(self, key: Key) -> list[int]:
-        """What this attempt must say, had it been alone."""
+        """What this attempt must say, had it been alone and had it all the time it wants."""
         if key not in self.streams:
-            self.streams[key] = plain(self.requests[key], mock_decoder(self.bench.scheduler.pool.blocks))
+            patient = replace(self.requests[key], deadline=FAR)
+            self.streams[key] = plain(patient, mock_decoder(self.bench.scheduler.pool.blocks))
         return self.streams[key]
 
     # --- what always holds -------------------------------------------------------------------------------------------
