@@ -95,7 +95,8 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
                         sent = bodies(_name(side, name, options), count, options.max_tokens, numbers)
                         seen[side.name].append(await _once(side, sent, streams))
                 rows += [median_row(side, streams, found) for side, found in seen.items()]
-    command = shlex.join(["python", "-m", "deploy.bench.mesh", *sys.argv[1:]])
+    said = [argument for argument in sys.argv[1:] if argument not in ("--json", str(options.json))]
+    command = shlex.join(["python", "-m", "deploy.bench.mesh", *said])
     return {"machine": machine.describe(), "command": command, "step_ms": options.step_ms, "rows": rows}
 
 
