@@ -348,7 +348,7 @@ CONDITIONS = {
     "resubmission": Condition(resubmission, ("resumed_tokens",)),
     "all at once": Condition(
         all_at_once,
-        ("chunks", "preemptions", "priority_preemptions", "cancels", "accepted_drafts", "cached_tokens"),
+        ("chunks", "preemptions", "cancels", "accepted_drafts", "cached_tokens"),
         threads=2,
     ),
     "two threads": Condition(batches, ("shared_steps",), threads=2),
@@ -425,7 +425,7 @@ class Engine:
                 wanted = self._chooser.randint(1, MOST_STREAMS) if self._chooser else 1
             while waiting and len(self._open) < wanted:
                 self._add(waiting.popleft())
-            if self._squeezed and self._chooser and self._chooser.random() < 0.3:
+            if self._squeezed and self._chooser and self._chooser.random() < (0.6 if self._at_a_border() else 0.1):
                 self._squeeze(self._chooser)
             if self._cancels and self._chooser and self._open and self._chooser.random() < 0.05:
                 self._cancel(self._chooser)
@@ -440,6 +440,11 @@ class Engine:
         self._said[request.request_id] = unpack(request.generated)
         self.cover.resumed_tokens += len(self._said[request.request_id])
         self._scheduler.add(request, 0.0, FAR)
+
+    def _at_a_border(self) -> bool:
+        """Whether a stream needs another block in this step: the moment when missing ones hurt."""
+        size = self._decoder.block_size_tokens
+        return any(len(stream.tokens) > len(stream.blocks) * size for stream in self._scheduler.running)
 
     def _squeeze(self, chooser: random.Random) -> None:
         """Take other free blocks than before, mostly as many as may be: the longest stream alone must always fit."""

@@ -54,6 +54,8 @@ def test_an_older_cancel_that_comes_late_takes_nothing_back() -> None:
         bench.scheduler.cancel(Cancel("r", attempt), 0.0)
     for attempt in (2, 3, 4):
         bench.add(request(attempt=attempt))
+        bench.step()
+        bench.scheduler.cancel(Cancel("r", 1), bench.now)
         bench.finish()
     ends = [bench.ends["r", attempt][0] for attempt in (2, 3, 4)]
     assert [end.reason for end in ends if isinstance(end, Finished)] == ["cancelled", "cancelled", "length"]
