@@ -5,7 +5,7 @@ for the numeric recipe that the first of them came from and takes tokens of no o
 returned actions in order. A stream that has ended answers every input with nothing.
 Pure: no clock and no bus; `now_s` is monotonic seconds.
 
-    submitted --Accepted, Tokens--> running --Finished--> ended
+    submitted --Accepted, Tokens--> running --Finished--> ended      (Queued: a router holds it, patience starts again)
         ^   \\                        |
         |    `- nobody accepted ------+-- gap, death, lost reply, stall, retryable failure
         |                             v
@@ -29,14 +29,16 @@ from shared.errors import (
     MillError,
     NoEligibleWorker,
     Overloaded,
+    RateLimited,
     WorkerFailed,
     from_code,
 )
-from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Reply, Tokens
+from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Queued, Reply, Tokens
 from shared.tokens import pack, unpack
 
 PROGRESS_TOKENS = 16
 _LOST_MESSAGES = ("gap", "lost_reply")
+_NO_ROOM = (Overloaded, RateLimited)
 _PAUSE_S = 0.1  # first pause before a publish is repeated; doubles each time
 _MAX_PAUSE_S = 2.0
 _RETRY_AFTER_S = 1.0
@@ -80,6 +82,13 @@ class SendCancel(Struct, frozen=True):
     message: Cancel
 
 
+class Withdraw(Struct, frozen=True):
+    """Tell `router` to let go of an attempt that it holds."""
+
+    router: str
+    message: Cancel
+
+
 class Finish(Struct, frozen=True):
     """The stream is whole. `message.completion_tokens` is what was delivered."""
 
@@ -92,7 +101,7 @@ class Fail(Struct, frozen=True):
     error: MillError
 
 
-Action = Deliver | Submit | SendCancel | Finish | Fail
+Action = Deliver | Submit | SendCancel | Withdraw | Finish | Fail
 
 
 class StreamState:
@@ -101,7 +110,7 @@ class StreamState:
     __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded",
                  "_first_of_attempt", "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s",
                  "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered",
-                 "epoch", "limits", "recipe", "request", "state", "worker")
+                 "epoch", "held_by", "limits", "recipe", "request", "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
@@ -112,6 +121,7 @@ class StreamState:
         self.state = "new"  # submitted, running, waiting, ended
         self.worker = ""  # of the current attempt
         self.epoch = 0
+        self.held_by = ""  # the router that keeps the current attempt until a worker has room
         self.cached_tokens = 0
         self.recipe = ""  # of all delivered tokens; empty while there are none, or nobody named it
         self._prompt_hashes = split_hashes(request.block_hashes)
@@ -157,6 +167,8 @@ class StreamState:
                 self.worker = sender
                 return self._resubmit("other_recipe", now_s, exclude=sender)
         match reply:
+            case Queued():
+                return self._on_queued(sender, now_s)
             case Accepted():
                 return self._on_accepted(reply, sender, epoch, now_s)
             case Tokens():
@@ -256,6 +268,12 @@ class StreamState:
 
     # --- replies of the current attempt -------------------------------------------------------------------------------
 
+    def _on_queued(self, router: str, now_s: float) -> list[Action]:
+        """It says so with each heartbeat: when it falls silent the attempt counts as not accepted."""
+        if self.state == "submitted":
+            self.held_by, self._since_s, self._unheard_since_s = router, now_s, None
+        return []
+
     def _on_accepted(self, reply: Accepted, sender: str, epoch: int, now_s: float) -> list[Action]:
         if not self._accepted_once:
             self.cached_tokens = reply.cached_tokens
@@ -314,8 +332,8 @@ class StreamState:
         if self.worker and sender != self.worker:
             return []  # a second copy of the request was refused elsewhere
         error = from_code(reply.code, reply.message, reply.retry_after_s or None)
-        local = bool(self.worker) or from_worker or not isinstance(error, Overloaded)
-        if reply.retryable and local and (self._tries < self.limits.max_attempts or not isinstance(error, Overloaded)):
+        local = bool(self.worker) or from_worker or not isinstance(error, _NO_ROOM)
+        if reply.retryable and local and (self._tries < self.limits.max_attempts or not isinstance(error, _NO_ROOM)):
             return self._resubmit("worker_failed", now_s, exclude=sender, cancel=False)
         if isinstance(error, NoEligibleWorker) and self._excluded:
             self._excluded = ()  # better the worker that failed once than none
@@ -334,7 +352,7 @@ class StreamState:
         if self.worker and sender != self.worker:
             return [SendCancel(sender, Cancel(self.request.request_id, self.attempt))]
         if self.state != "running":
-            self.worker, self.epoch = sender, epoch
+            self.worker, self.epoch, self.held_by = sender, epoch, ""
             self._accepted_once = True
             self._unheard_since_s = None
             self._enter("running", now_s)
@@ -369,7 +387,7 @@ class StreamState:
 
     def _next_attempt(self) -> None:
         self.attempt += 1
-        self.worker = ""
+        self.worker = self.held_by = ""
         self._first_of_attempt = len(self.delivered)
         self._unheard_since_s = None
         self._gap_s = self._early_end = None
@@ -413,7 +431,10 @@ class StreamState:
         return [Fail(error)]
 
     def _cancel_current(self) -> list[Action]:
-        return [SendCancel(self.worker, Cancel(self.request.request_id, self.attempt))] if self.worker else []
+        message = Cancel(self.request.request_id, self.attempt)
+        if self.worker:
+            return [SendCancel(self.worker, message)]
+        return [Withdraw(self.held_by, message)] if self.held_by else []
 
 
 class Senders:
@@ -475,6 +496,8 @@ class Senders:
 
 
 def _cancel_stale(reply: Reply, sender: str) -> list[Action]:
+    if isinstance(reply, Queued):
+        return [Withdraw(sender, Cancel(reply.request_id, reply.attempt))]
     if isinstance(reply, Accepted | Tokens):
         return [SendCancel(sender, Cancel(reply.request_id, reply.attempt))]
     return []

@@ -62,7 +62,8 @@ class Metrics:
         self.resubmissions = Counter("mill_gateway_resubmissions", "Attempts after the first, by cause.", ["cause"],
                                      registry=own)
         self.lost_messages = Counter("mill_gateway_lost_messages", "Gaps in the numbering of replies.", registry=own)
-        self.cancels = Counter("mill_gateway_cancels", "Cancels sent to workers.", registry=own)
+        self.cancels = Counter("mill_gateway_cancels", "Cancels sent to workers, and to routers that hold requests.",
+                               registry=own)
         self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
         self.predicted_cached_tokens = Counter(
             "mill_gateway_predicted_cached_tokens", "Prompt tokens that routers said were cached, where what was there "

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit
+from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit, Withdraw
 from gateway.metrics import Metrics
 from gateway.receipts import MOST_NOTES, Note
 from shared import subjects
@@ -26,6 +26,7 @@ from shared.messages import (
     Failed,
     Finished,
     Generate,
+    Queued,
     Reply,
     StepReplies,
     Tokens,
@@ -237,7 +238,9 @@ class Streams:
 
     def _stop_stranger(self, reply: Reply, sender: str) -> None:
         if isinstance(reply, Accepted | Tokens):
-            self._cancel_at(sender, Cancel(reply.request_id, reply.attempt))
+            self._cancel_at(subjects.worker_cancel(sender), Cancel(reply.request_id, reply.attempt))
+        elif isinstance(reply, Queued):
+            self._cancel_at(subjects.router_cancel(sender), Cancel(reply.request_id, reply.attempt))
 
     def _perform(self, stream: Stream, actions: list[Action]) -> None:
         for action in actions:
@@ -250,7 +253,9 @@ class Streams:
                 case Submit(message, cause):
                     self._submit(stream, message, cause)
                 case SendCancel(worker, message):
-                    self._cancel_at(worker, message)
+                    self._cancel_at(subjects.worker_cancel(worker), message)
+                case Withdraw(router, message):
+                    self._cancel_at(subjects.router_cancel(router), message)
                 case Finish(message):
                     self._end(stream, message)
                 case Fail(error):
@@ -272,8 +277,8 @@ class Streams:
         self.outbox.put_nowait(Outgoing(subjects.generate(message.model), encode(message), stream.headers, unheard,
                                         too_large))
 
-    def _cancel_at(self, worker: str, message: Cancel) -> None:
-        key, now_s = (worker, message.request_id, message.attempt), self._clock.now()
+    def _cancel_at(self, subject: str, message: Cancel) -> None:
+        key, now_s = (subject, message.request_id, message.attempt), self._clock.now()
         if now_s - self._cancelled.get(key, -_CANCEL_AGAIN_S) < _CANCEL_AGAIN_S:
             return
         self._cancelled[key] = now_s
@@ -281,7 +286,7 @@ class Streams:
         if len(self._cancelled) > _REMEMBERED_CANCELS:
             self._cancelled.popitem(last=False)
         self._metrics.cancels.inc()
-        self.outbox.put_nowait(Outgoing(subjects.worker_cancel(worker), encode(message), {}, None, None))
+        self.outbox.put_nowait(Outgoing(subject, encode(message), {}, None, None))
 
     def _end(self, stream: Stream, how: Finished | MillError) -> None:
         stream.ended = how

@@ -4,8 +4,10 @@ Rules: unknown fields are ignored and new fields have defaults, so that versions
 hashes travel packed (`shared.tokens`, `shared.blocks`); one message per step per receiver, never one per token.
 Pure. Encoded as msgpack maps; `tests/shared/golden/` holds the bytes.
 
-    gateway -> router -> worker      Generate, Cancel
-    worker (router) -> gateway       StepReplies of Accepted | Tokens | Finished | Failed
+    gateway -> router -> worker      Generate
+    gateway -> router or worker      Cancel
+    worker -> gateway                StepReplies of Accepted | Tokens | Finished | Failed
+    router -> gateway                StepReplies of Queued | Failed
     worker -> routers                KvEvents of Stored | Removed | Cleared, KvSnapshot;
     router -> worker                 SnapshotRequest
     worker -> drafter                Follow of Open | Commit | Close
@@ -82,6 +84,7 @@ class Generate(Wire, frozen=True, tag="generate"):
     placement: Placement | None = None
     recipe: str = ""  # `generated` came from this numeric recipe and goes on only under it; empty: not begun
     vocabulary: str = ""  # digest of what `tokens` are ids of; empty: not said
+    tier: str = "default"  # a `shared.tiers` name
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):
@@ -102,6 +105,13 @@ class Accepted(Wire, frozen=True, tag="accepted"):
     worker: str
     cached_tokens: int = 0
     receipt: bytes = b""  # of its placement, unopened
+
+
+class Queued(Wire, frozen=True, tag="queued"):
+    """A router holds the request until some worker has room, and says so again with each heartbeat."""
+
+    request_id: str
+    attempt: int
 
 
 class Tokens(Wire, frozen=True, tag="tokens"):
@@ -147,7 +157,7 @@ class Failed(Wire, frozen=True, tag="failed"):
     receipt: bytes = b""  # of a router's refusal
 
 
-Reply = Accepted | Tokens | Finished | Failed
+Reply = Queued | Accepted | Tokens | Finished | Failed
 
 
 class StepReplies(Wire, frozen=True, tag="replies"):
@@ -315,6 +325,7 @@ class RouterStatus(Wire, frozen=True, tag="router"):
     placed_total: int = 0
     refused_total: int = 0
     indexed_blocks: int = 0
+    held: int = 0  # requests that wait here for room at a worker
 
 
 class DrafterStatus(Wire, frozen=True, tag="drafter"):

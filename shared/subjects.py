@@ -7,7 +7,9 @@ Pure. Ids are lower-case words without dots; model names are encoded because the
 | generate.<model>           | Generate                   | gateway -> one router (queue group `router`)  |
 | worker.<id>.generate       | Generate with a placement  | router -> that worker                         |
 | worker.<id>.cancel         | Cancel                     | gateway -> worker                             |
+| router.<id>.cancel         | Cancel                     | gateway -> a router that holds the request    |
 | replies.<gateway>          | StepReplies                | worker, or a refusing router -> gateway       |
+| replies.<gateway>          | StepReplies of Queued      | router that holds requests -> gateway         |
 | worker.<id>.kv             | KvEvents, KvSnapshot       | worker -> every router                        |
 | worker.<id>.kv_request     | SnapshotRequest            | router -> worker                              |
 | drafter.<id>.follow        | Follow                     | worker -> its drafter                         |
@@ -47,6 +49,10 @@ def worker_generate(worker: str) -> str:
 
 def worker_cancel(worker: str) -> str:
     return f"{PREFIX}.worker.{worker}.cancel"
+
+
+def router_cancel(router: str) -> str:
+    return f"{PREFIX}.router.{router}.cancel"
 
 
 def replies(gateway: str) -> str:

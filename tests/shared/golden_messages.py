@@ -24,6 +24,7 @@ from shared.messages import (
     Open,
     Placement,
     Proposal,
+    Queued,
     Removed,
     Residency,
     RouterStatus,
@@ -46,6 +47,7 @@ residency = Residency(zones=("eu", "us-east1"))
 placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, estimate_s=0.25, policy="prefix",
                       certain_tokens=16, receipt=b"why")
 accepted = Accepted(request_id="r-1", attempt=2, worker="worker-a", cached_tokens=32, receipt=b"why")
+queued = Queued(request_id="r-1", attempt=2)
 tokens = Tokens(request_id="r-1", attempt=2, index=3, tokens=pack([1, 2**32 - 1]))
 finished = Finished(request_id="r-1", attempt=2, reason="stop", worker="worker-a", prompt_tokens=40, cached_tokens=32,
                     completion_tokens=7, draft_tokens=6, accepted_draft_tokens=4, drafter="drafter-a", queue_s=0.5,
@@ -66,7 +68,8 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
              deadline=1_700_000_000.5, sampling=sampling, tenant="acme", cache_salt=HASH, block_hashes=HASH * 2,
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
-             recipe="int8-g32", vocabulary="abcd"),
+             recipe="int8-g32", vocabulary="abcd", tier="flex"),
+    queued,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),
                 recipe="int8-g32"),
@@ -83,7 +86,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
                  draft_tokens_total=600, accepted_draft_tokens_total=400, drafter="drafter-a", steps_total=5000,
                  kv_digest=HASH, parity=HASH),
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
-                 indexed_blocks=500),
+                 indexed_blocks=500, held=3),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",
                   zone="eu-north1", following=3, proposed_total=600),
     GatewayStatus(id="gateway-a", epoch=1_700_000_000_000, state="draining", active=3, url="http://127.0.0.1:8000"),
