@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from router.admission import REASONS
 from shared.telemetry import metrics_served
+from shared.tiers import TIERS
 
 _ESTIMATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_WAITED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _DECISION_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 
 
@@ -21,6 +24,18 @@ class Metrics:
         own = self.registry
         self.placed = Counter("mill_router_placed", "Requests given to a worker.", ["worker"], registry=own)
         self.refused = Counter("mill_router_refused", "Requests refused, by error code.", ["code"], registry=own)
+        self.turned_away = Counter("mill_router_turned_away", "Requests for which a full mesh had no place, by reason: "
+                                   "full, over_share (their tenant's), gave_way (to another tenant), too_long, "
+                                   "deadline (out of reach when they came), expired (while they waited).", ["reason"],
+                                   registry=own)
+        self.held = Gauge("mill_router_held_requests", "Requests that wait for room at a worker.", ["tier"],
+                          registry=own)
+        self.waited_s = Histogram("mill_router_held_seconds", "How long placed requests had waited for room.",
+                                  ["tier"], buckets=_WAITED_S, registry=own)
+        for reason in REASONS:
+            self.turned_away.labels(reason)
+        for tier in TIERS:
+            self.held.labels(tier)
         self.unheard = Counter("mill_router_unheard", "Placements at which nobody listened.", registry=own)
         self.lost = Counter("mill_router_lost", "Messages that could not leave.", ["cause"], registry=own)
         self.bad_messages = Counter("mill_router_bad_messages", "Messages that could not be decoded.", registry=own)

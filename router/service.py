@@ -5,6 +5,8 @@ order, so that no handler waits for the bus. What cannot leave is dropped and co
 that nobody accepted.
 
     generate.*  -> decide -> worker.<id>.generate, placed.<router>      or -> replies.<gateway> with the reason
+                -> hold, while no worker has room                       -> replies.<gateway>, with each heartbeat
+    router.<id>.cancel -> let go of what is held
     worker.*.kv, status.worker.*, placed.* -> the view                  -> worker.<id>.kv_request, when incomplete
 """
 
@@ -20,22 +22,27 @@ import structlog
 from msgspec.structs import replace
 from opentelemetry.context import Context
 
+from router.admission import Admission, TurnedAway, lane_of
 from router.metrics import Metrics
 from router.placement import POLICIES, Candidate, Decision, Refused, decide
+from router.queueing import Ticket, weights_of
 from router.receipts import receipt_of, refusal_of
 from router.view import View
-from shared import receipts, subjects, telemetry
+from shared import receipts, subjects, telemetry, tiers
 from shared import trace_names as names
 from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
 from shared.bus import Bus, BusUnavailable, Delivery, Subscription
 from shared.clock import Clock
-from shared.errors import NoEligibleWorker, Overloaded, TooLarge
+from shared.errors import MeshUnavailable, NoEligibleWorker, Overloaded, TooLarge
 from shared.ids import new_epoch, new_id
 from shared.messages import (
+    Cancel,
     Failed,
     Generate,
     KvMessage,
     Placement,
+    Queued,
+    Reply,
     RouterStatus,
     SnapshotRequest,
     Status,
@@ -63,6 +70,8 @@ MAX_PLACEMENTS = 8
 MAX_SEEN = 16_384
 MAX_GATEWAYS = 4096
 FLUSH_S = 1.0
+# how often held requests look for room, and how many go before everybody else has a turn of the event loop
+ROOM_S, LET_IN_AT_ONCE = 0.05, 32
 
 _log = structlog.get_logger("router")
 
@@ -80,7 +89,17 @@ class _Arrived(NamedTuple):
 
     request: Generate
     context: Context
+    at_wall_s: float  # when it came
     placements: int = 0  # how often it was sent to a worker that was gone
+
+
+class _Weighed(NamedTuple):
+    """A request beside the workers as they are now."""
+
+    workers: list[Candidate]
+    hashes: list[bytes]
+    verdict: Decision | Refused
+    decision_s: float
 
 
 async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio.Event | None = None) -> None:
@@ -98,6 +117,7 @@ async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(router.send(), name=f"{router.id}-send")
                 tasks.create_task(router.beat(), name=f"{router.id}-beat")
+                tasks.create_task(router.let_in(), name=f"{router.id}-let-in")
                 if ready is not None:
                     ready.set()
                 try:
@@ -113,6 +133,9 @@ def checked(settings: RouterSettings) -> RouterSettings:
     """The settings with an id made up if there is none. Raises ValueError for what no router can be told."""
     if settings.policy not in POLICIES:
         raise ValueError(f"unknown policy {settings.policy!r}: use one of {', '.join(POLICIES)}")
+    weights_of(settings.tenant_weights)
+    if settings.max_held < 1:
+        raise ValueError(f"max_held must be 1 or more, got {settings.max_held}")
     return replace(settings, id=subjects.check_id(settings.id or new_id("router")))
 
 
@@ -128,6 +151,8 @@ class Router:
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self.view = View(settings.silence_s)
         self.metrics = Metrics()
+        self.admission: Admission[_Arrived] = Admission(
+            settings.max_held, settings.max_queue_s, weights_of(settings.tenant_weights))
         self.placed_total = 0
         self.refused_total = 0
         self._bus = bus
@@ -139,6 +164,7 @@ class Router:
         self._parked: list[_Arrived] = []
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._reply_seq: OrderedDict[str, int] = OrderedDict()
+        self._some_held = asyncio.Event()
         self._intake: Subscription | None = None
         self._context = contextvars.copy_context()
 
@@ -147,19 +173,29 @@ class Router:
     async def listen(self) -> None:
         """Subscribe; to requests last, when everything that helps to place them is heard."""
         for subject, handler in ((subjects.status("worker", "*"), self.on_status), (subjects.ALL_KV, self.on_kv),
-                                 (subjects.ALL_PLACED, self.on_placed)):
+                                 (subjects.ALL_PLACED, self.on_placed),
+                                 (subjects.router_cancel(self.id), self.on_cancel)):
             await self._bus.subscribe(subject, handler)
         self._intake = await self._bus.subscribe(subjects.ALL_GENERATE, self.on_generate, subjects.ROUTER_QUEUE)
 
     def on_generate(self, delivery: Delivery) -> None:
         request: Generate | None = self._decoded(delivery, Generate)
         if request is not None and self._is_new(request):
-            self._route(_Arrived(request, telemetry.extract(delivery.headers)))
+            arrived = _Arrived(request, telemetry.extract(delivery.headers), self._clock.wall())
+            if not self._takes_its_place(arrived):
+                self._route(arrived)
+
+    def on_cancel(self, delivery: Delivery) -> None:
+        cancel = self._decoded(delivery, Cancel)
+        ticket = None if cancel is None else self.admission.held(cancel.request_id)
+        if ticket is not None and ticket.content.request.attempt <= cancel.attempt:
+            self._drop(ticket)
 
     def on_status(self, delivery: Delivery) -> None:
         status = self._decoded(delivery, Status)
         if isinstance(status, WorkerStatus) and delivery.subject == subjects.status("worker", status.id):
             self._ask_snapshots(self.view.on_status(status, self._clock.now()))
+            self.admission.on_status(status, self._clock.now())
             self._sound_alarms()
 
     def on_kv(self, delivery: Delivery) -> None:
@@ -174,36 +210,71 @@ class Router:
             # the tokens were left out; the last block may be half full
             prompt_tokens = len(request.block_hashes) // HASH_BYTES * BLOCK_SIZE_TOKENS + BLOCK_SIZE_TOKENS // 2
             self.view.on_placed(request, prompt_tokens, self._clock.now())
+            self.admission.on_placed(request.placement.worker)
 
     # --- deciding
 
     def _route(self, arrived: _Arrived) -> None:
-        """Place one request, or park it while nobody was heard yet, or refuse it."""
-        request = arrived.request
-        begin, now = self._clock.wall(), self._clock.now()
+        """Place one request, or hold it while no worker has room, or refuse it."""
+        request, now = arrived.request, self._clock.now()
+        weighed = self._weigh(request, now)
+        # who has been delivered tokens has waited before
+        if isinstance(weighed.verdict, Refused) or request.generated:
+            self._settle(arrived, weighed)
+            return
+        has_room = self.admission.finds_room(request, weighed.verdict, weighed.workers, now)
+        if has_room and not self.admission.would_overtake(request):
+            self._settle(arrived, self._among_those_with_room(request, weighed, now))
+            return
+        turned_away = self.admission.hold(
+            request, arrived, weighed.verdict, weighed.workers, now, self._clock.wall())
+        for away in turned_away:
+            self._turn_away(away)
+        self._some_held.set()
+
+    def _weigh(self, request: Generate, now: float) -> _Weighed:
         hashes = split_hashes(request.block_hashes)
         workers = self.view.candidates(hashes, now)
         verdict = self._decide(request, workers, now)
         decision_s = self._clock.now() - now
         self.metrics.decision_s.observe(decision_s)
-        prompt_tokens = count(request.tokens) + count(request.generated)
+        return _Weighed(workers, hashes, verdict, decision_s)
+
+    def _among_those_with_room(self, request: Generate, weighed: _Weighed, now: float) -> _Weighed:
+        """Flex goes nowhere else; all others may find it worth to queue behind a cache."""
+        if tiers.known(request.tier) != tiers.FLEX or isinstance(weighed.verdict, Refused):
+            return weighed
+        workers = self.admission.with_room(request, weighed.verdict, weighed.workers, now)
+        if len(workers) == len(weighed.verdict.candidates):
+            return weighed
+        return weighed._replace(workers=workers, verdict=self._decide(request, workers, now))
+
+    def _settle(self, arrived: _Arrived, weighed: _Weighed) -> None:
+        """Carry a verdict out; one that patience may change is parked while this router has not heard of everybody."""
+        request, verdict, decision_s = arrived.request, weighed.verdict, weighed.decision_s
         if isinstance(verdict, Refused):
             if self.state == "starting" and verdict.code in PATIENCE_HELPS and len(self._parked) < MAX_PARKED:
                 self._parked.append(arrived)
                 return
-            self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
-                              self._refusal(request, verdict), error=verdict.code)
-            receipt = refusal_of(self.id, self._settings.policy, prompt_tokens, verdict, decision_s)
-            self._refuse(request, verdict, receipts.pack(receipt))
+            self._refuse_arrived(arrived, verdict, decision_s)
         else:
             chosen = verdict.chosen
-            credited = hashes[:chosen.cached_tokens // BLOCK_SIZE_TOKENS]
+            prompt_tokens = count(request.tokens) + count(request.generated)
+            credited = weighed.hashes[:chosen.cached_tokens // BLOCK_SIZE_TOKENS]
             certain_tokens = self.view.certain_blocks(chosen.worker, credited) * BLOCK_SIZE_TOKENS
-            receipt = receipt_of(self.id, prompt_tokens, verdict, workers, certain_tokens, decision_s,
+            receipt = receipt_of(self.id, prompt_tokens, verdict, weighed.workers, certain_tokens, decision_s,
                                  request.cache_hint)
-            context = self._context.run(telemetry.span_at, "route", begin, self._clock.wall(), arrived.context,
-                                        self._receipt(request, verdict, receipt))
+            context = self._context.run(telemetry.span_at, "route", arrived.at_wall_s, self._clock.wall(),
+                                        arrived.context, self._receipt(request, verdict, receipt))
             self._place(arrived, verdict, receipt, telemetry.inject(context))
+
+    def _refuse_arrived(self, arrived: _Arrived, refused: Refused, decision_s: float = 0.0) -> None:
+        request = arrived.request
+        prompt_tokens = count(request.tokens) + count(request.generated)
+        self._context.run(telemetry.span_at, "route", arrived.at_wall_s, self._clock.wall(), arrived.context,
+                          self._refusal(request, refused), error=refused.code)
+        receipt = refusal_of(self.id, self._settings.policy, prompt_tokens, refused, decision_s)
+        self._refuse(request, refused, receipts.pack(receipt))
 
     def _decide(self, request: Generate, workers: list[Candidate], now: float) -> Decision | Refused:
         return decide(
@@ -224,6 +295,7 @@ class Router:
                               receipt.certain_tokens)
         request = replace(arrived.request, placement=replace(placement, receipt=receipts.pack(receipt)))
         self.view.on_placed(request, prompt_tokens, self._clock.now())
+        self.admission.on_placed(chosen.worker)
         self._hand_over(_Outgoing(
             subjects.worker_generate(chosen.worker), encode(request), headers,
             unheard=lambda: self._unheard(arrived, request),
@@ -254,17 +326,20 @@ class Router:
             self._refuse(request, Refused(Overloaded.code, "every worker that was tried is gone", True, 1.0, {}))
 
     def _refuse(self, request: Generate, refused: Refused, receipt: bytes = b"") -> None:
-        seq = self._reply_seq.pop(request.gateway, 0) + 1
-        self._reply_seq[request.gateway] = seq
-        if len(self._reply_seq) > MAX_GATEWAYS:
-            self._reply_seq.popitem(last=False)
         failed = Failed(request.request_id, request.attempt, refused.code, refused.message, refused.retryable,
                         refused.retry_after_s, receipt)
-        self._publish(subjects.replies(request.gateway), StepReplies(self.id, self.epoch, seq, (failed,)))
+        self._reply(request.gateway, (failed,))
         self.refused_total += 1
         self.metrics.refused.labels(refused.code).inc()
         _log.info("request_refused", request=request.request_id, attempt=request.attempt, code=refused.code,
                   reason=refused.message, turned_away=dict(refused.turned_away))
+
+    def _reply(self, gateway: str, replies: tuple[Reply, ...]) -> None:
+        seq = self._reply_seq.pop(gateway, 0) + 1
+        self._reply_seq[gateway] = seq
+        if len(self._reply_seq) > MAX_GATEWAYS:
+            self._reply_seq.popitem(last=False)
+        self._publish(subjects.replies(gateway), StepReplies(self.id, self.epoch, seq, replies))
 
     def _ask_snapshots(self, workers: list[str]) -> None:
         for worker in workers:
@@ -276,6 +351,84 @@ class Router:
             self.metrics.alarms.labels(alarm.kind).inc()
             _log.warning("worker_mismatch", kind=alarm.kind, worker=alarm.worker, reason=alarm.reason)
         self.view.alarms.clear()
+
+    # --- who waits
+
+    async def let_in(self) -> None:
+        """While requests are held, look for room."""
+        while True:
+            await self._some_held.wait()
+            # a turn for everybody else when many go at once
+            await self._clock.sleep(0.0 if self._let_in_some() == LET_IN_AT_ONCE else ROOM_S)
+            if not len(self.admission):
+                self._some_held.clear()
+
+    def _let_in_some(self) -> int:
+        """Place those whose turn it is; how many left the queue."""
+        left = 0
+        blocked: set[tuple[str, bool, object]] = set()
+        now = self._clock.now()
+        for ticket in self.admission.turns(blocked):
+            request = ticket.content.request
+            weighed = self._weigh(request, now)
+            if isinstance(weighed.verdict, Refused):
+                self._drop(ticket)
+            elif self.admission.finds_room(request, weighed.verdict, weighed.workers, now):
+                weighed = self._among_those_with_room(request, weighed, now)
+                if isinstance(weighed.verdict, Decision):
+                    self.admission.take(request.model, ticket, weighed.verdict, weighed.workers, now)
+                    self.metrics.waited_s.labels(ticket.tier).observe(now - ticket.since_s)
+                else:
+                    self._drop(ticket)
+            else:
+                blocked.add(lane_of(ticket, request.model))
+                continue
+            self._settle(ticket.content, weighed)
+            left += 1
+            if left == LET_IN_AT_ONCE:
+                break
+        return left
+
+    def _takes_its_place(self, arrived: _Arrived) -> bool:
+        """Whether an earlier attempt of the same request waits here: then this one waits in its stead."""
+        request = arrived.request
+        ticket = self.admission.held(request.request_id)
+        if ticket is None:
+            return False
+        if ticket.content.request.attempt < request.attempt:
+            if request.generated:
+                self._drop(ticket)
+                return False
+            ticket.content = arrived
+        return True
+
+    def _drop(self, ticket: Ticket[_Arrived]) -> None:
+        self.admission.drop(ticket.content.request.model, ticket, self._clock.now())
+
+    def _turn_away(self, away: TurnedAway[_Arrived]) -> None:
+        self.metrics.turned_away.labels(away.reason).inc()
+        self._refuse_arrived(away.content, away.refused)
+
+    def _look_after_held(self, now: float) -> None:
+        """Turn away whose time is up, and tell gateways of the others that they are still here."""
+        waiting: dict[str, list[Reply]] = {}
+        for ticket in list(self.admission):
+            request = ticket.content.request
+            away = self.admission.overdue(ticket, request, now, self._clock.wall())
+            if away is not None:
+                self._drop(ticket)
+                self._turn_away(away)
+            else:
+                waiting.setdefault(request.gateway, []).append(Queued(request.request_id, request.attempt))
+        for gateway, replies in waiting.items():
+            self._reply(gateway, tuple(replies))
+
+    def _hand_held_on(self) -> None:
+        """This router leaves: gateways send what it held to another."""
+        for ticket in list(self.admission):
+            self._drop(ticket)
+            self._refuse_arrived(ticket.content, Refused(
+                MeshUnavailable.code, "the router that held the request is leaving", True, 1.0, {}))
 
     # --- what leaves
 
@@ -305,9 +458,11 @@ class Router:
             for worker in self.view.forget_silent(now):
                 _log.info("worker_silent", worker=worker)
                 self.metrics.placed.remove(worker)
+                self.admission.forget(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
             if self.state == "starting" and (now - self._started_at >= STARTING_S or self._has_caught_up(now)):
                 self._become_ready()
+            self._look_after_held(now)
             self._say_status()
             await self._clock.sleep(self._settings.heartbeat_s)
 
@@ -320,6 +475,7 @@ class Router:
                     await self._intake.unsubscribe()
                 for arrived in self._parked:
                     self._route(arrived)
+                self._hand_held_on()
                 self._say_status()
                 await self._outgoing.join()
         except (TimeoutError, BusUnavailable):
@@ -349,8 +505,10 @@ class Router:
         self.metrics.gaps.set(self.view.resync.gaps_total)
         self.metrics.workers.set(len(self.view.fleet.workers()))
         self.metrics.blind_workers.set(len(self.view.blind))
+        for tier, waiting in self.admission.by_tier().items():
+            self.metrics.held.labels(tier).set(waiting)
         self._publish(subjects.status("router", self.id), RouterStatus(
-            self.id, self.epoch, self.state, self.placed_total, self.refused_total, len(index)))
+            self.id, self.epoch, self.state, self.placed_total, self.refused_total, len(index), len(self.admission)))
 
     def _publish(self, subject: str, message: Wire) -> None:
         self._hand_over(_Outgoing(subject, encode(message)))

@@ -185,7 +185,7 @@ def test_a_worker_that_starts_again_is_not_credited_with_its_old_cache() -> None
 def test_two_routers_share_the_load_place_each_request_once_and_spread_together() -> None:
     async def scenario(mesh: Mesh) -> None:
         routers = [await mesh.router(f"r{i}") for i in range(2)]
-        workers = [await mesh.worker(f"w{i}", max_running=64) for i in range(4)]
+        workers = [await mesh.worker(f"w{i}", max_running=64, prefill_tok_s=4000.0) for i in range(4)]
         gateway = await mesh.gateway()
         await asyncio.sleep(1.02)
         for number in range(80):
