@@ -38,8 +38,11 @@ class Key(NamedTuple):
 class Context:
     """One stream: its text, the guess that waits to be judged, and how guesses did so far."""
 
-    def __init__(self, key: Key, opened: Open, tokens: list[int], opened_at: float) -> None:
+    def __init__(self, key: Key, opened: Open, tokens: list[int], opened_at: float, epoch: int = 0,
+                 zone: str = "") -> None:
         self.key = key
+        self.epoch = epoch  # of its worker
+        self.zone = zone  # that its worker said it is in; empty: it did not
         self.tenant = opened.tenant
         self.prompt_tokens = opened.prompt_tokens
         self.max_draft_tokens = opened.max_draft_tokens
@@ -140,7 +143,7 @@ class Contexts:
                 key = Key(message.worker, event.request_id, event.attempt)
                 match event:
                     case Open():
-                        self._open(key, event, now, ended)
+                        self._open(key, event, message, now, ended)
                     case Commit():
                         self._commit(key, event, ended)
                     case Close():
@@ -175,7 +178,7 @@ class Contexts:
         self._counts[message.worker] = (message.epoch, message.seq)
         return True
 
-    def _open(self, key: Key, opened: Open, now: float, ended: list[Ended]) -> None:
+    def _open(self, key: Key, opened: Open, message: Follow, now: float, ended: list[Ended]) -> None:
         tokens = _tokens(opened.tokens)
         known = self._contexts.get(key)
         if known is not None and tokens is not None and known.history.tokens.tolist() == tokens:
@@ -183,7 +186,7 @@ class Contexts:
         self._end(key, "lost", ended)
         self._evicted.pop(key, None)
         if tokens is not None:
-            self._contexts[key] = Context(key, opened, tokens, now)
+            self._contexts[key] = Context(key, opened, tokens, now, message.epoch, message.zone)
             self._tokens += len(tokens)
 
     def _commit(self, key: Key, commit: Commit, ended: list[Ended]) -> None:

@@ -1,6 +1,6 @@
 """A drafter: hears what its workers' streams say, and says what may come next.
 
-    drafter.<id>.follow   -> contexts       -> worker.<id>.drafts, one message per worker
+    drafter.<id>.follow.<zone>   -> contexts       -> worker.<id>.drafts.<zone>, one message per worker
     status.worker.*       -> who lives, and where
     status.drafter.<id>   twice a second, and when streams were lost
 
@@ -27,6 +27,7 @@ from shared.clock import Clock
 from shared.fleet import Fleet
 from shared.ids import new_epoch, new_id
 from shared.messages import DrafterStatus, Drafts, Follow, Proposal, Status, Wire, WorkerStatus, decode, encode
+from shared.residency import check_zone
 from shared.settings import DrafterSettings
 from shared.tokens import pack
 
@@ -71,6 +72,7 @@ def checked(settings: DrafterSettings) -> DrafterSettings:
     """The settings with an id made up if there is none. Raises ValueError for what no drafter can be told."""
     if settings.kind != "suffix":
         raise ValueError(f"unknown kind of drafter {settings.kind!r}: use suffix")
+    check_zone(settings.zone)
     return replace(settings, id=subjects.check_id(settings.id or new_id("drafter")))
 
 
@@ -97,7 +99,8 @@ class Drafter:
     async def listen(self) -> None:
         """Subscribe."""
         await self._bus.subscribe(subjects.status("worker", "*"), self.on_status)
-        await self._bus.subscribe(subjects.drafter_follow(self.id), self.on_follow)
+        for subject in (subjects.drafter_follow(self.id), subjects.drafter_follow(self.id, self._settings.zone)):
+            await self._bus.subscribe(subject, self.on_follow)
 
     def on_follow(self, delivery: Delivery) -> None:
         message = self._decoded(delivery, Follow)
@@ -159,18 +162,19 @@ class Drafter:
         return followed.touched
 
     async def _propose(self, worker: str, contexts: list[Context]) -> None:
-        """One message with a proposal for each of these streams that has something to expect."""
-        proposals = []
+        """A proposal for each of these streams that has something to expect: one message, to the zone they are in."""
+        proposals: dict[str, list[Proposal]] = {}
         for context in contexts:
             tokens = self._guess(context)
             if tokens:
                 key = context.key
-                proposals.append(Proposal(key.request_id, key.attempt, len(context), pack(tokens)))
+                proposals.setdefault(context.zone, []).append(
+                    Proposal(key.request_id, key.attempt, len(context), pack(tokens)))
                 self.metrics.proposed_tokens.inc(len(tokens))
-        if proposals:
-            self.proposed_total += len(proposals)
-            self.metrics.proposals.inc(len(proposals))
-            await self._publish(subjects.worker_drafts(worker), Drafts(self.id, self.epoch, tuple(proposals)))
+        for zone, those in proposals.items():
+            self.proposed_total += len(those)
+            self.metrics.proposals.inc(len(those))
+            await self._publish(subjects.worker_drafts(worker, zone), Drafts(self.id, self.epoch, tuple(those)))
 
     def _guess(self, context: Context) -> list[int]:
         draft_tokens = min(context.max_draft_tokens, self._settings.max_draft_tokens)
@@ -190,9 +194,11 @@ class Drafter:
         return context.expect(match)
 
     def _audience(self, context: Context) -> Audience | None:
-        """Who may see this stream's text; None while its worker's zone is not known."""
+        """Who may see this stream's text; None while its worker's zone is not known, or its worker is another now."""
         worker = self._fleet.worker(context.key.worker)
-        return Audience(context.tenant, worker.model, worker.zone) if worker is not None else None
+        if worker is None or worker.epoch != context.epoch:
+            return None
+        return Audience(context.tenant, worker.model, worker.zone)
 
     def _end(self, ended: Ended) -> None:
         """A stream is followed no longer: remember what it said, and tell how drafting it went."""

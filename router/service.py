@@ -294,10 +294,12 @@ class Router:
         placement = Placement(self.id, chosen.worker, chosen.cached_tokens, chosen.estimate_s, decision.policy,
                               receipt.certain_tokens)
         request = replace(arrived.request, placement=replace(placement, receipt=receipts.pack(receipt)))
+        # under a policy to where it was when this was decided: whoever is elsewhere under that name hears nothing
+        there = self.view.fleet.worker(chosen.worker) if request.residency.zones else None
         self.view.on_placed(request, prompt_tokens, self._clock.now())
         self.admission.on_placed(chosen.worker)
         self._hand_over(_Outgoing(
-            subjects.worker_generate(chosen.worker), encode(request), headers,
+            subjects.worker_generate(chosen.worker, there.zone if there is not None else ""), encode(request), headers,
             unheard=lambda: self._unheard(arrived, request),
             too_large=lambda: self._refuse(request, Refused(
                 TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),

@@ -257,6 +257,7 @@ class Follow(Wire, frozen=True, tag="follow"):
     epoch: int
     seq: int
     events: tuple[Open | Commit | Close, ...]
+    zone: str = ""  # of the worker: drafts go there alone; empty: not said
 
 
 class Proposal(Wire, frozen=True, tag="proposal"):

@@ -2,18 +2,23 @@
 
 Pure. Ids are lower-case words without dots; model names are encoded because they may hold anything.
 
+Rule: what holds tokens that may not be everywhere is sent to a name *and* a zone (`worker.<id>.generate.<zone>`,
+`worker.<id>.drafts.<zone>`, `drafter.<id>.follow.<zone>`). A service listens in its own zone alone, so that one which
+comes back under the same id elsewhere is not reached by what was meant for the one before (law 7).
+
 | subject                    | message                    | from -> to                                    |
 |----------------------------|----------------------------|-----------------------------------------------|
 | generate.<model>           | Generate                   | gateway -> one router (queue group `router`)  |
 | worker.<id>.generate       | Generate with a placement  | router -> that worker                         |
+| worker.<id>.generate.<zone>| the same, under a policy   | router -> that worker, while it is there      |
 | worker.<id>.cancel         | Cancel                     | gateway -> worker                             |
 | router.<id>.cancel         | Cancel                     | gateway -> a router that holds the request    |
 | replies.<gateway>          | StepReplies                | worker, or a refusing router -> gateway       |
 | replies.<gateway>          | StepReplies of Queued      | router that holds requests -> gateway         |
 | worker.<id>.kv             | KvEvents, KvSnapshot       | worker -> every router                        |
 | worker.<id>.kv_request     | SnapshotRequest            | router -> worker                              |
-| drafter.<id>.follow        | Follow                     | worker -> its drafter                         |
-| worker.<id>.drafts         | Drafts                     | drafter -> worker                             |
+| drafter.<id>.follow.<zone> | Follow                     | worker -> its drafter, while it is there      |
+| worker.<id>.drafts.<zone>  | Drafts                     | drafter -> worker, while it is there          |
 | placed.<router>            | Generate, tokens left out  | router -> the other routers                   |
 | status.<kind>.<id>         | a Status                   | each -> all                                   |
 """
@@ -43,8 +48,8 @@ def generate(model: str) -> str:
     return f"{PREFIX}.generate.{quote(model, safe='').replace('.', '%2E')}"
 
 
-def worker_generate(worker: str) -> str:
-    return f"{PREFIX}.worker.{worker}.generate"
+def worker_generate(worker: str, zone: str = "") -> str:
+    return f"{PREFIX}.worker.{worker}.generate{_in(zone)}"
 
 
 def worker_cancel(worker: str) -> str:
@@ -67,12 +72,12 @@ def worker_kv_request(worker: str) -> str:
     return f"{PREFIX}.worker.{worker}.kv_request"
 
 
-def drafter_follow(drafter: str) -> str:
-    return f"{PREFIX}.drafter.{drafter}.follow"
+def drafter_follow(drafter: str, zone: str = "") -> str:
+    return f"{PREFIX}.drafter.{drafter}.follow{_in(zone)}"
 
 
-def worker_drafts(worker: str) -> str:
-    return f"{PREFIX}.worker.{worker}.drafts"
+def worker_drafts(worker: str, zone: str = "") -> str:
+    return f"{PREFIX}.worker.{worker}.drafts{_in(zone)}"
 
 
 def placed(router: str) -> str:
@@ -81,3 +86,7 @@ def placed(router: str) -> str:
 
 def status(kind: str, name: str) -> str:
     return f"{PREFIX}.status.{kind}.{name}"
+
+
+def _in(zone: str) -> str:
+    return f".{quote(zone.lower(), safe='').replace('.', '%2E')}" if zone else ""

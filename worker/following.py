@@ -1,9 +1,9 @@
 """Which drafter hears of this worker's streams, and what it is told.
 
 Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never
-mentioned to it; nobody asks a drafter anything. A drafter that is new, or new again (another epoch), is told every
-stream from its start. While drafts cannot pay nothing is told but the ends; what was missed follows at once when they
-can. Pure.
+mentioned to it, and what is said is addressed to its zone; nobody asks a drafter anything.
+A drafter that is new, or new again (another epoch), is told every stream from its start. While drafts cannot pay
+nothing is told but the ends; what was missed follows at once when they can. Pure.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ class Following:
         self._silence_s = silence_s
         self._heard: dict[str, tuple[DrafterStatus, float]] = {}
         self._open: dict[Key, int] = {}  # tokens of each stream that the drafter knows
-        self._closing: list[tuple[str, list[Key]]] = []  # drafters that were left since the last step
+        self._closing: list[tuple[DrafterStatus, list[Key]]] = []  # drafters that were left since the last step
         self._reopen = False
         self._behind = False  # something was not told
         self._seq = 0
@@ -47,7 +47,10 @@ class Following:
         return self.chosen.id if self.chosen is not None else ""
 
     def hear(self, status: DrafterStatus, now: float) -> None:
-        """A drafter's heartbeat."""
+        """A drafter's heartbeat. A late one of the start before, which may have been in another zone, says nothing."""
+        known = self._heard.get(status.id)
+        if known is not None and status.epoch < known[0].epoch and now - known[1] <= self._silence_s:
+            return
         self._heard[status.id] = (status, now)
         self.choose(now)
 
@@ -63,7 +66,7 @@ class Following:
         heard = self._heard.get(present.id) if present is not None else None
         # also to one that fell silent: it may live and only its heartbeats be lost
         if present is not None and self._open and (heard is None or heard[0].epoch == present.epoch):
-            self._closing.append((present.id, list(self._open)))
+            self._closing.append((present, list(self._open)))
         self.chosen = best
         self._open.clear()
         self._reopen = best is not None
@@ -78,7 +81,7 @@ class Following:
             ends = [line for event in events if isinstance(event, Ended) for line in self._end(event.sequence)]
             news = [line for sequence in live for line in self._catch_up(sequence)] if pays else []
             self._reopen = self._reopen and not pays
-            return told + self._pack(self.chosen.id, ends + news)
+            return told + self._pack(self.chosen, ends + news)
         if self._reopen:
             self._reopen = False
             opening: list[Line] = [self._opening(sequence) for sequence in live
@@ -86,7 +89,7 @@ class Following:
             # an epoch is also raised by a drafter that still knows the streams of before
             over: list[Line] = [Close(event.sequence.key.request_id, event.sequence.key.attempt)
                                 for event in events if isinstance(event, Ended) and self._may_hear(event.sequence)]
-            return told + self._pack(self.chosen.id, over + opening)
+            return told + self._pack(self.chosen, over + opening)
         lines: list[Line] = []
         for event in events:
             match event:
@@ -100,7 +103,7 @@ class Following:
                 case Ended(sequence) if sequence.key in self._open:
                     del self._open[sequence.key]
                     lines.append(Close(sequence.key.request_id, sequence.key.attempt))
-        return told + self._pack(self.chosen.id, lines)
+        return told + self._pack(self.chosen, lines)
 
     def _fits(self, status: DrafterStatus) -> bool:
         return status.state == "ready" and (not status.vocabulary or status.vocabulary == self._vocabulary)
@@ -141,7 +144,7 @@ class Following:
         return [message for drafter, keys in closing
                 for message in self._pack(drafter, [Close(key.request_id, key.attempt) for key in keys])]
 
-    def _pack(self, drafter: str, lines: list[Line]) -> list[Outgoing]:
+    def _pack(self, drafter: DrafterStatus, lines: list[Line]) -> list[Outgoing]:
         packed: list[Outgoing] = []
         part: list[Line] = []
         size = 0
@@ -156,6 +159,7 @@ class Following:
             packed.append(self._message(drafter, part))
         return packed
 
-    def _message(self, drafter: str, lines: list[Line]) -> Outgoing:
+    def _message(self, drafter: DrafterStatus, lines: list[Line]) -> Outgoing:
         self._seq += 1
-        return Outgoing(subjects.drafter_follow(drafter), Follow(self._worker, self._epoch, self._seq, tuple(lines)))
+        return Outgoing(subjects.drafter_follow(drafter.id, drafter.zone),
+                        Follow(self._worker, self._epoch, self._seq, tuple(lines), self._zone))

@@ -1,6 +1,6 @@
 """A worker on the bus.
 
-    worker.<id>.generate, .cancel, .drafts    -> the engine's inbox
+    worker.<id>.generate, .cancel, .drafts    -> the engine's inbox; what may not be everywhere names our zone too
     worker.<id>.kv_request                    -> a snapshot of the cache
     status.drafter.*, status.gateway.*        -> whom to follow, who is gone
     status.router.*                           -> a status at once for a router that has just started
@@ -36,7 +36,7 @@ from shared.messages import (
     decode,
     encode,
 )
-from shared.residency import allows
+from shared.residency import allows, check_zone
 from shared.settings import WorkerSettings
 from shared.telemetry import configure_tracing
 from shared.timeline import Timeline
@@ -71,9 +71,11 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain.
 
     `timeline` is the start so far; when the worker is ready it is logged with the phases that came here: weights
-    (the checkpoint read and repacked), calibration, doors (subscribed, first messages sent).
+    (the checkpoint read and repacked), calibration, doors (subscribed, first messages sent). Raises ValueError for
+    an id or a zone that is none.
     """
     timeline = timeline or Timeline()
+    check_zone(settings.zone)
     name = subjects.check_id(settings.id or new_id("worker"))
     epoch = new_epoch(clock)
     sender = Sender(bus)
@@ -196,10 +198,13 @@ class Worker:
     # --- what arrives ------------------------------------------------------------------------------------------------
 
     def _handlers(self) -> list[tuple[str, Handler]]:
+        zone = self._settings.zone
         return [
             (subjects.worker_generate(self.name), self._on_generate),
+            (subjects.worker_generate(self.name, zone), self._on_generate),
             (subjects.worker_cancel(self.name), self._on_cancel),
             (subjects.worker_drafts(self.name), self._on_drafts),
+            (subjects.worker_drafts(self.name, zone), self._on_drafts),
             (subjects.worker_kv_request(self.name), self._on_snapshot_request),
             (subjects.status("drafter", "*"), self._on_status),
             (subjects.status("gateway", "*"), self._on_status),
@@ -220,8 +225,9 @@ class Worker:
         # a sign of life; one that dies before its first heartbeat arrives must fall silent too
         self._gateways[request.gateway] = self._clock.now()
         if not allows(request.residency, self._settings.zone):
+            # whoever placed it thought this worker elsewhere: another may be where it is allowed
             error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
-            self._turn_away(Refused(request, failed(request, error)))
+            self._turn_away(Refused(request, failed(request, error, True)))
             return
         if request.recipe and request.recipe != self._decoder.recipe:
             other = WorkerFailed(f"the stream began under recipe {request.recipe}, this worker has "

@@ -170,6 +170,37 @@ def test_a_tenants_finished_answers_help_its_next_streams_and_nobody_elses() -> 
     play(scenario)
 
 
+def test_proposals_go_to_the_zone_that_the_stream_is_in_and_are_not_heard_elsewhere() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker(zone="us")
+        there: list[Drafts] = []
+        await worker.bus.subscribe(subjects.worker_drafts("w0", "eu"),
+                                   lambda delivery: there.append(decode(delivery.data, Drafts)))
+        told = replace(worker.tell(opened([*LOOP, *LOOP])), zone="eu")
+        await worker.bus.publish(subjects.drafter_follow("d0", "eu-north1"), encode(told))
+        await asyncio.sleep(0.01)
+        assert there and not worker.drafts
+        unheard: list[str] = []
+        await worker.bus.publish(subjects.drafter_follow("d0", "us"), encode(told), None, lambda: unheard.append("us"))
+        await asyncio.sleep(0.01)
+        assert unheard == ["us"]
+
+    play(scenario, zone="eu-north1")
+
+
+def test_what_a_worker_said_in_its_last_life_is_not_shared_with_the_zone_it_came_back_in() -> None:
+    async def scenario(stage: Stage) -> None:
+        before = await stage.worker("w0", 1, zone="eu")
+        await before.says(opened([*range(100, 140)], stream="a"))
+        await stage.worker("w0", 2, zone="us")
+        await before.says(closed(stream="a"))  # overtaken by its next life's status
+        after = await stage.worker("w1", 1, zone="us")
+        await after.says(opened([*range(100, 120)], stream="b"))
+        assert after.proposals == []
+
+    play(scenario)
+
+
 def test_while_a_workers_zone_is_unknown_its_streams_share_nothing() -> None:
     async def scenario(stage: Stage) -> None:
         known, unknown = await stage.worker("w0"), Worker(stage.broker, "w1")

@@ -121,7 +121,8 @@ class CachingWorker:
         self._outgoing: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
 
     async def start(self) -> None:
-        await self.bus.subscribe(subjects.worker_generate(self.name), self.on_generate)
+        for zone in ("", self.fields.get("zone", "local")):
+            await self.bus.subscribe(subjects.worker_generate(self.name, zone), self.on_generate)
         await self.bus.subscribe(subjects.worker_kv_request(self.name), self.on_kv_request)
 
     def on_generate(self, delivery: Delivery) -> None:

@@ -76,7 +76,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     KvEvents(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(stored, removed, cleared)),
     KvSnapshot(worker="worker-a", epoch=1_700_000_000_000, seq=5, hashes=HASH * 3, part=1, parts=2),
     SnapshotRequest(router="router-a"),
-    Follow(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(opened, commit, close)),
+    Follow(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(opened, commit, close), zone="eu-north1"),
     Drafts(drafter="drafter-a", epoch=1_700_000_000_000, proposals=(proposal,)),
     WorkerStatus(id="worker-a", epoch=1_700_000_000_000, model="SmolLM2", state="draining", engine="cuda",
                  recipe="int8-g32", vocabulary="abcd", zone="eu-north1", sku="h100", price_usd_per_hour=2.5,

@@ -41,7 +41,9 @@ def test_each_subject_is_heard_where_it_should_be_and_nowhere_else():
     everything = [subjects.generate("m"), subjects.worker_generate("w"), subjects.worker_cancel("w"),
                   subjects.replies("g"), subjects.worker_kv("w"), subjects.worker_kv_request("w"),
                   subjects.drafter_follow("d"), subjects.worker_drafts("w"), subjects.placed("r"),
-                  subjects.status("worker", "w")]
+                  subjects.status("worker", "w"), subjects.worker_generate("w", "eu"),
+                  subjects.worker_generate("w", "us"), subjects.worker_drafts("w", "eu"),
+                  subjects.drafter_follow("d", "eu")]
     assert len(set(everything)) == len(everything)
     assert all(subject.startswith("mill.v1.") for subject in everything)
 
@@ -58,6 +60,12 @@ def test_each_subject_is_heard_where_it_should_be_and_nowhere_else():
 def test_an_id_stands_in_a_subject_as_it_is(name):
     assert subjects.check_id(name) == name
     check_subject(subjects.worker_generate(name))
+
+
+def test_a_zone_in_an_address_is_one_word_whatever_its_case_and_none_says_nothing():
+    assert subjects.worker_generate("w", "EU-north1") == "mill.v1.worker.w.generate.eu-north1"
+    assert subjects.drafter_follow("d", "a.b>*") == "mill.v1.drafter.d.follow.a%2Eb%3E%2A"
+    assert subjects.worker_drafts("w", "") == subjects.worker_drafts("w")
 
 
 @pytest.mark.parametrize("name", ["", "A", "a.b", "a b", "-a", "_a", "a*", ">", "a\n", "é"])

@@ -74,7 +74,7 @@ class Mesh:
     async def __aenter__(self) -> "Mesh":
         for subject, handler in [
             (subjects.replies("g1"), self._on_replies),
-            (subjects.drafter_follow("d1"), self._on_follow),
+            (f"{subjects.drafter_follow('d1')}.>", self._on_follow),
             (subjects.worker_kv("w1"), self._on_kv),
             (subjects.status("worker", "w1"), self._on_status),
         ]:

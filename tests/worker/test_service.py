@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
 from msgspec.structs import replace
 
 from shared import subjects
 from shared.blocks import split_hashes
+from shared.clock import LoopClock
+from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
     Accepted,
     Cancel,
@@ -26,7 +29,9 @@ from shared.messages import (
     SnapshotRequest,
     Stored,
     Tokens,
+    encode,
 )
+from shared.settings import WorkerSettings
 from shared.tokens import pack, unpack
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain, request
@@ -34,6 +39,7 @@ from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
 from worker.following import Following
 from worker.outbox import Outgoing
 from worker.scheduler import Advanced, Ended, Started
+from worker.service import serve
 
 DEADLINE = WALL_S + 1000.0
 
@@ -201,11 +207,46 @@ def test_a_request_outside_its_residency_is_refused_and_never_computed() -> None
                         request("in", deadline=DEADLINE, residency=Residency(("eu",))))
         end = await mesh.ended("out")
         assert isinstance(end, Failed)
-        assert (end.code, end.retryable) == ("no_eligible_worker", False)
+        assert (end.code, end.retryable) == ("no_eligible_worker", True)
         assert isinstance(await mesh.ended("in"), Finished)
 
     mesh = play(scenario, zone="eu-north1")
     assert not any(isinstance(reply, Accepted) and reply.request_id == "out" for reply in mesh.replies)
+
+
+def test_a_worker_is_not_reached_by_what_was_meant_for_one_of_its_name_in_another_zone() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        unheard: list[str] = []
+        secret = request("secret", deadline=DEADLINE, residency=Residency(("eu",)))
+        await mesh.bus.publish(subjects.worker_generate("w1", "eu"), encode(secret), None, lambda: unheard.append("eu"))
+        await mesh.bus.publish(subjects.worker_drafts("w1", "eu"), encode(Drafts("d1", 1, ())), None,
+                               lambda: unheard.append("drafts"))
+        here = request("here", deadline=DEADLINE, residency=Residency(("us",)))
+        await mesh.bus.publish(subjects.worker_generate("w1", "us-east1"), encode(here))
+        assert isinstance(await mesh.ended("here"), Finished)
+        assert unheard == ["eu", "drafts"]
+
+    mesh = play(scenario, zone="us-east1")
+    assert {reply.request_id for reply in mesh.replies} == {"here"}
+
+
+@pytest.mark.parametrize("zone", ["", "eu north", "eu.north", "eu-"])
+def test_a_worker_does_not_start_in_what_is_no_zone(zone: str) -> None:
+    async def start() -> None:
+        await serve(MemoryBus(MemoryBroker()), WorkerSettings(id="w1", engine="mock", zone=zone), LoopClock())
+
+    with pytest.raises(ValueError, match="is no zone"):
+        run_virtual(start())
+
+
+def test_a_late_word_of_a_drafters_last_life_opens_nothing_to_the_zone_it_was_in() -> None:
+    following = Following("w1", 1, "eu", "", 8, 2.0)
+    following.hear(DrafterStatus("d1", 2, zone="us"), 0.0)
+    following.hear(DrafterStatus("d1", 1, zone="eu"), 0.1)
+    assert following.chosen is not None and following.chosen.zone == "us"
+    following.hear(DrafterStatus("d1", 1, zone="eu"), 3.0)  # nobody heard the other for long: a clock was set back
+    following.hear(DrafterStatus("d1", 1, zone="eu"), 3.1)
+    assert following.chosen.zone == "eu"
 
 
 def test_an_expired_deadline_fails_on_arrival() -> None:
