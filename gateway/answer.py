@@ -30,6 +30,7 @@ from shared import trace_names as names
 from shared.errors import MillError
 from shared.messages import Finished, Generate
 from shared.noise import choice_seed
+from shared.tiers import priority
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
@@ -85,7 +86,8 @@ class Answer:
         self._id = secrets.token_hex(12)
         self._reply = reply(
             reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
-            fingerprint(model, gateway.recipe()), options.include_usage)
+            fingerprint(model, gateway.recipe()), options.include_usage,
+            options.tier if options.show_tier else None)
 
     async def give(self, receive: Receive, send: Send) -> None:
         """Open the streams, answer, end what is left. Raises MillError while the answer has not begun."""
@@ -131,8 +133,8 @@ class Answer:
                 tokens=prompt.packed, max_tokens=prompt.max_tokens, deadline=gateway.clock.wall() + timeout_s,
                 sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
                 cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
-                stop_token_ids=self._model.end_tokens(options), priority=options.priority,
-                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary)
+                stop_token_ids=self._model.end_tokens(options), priority=priority(options.tier, options.priority),
+                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary, tier=options.tier)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 

@@ -97,6 +97,7 @@ class Chunk(Struct):
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
 
 
 class AssistantMessage(Struct):
@@ -122,6 +123,7 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
 
 
 class ChatReply:
@@ -129,31 +131,36 @@ class ChatReply:
 
     id_prefix = "chatcmpl-"
 
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
+                 tier: str | None = None) -> None:
+        """`tier` where the client asked for one."""
         self.id = id
         self._head = (id, "chat.completion.chunk", created, model, fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
+        self._tier: str | UnsetType = UNSET if tier is None else tier
 
     def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
         """The role chunk of choice `index`; `prompt` ids where the client asked for them."""
         return encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
-                            UNSET if prompt is None else prompt))
+                            UNSET if prompt is None else prompt, self._tier))
 
     def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
         if tokens is None and usage is None:
             if (plain := self._plain.get(index)) is None:
-                empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage))
+                empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage,
+                                     service_tier=self._tier))
                 plain = self._plain[index] = WithText(empty, "content")
             return plain(text)
         choice = ChunkChoice(index, Delta(content=text), token_ids=UNSET if tokens is None else tokens)
-        return encode(Chunk(*self._head, [choice], usage or self._no_usage))
+        return encode(Chunk(*self._head, [choice], usage or self._no_usage, service_tier=self._tier))
 
     def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
-        return encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage))
+        return encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage,
+                            service_tier=self._tier))
 
     def totals(self, usage: Usage) -> bytes:
-        return encode(Chunk(*self._head, [], usage))
+        return encode(Chunk(*self._head, [], usage, service_tier=self._tier))
 
     def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage) -> bytes:
         """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
@@ -163,4 +170,4 @@ class ChatReply:
             id, "chat.completion", created, model, fingerprint,
             [ChatChoice(i, AssistantMessage("assistant", text), reason, None, UNSET if tokens is None else tokens)
              for i, (text, reason, tokens, _) in enumerate(choices)],
-            usage, UNSET if prompt is None else prompt))
+            usage, UNSET if prompt is None else prompt, self._tier))

@@ -67,6 +67,7 @@ class Completion(Struct):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+    service_tier: str | UnsetType = UNSET
 
 
 class CompletionReply:
@@ -74,32 +75,37 @@ class CompletionReply:
 
     id_prefix = "cmpl-"
 
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool) -> None:
+    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
+                 tier: str | None = None) -> None:
+        """`tier` where the client asked for one."""
         self.id = id
         self._head = (id, "text_completion", created, model, fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
+        self._tier: str | UnsetType = UNSET if tier is None else tier
 
     def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
         """Text completions have no role; a chunk opens them only where prompt ids were asked for."""
         if prompt is None:
             return None
-        return encode(Completion(*self._head, [CompletionChoice("", index, prompt_token_ids=prompt)], self._no_usage))
+        return encode(Completion(*self._head, [CompletionChoice("", index, prompt_token_ids=prompt)], self._no_usage,
+                                 self._tier))
 
     def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
         if tokens is None and usage is None:
             if (plain := self._plain.get(index)) is None:
-                empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage))
+                empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage, self._tier))
                 plain = self._plain[index] = WithText(empty, "text")
             return plain(text)
         choice = CompletionChoice(text, index, token_ids=UNSET if tokens is None else tokens)
-        return encode(Completion(*self._head, [choice], usage or self._no_usage))
+        return encode(Completion(*self._head, [choice], usage or self._no_usage, self._tier))
 
     def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
-        return encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage))
+        return encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage,
+                                 self._tier))
 
     def totals(self, usage: Usage) -> bytes:
-        return encode(Completion(*self._head, [], usage))
+        return encode(Completion(*self._head, [], usage, self._tier))
 
     def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage) -> bytes:
         """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
@@ -107,4 +113,4 @@ class CompletionReply:
             *self._head,
             [CompletionChoice(text, i, None, reason, UNSET if tokens is None else tokens,
                               UNSET if prompt is None else prompt)
-             for i, (text, reason, tokens, prompt) in enumerate(choices)], usage))
+             for i, (text, reason, tokens, prompt) in enumerate(choices)], usage, self._tier))

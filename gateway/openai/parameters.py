@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from shared.errors import BadRequest
 from shared.messages import Sampling
+from shared.tiers import DEFAULT, TIERS, Tier
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -40,6 +41,7 @@ class Parameters(Struct, kw_only=True):
     seed: int | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    service_tier: str | None = None
     # extensions
     top_k: int | None = None
     min_p: float | None = None
@@ -86,6 +88,8 @@ class Options(Struct, frozen=True):
     return_token_ids: bool
     priority: int  # as in the mesh, a larger number goes first
     cache_hint: str
+    tier: Tier = DEFAULT
+    show_tier: bool = False  # it was asked for, so the answer names it
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
@@ -121,6 +125,8 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         return_token_ids=bool(body.return_token_ids),
         priority=-(body.priority or 0),
         cache_hint=(body.prompt_cache_key or "")[:256],
+        tier=_tier(body.service_tier),
+        show_tier=body.service_tier is not None,
     )
 
 
@@ -168,6 +174,17 @@ def _token_ids(ids: list[int] | None) -> tuple[int, ...]:
     if any(not 0 <= token < 1 << 32 for token in ids or ()):
         raise BadRequest("stop_token_ids must hold token ids of 0 or more", param="stop_token_ids")
     return tuple(ids or ())
+
+
+def _tier(name: str | None) -> Tier:
+    """`auto` is what a request gets that does not ask."""
+    if name in (None, "auto"):
+        return DEFAULT
+    for tier in TIERS:
+        if name == tier:
+            return tier
+    raise BadRequest(f"service_tier must be one of auto, {', '.join(sorted(TIERS))}, got {(name or '')[:64]!r}",
+                     param="service_tier")
 
 
 def _within(param: str, value: float | None, least: float, most: float) -> None:
