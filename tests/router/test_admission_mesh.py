@@ -108,7 +108,7 @@ class World:
                 streams.tick(True)
 
         async with asyncio.TaskGroup() as tasks:
-            original, router.service.Router = router.service.Router, Seen  # type: ignore[misc]
+            original, router.service.Router = router.service.Router, Seen  # type: ignore[misc,assignment]
             for number in range(routers):
                 self.router_buses.append(MemoryBus(self.broker))
                 self.router_tasks.append(tasks.create_task(router.service.serve(

@@ -61,13 +61,13 @@ def test_the_bound_is_never_exceeded_and_every_request_ends_once(history: list[A
                 max_size=80))
 def test_what_two_tenants_get_while_both_wait_differs_by_no_more_than_a_request_each(sent: list[Any]) -> None:
     queue: FairQueue[None] = FairQueue(1000, WEIGHTS)
-    waiting: Counter[tuple[str, str]] = Counter()
-    largest: defaultdict[tuple[str, str], float] = defaultdict(float)
+    waiting: Counter[tuple[str, Tier]] = Counter()
+    largest: defaultdict[tuple[str, Tier], float] = defaultdict(float)
     for number, (tenant, tier, cost_s) in enumerate(sent):
         queue.offer(ticket(number, tenant, tier, cost_s))
         waiting[tenant, tier] += 1
         largest[tenant, tier] = max(largest[tenant, tier], cost_s)
-    got: defaultdict[tuple[str, str], float] = defaultdict(float)
+    got: defaultdict[tuple[str, Tier], float] = defaultdict(float)
     while (turn := queue.next()) is not None:
         flow = turn.tenant, turn.tier
         if turn.tier == "flex":
