@@ -31,7 +31,8 @@ from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes
 from shared.clock import LoopClock
 from shared.errors import MillError
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
-from shared.messages import Finished, Generate, Sampling, Status, WorkerStatus, decode
+from shared.messages import Finished, Generate, Residency, Sampling, Status, WorkerStatus, decode
+from shared.residency import allows
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, WorkerSettings
 from shared.tokens import pack
 from tests.laws.plain import mock_stream
@@ -47,14 +48,17 @@ KNOWN_AGAIN_S = 2.0  # after a start, until everyone has heard of it
 MAX_ATTEMPTS = 8
 QUIET_S = 12.0  # after the last fault, for everything to come to rest
 GATEWAY_QUIET_S = 26.0  # the same when a gateway died: its workers wait long before they let go of its streams
+ZONES = ("eu-north1", "eu-west1", "us-east1")
+ANYWHERE = Residency()
+POLICIES = ((), ("eu",), ("eu-north1",), ("us",), ("eu-west1", "us"))
 SLOW = (
     *[("", 0.0)] * 3,
     ("generate.>", 2.2),
-    ("worker.*.generate", 1.5),
+    ("worker.*.generate|", 1.5),
     ("worker.*.cancel", 1.0),
     ("worker.*.kv", 2.0),
-    ("worker.*.drafts", 0.3),
-    ("drafter.*.follow", 0.5),
+    ("worker.*.drafts|", 0.3),
+    ("drafter.*.follow|", 0.5),
     ("status.>", 1.2),
 )
 SERVE = {"router": router.service.serve, "drafter": drafter.service.serve, "worker": worker.service.serve}
@@ -72,6 +76,7 @@ class Ask:
     stop_token_ids: tuple[int, ...]
     hang_up_after: int  # tokens read; 0: it stays
     tenant: str = "red"
+    residency: Residency = ANYWHERE
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,14 @@ class Blow:
     """One service goes at `at_s` and is back `for_s` later. `who` is e.g. `worker-2`, `gateway` or `broker`.
 
     `drain_s`: it is asked to leave and may take so long over its streams. None: it dies at once.
+    `back_in`: the zone it comes back in, under the same name. Empty: where it was.
     """
 
     at_s: float
     who: str
     for_s: float
     drain_s: float | None = None
+    back_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Schedule:
     step_tokens: int
     kv_blocks: int
     kv_tier_mib: int  # 16 blocks of the mock in each
+    zones: tuple[tuple[str, str], ...] = ()  # of workers and drafters by name, at the start; others are in `local`
 
     @property
     def someone_always_serves(self) -> bool:
@@ -108,17 +116,33 @@ class Schedule:
 
         Otherwise a stream that has not begun may be refused with a retryable error; one that has begun may not.
         """
+        return self.always_serves(ANYWHERE)
+
+    def always_serves(self, residency: Residency) -> bool:
+        """The same for requests under this policy: of the workers that are where it allows, all their lives."""
         if any(blow.who in ("broker", "gateway") for blow in self.blows):
             return False
-        for kind, count in (("worker", self.workers), ("router", self.routers)):
+        workers, routers = self.may_serve(residency), tuple(f"router-{i + 1}" for i in range(self.routers))
+        for names in (workers, routers):
             down = [
                 (blow.at_s, blow.at_s + (blow.drain_s or 0.0) + blow.for_s + KNOWN_AGAIN_S)
                 for blow in self.blows
-                if blow.who.startswith(kind)
+                if blow.who in names
             ]
-            if any(sum(start <= moment < end for start, end in down) >= count for moment, _ in down):
+            if any(sum(start <= moment < end for start, end in down) >= len(names) for moment, _ in down):
                 return False
-        return True
+        return bool(workers)
+
+    def may_serve(self, residency: Residency, once: bool = False) -> tuple[str, ...]:
+        """Workers that are in an allowed zone in all their lives; with `once` in any of them."""
+        first = dict(self.zones)
+        found = []
+        for name in (f"worker-{i + 1}" for i in range(self.workers)):
+            lives = [first.get(name, "local"), *(blow.back_in for blow in self.blows
+                                                 if blow.who == name and blow.back_in)]
+            if (any if once else all)(allows(residency, zone) for zone in lives):
+                found.append(name)
+        return tuple(found)
 
     @property
     def worker_deaths(self) -> int:
@@ -137,7 +161,10 @@ class Schedule:
         """What a stream may wait for its next token: well below the timers that notice what nothing else did."""
         nobody_s = sum(blow.for_s + (blow.drain_s or 0.0) for blow in self.blows)
         # in a crowd whoever gave way waits for others to end: 14 s were seen
-        return 16.0 + 4 * self.slowest_s + (0.0 if self.someone_always_serves else nobody_s)
+        always = all(self.always_serves(ask.residency) for ask in self.asks)
+        # whose workers have moved away waits for them as long as for a stalled one
+        moved_s = 0.0 if all(self.may_serve(ask.residency) for ask in self.asks) else 20.0
+        return 16.0 + 4 * self.slowest_s + (0.0 if always else nobody_s) + moved_s
 
     @property
     def slowest_s(self) -> float:
@@ -146,8 +173,12 @@ class Schedule:
         return max(faults.delay_s[1] + faults.reorder_s[1] for faults in every)
 
     @staticmethod
-    def draw(seed: int, *, blows: bool = True, loss: bool = True, drafters: int | None = None) -> "Schedule":
-        """The schedule of `seed`; parts of it can be left out to isolate one law."""
+    def draw(seed: int, *, blows: bool = True, loss: bool = True, drafters: int | None = None,
+             walls: bool | None = None) -> "Schedule":
+        """The schedule of `seed`; parts of it can be left out to isolate one law.
+
+        `walls`: whether workers and drafters are in zones and requests under policies; None: every other seed.
+        """
         rng = random.Random(seed)
         workers, routers = rng.randint(2, 3), rng.randint(1, 2)
         crowd = rng.random() < 0.25
@@ -177,7 +208,9 @@ class Schedule:
             kv_blocks,
             rng.choice((0, 0, 1, 4)),
         )
-        if schedule.someone_always_serves:
+        if seed % 2 if walls is None else walls:
+            schedule = _walled(schedule)
+        if all(schedule.always_serves(ask.residency) for ask in schedule.asks):
             return schedule
         # a stream outlasts its mesh for `stall_s` and no longer
         return replace(schedule, blows=tuple(replace(blow, for_s=min(blow.for_s, 3.0)) for blow in schedule.blows))
@@ -188,6 +221,19 @@ def _grown(rng: random.Random, ask: Ask, room_tokens: int) -> Ask:
     prompt = ask.prompt[-rng.randint(1, 20) :]
     wanted = ask.max_tokens if ask.hang_up_after else rng.randint(100, 250)
     return replace(ask, at_s=rng.uniform(1.2, 1.6), prompt=prompt, max_tokens=min(wanted, room_tokens - len(prompt)))
+
+
+def _walled(schedule: Schedule) -> Schedule:
+    """The same with zones and policies, drawn apart: what else happens does not depend on them."""
+    rng = random.Random(f"{schedule.seed} walls")
+    names = [f"{kind}-{i + 1}" for kind, count in (("worker", schedule.workers), ("drafter", schedule.drafters))
+             for i in range(count)]
+    blows = tuple(
+        replace(blow, back_in=rng.choice(ZONES)) if blow.who in names and rng.random() < 0.5 else blow
+        for blow in schedule.blows)
+    asks = tuple(replace(ask, residency=Residency(rng.choice(POLICIES))) for ask in schedule.asks)
+    zones = tuple((name, rng.choice(ZONES)) for name in names)
+    return replace(schedule, blows=blows, asks=asks, zones=zones)
 
 
 def _faults(rng: random.Random, loss: bool) -> Faults:
@@ -203,7 +249,9 @@ def _faults(rng: random.Random, loss: bool) -> Faults:
     pattern, most_s = rng.choice(SLOW)
     if not pattern or not loss:
         return common
-    return replace(common, overrides=((f"mill.v1.{pattern}", replace(common, delay_s=(0.0, most_s))),))
+    slow = replace(common, delay_s=(0.0, most_s))
+    patterns = [pattern] if pattern[-1] != "|" else [pattern[:-1], pattern[:-1] + ".*"]  # with a zone and without
+    return replace(common, overrides=tuple((f"mill.v1.{pattern}", slow) for pattern in patterns))
 
 
 def _blow(rng: random.Random, who: str) -> Blow:
@@ -264,6 +312,7 @@ class History:
     lost_messages: int = 0
     handler_errors: int = 0
     accepted_drafts: int = 0
+    under_policy: int = 0  # messages that only some zones may hear, where they arrived
     complaints: list[str] = field(default_factory=list)  # of the witness, and of those who looked inside afterwards
 
     @property
@@ -301,7 +350,7 @@ def _violations(history: History) -> Iterator[str]:
         elif isinstance(error := told.ends[0], MillError):
             if "workers died while serving" in error.message and history.schedule.worker_deaths >= 2:
                 continue  # the law's own limit: it might be the request that kills them
-            if told.tokens or not error.retryable or history.schedule.someone_always_serves:
+            if not _excused(history.schedule, told, error):
                 yield f"{who}: law 5: it failed after {len(told.tokens)} tokens ({error.code}: {error.message})"
         elif len(told.tokens) != len(truth):
             yield f"{who}: law 1: {len(told.tokens)} tokens of {len(truth)}"
@@ -321,6 +370,16 @@ def _violations(history: History) -> Iterator[str]:
         yield f"seed {history.schedule.seed}: {complaint}"
     if history.handler_errors:
         yield f"seed {history.schedule.seed}: {history.handler_errors} handlers raised"
+
+
+def _excused(schedule: Schedule, told: Told, error: MillError) -> bool:
+    """Whether a stream that nobody gave up may end with this error."""
+    residency = told.ask.residency
+    if schedule.always_serves(residency):
+        return False
+    walled_off = error.code == "no_eligible_worker" and bool(residency.zones)
+    moved_away = bool(schedule.may_serve(residency, once=True)) and not schedule.may_serve(residency)
+    return (moved_away or not told.tokens) and (walled_off or error.retryable)
 
 
 def _first_difference(tokens: list[int], truth: tuple[int, ...]) -> int:
@@ -357,7 +416,9 @@ class _Mesh:
             not any(blow.who == "broker" for blow in schedule.blows),
             lambda request: expected(self._ask_of(request)),
             self._delivered,
+            lambda request: self._ask_of(request).residency,
         )
+        self._zones = dict(schedule.zones)
         self._alive: dict[str, tuple[MemoryBus, asyncio.Task[None]]] = {}
         self._gateway_changed = asyncio.Condition()
 
@@ -393,6 +454,7 @@ class _Mesh:
                 self.broker.lost,
                 self.broker.handler_errors,
                 sum(status.accepted_draft_tokens_total for status in self.statuses.values()),
+                self.witness.under_policy,
                 [*self.witness.complaints, *self.complaints],
             )
             for name in list(self._alive):
@@ -407,7 +469,7 @@ class _Mesh:
         send = self.broker._send
 
         def seen(sender: Any, delivery: Any, unheard: Any) -> None:
-            self.witness.see(delivery.subject, delivery.data, self.clock.now())
+            self.witness.see(delivery.subject, delivery.data, self.clock.now(), getattr(sender, "zone", ""))
             send(sender, delivery, unheard)
 
         self.broker._send = seen  # type: ignore[method-assign]
@@ -501,7 +563,7 @@ class _Mesh:
 
     def _start(self, name: str, drain_s: float) -> None:
         kind = name.split("-")[0]
-        bus = MemoryBus(self.broker)
+        bus = _BusIn(self.broker, self._zones.get(name, "local"), self.witness)
         if kind == "gateway":
             run = self._serve_gateway(bus)
         else:
@@ -522,9 +584,10 @@ class _Mesh:
         if kind == "router":
             return RouterSettings(id=name)
         if kind == "drafter":
-            return DrafterSettings(id=name)
+            return DrafterSettings(id=name, zone=self._zones.get(name, "local"))
         return WorkerSettings(
             id=name,
+            zone=self._zones.get(name, "local"),
             model_name=MODEL,
             engine="mock",
             mock_vocabulary=VOCABULARY,
@@ -572,6 +635,7 @@ class _Mesh:
             else:
                 await self._ask_to_leave(blow.who)
             await asyncio.sleep(blow.for_s)
+            self._zones[blow.who] = blow.back_in or self._zones.get(blow.who, "local")
             self._start(blow.who, max((other.drain_s or 0.0) for other in self.schedule.blows))
 
     # --- clients
@@ -602,6 +666,7 @@ class _Mesh:
             deadline=self.clock.wall() + 300.0,
             sampling=ask.sampling,
             tenant=ask.tenant,
+            residency=ask.residency,
             cache_salt=salt,
             block_hashes=join_hashes(hash_chain(ask.prompt, salt)),
             stop_token_ids=ask.stop_token_ids,
@@ -626,6 +691,22 @@ class _Mesh:
                 return
             await changed.wait()
             changed.clear()
+
+
+class _BusIn(MemoryBus):
+    """The bus of a service in one zone: the witness sees what arrives there, before the service does."""
+
+    def __init__(self, broker: MemoryBroker, zone: str, witness: Witness) -> None:
+        super().__init__(broker)
+        self.zone = zone
+        self._witness = witness
+
+    async def subscribe(self, subject: str, handler: Any, queue: str | None = None) -> Any:
+        def seen(delivery: Any) -> None:
+            self._witness.arrived(delivery.subject, delivery.data, self.zone)
+            handler(delivery)
+
+        return await super().subscribe(subject, seen, queue)
 
 
 def _noting(kind: Any, found: dict[str, Any]) -> Any:

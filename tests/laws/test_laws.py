@@ -1,11 +1,15 @@
-"""Laws 1, 2, 4, 5, 6, 9 and 10 over seeded schedules of delay, loss, duplication, reordering and crashes.
+"""Laws 1, 2, 4, 5, 6, 7, 9 and 10 over seeded schedules of delay, loss, duplication, reordering and crashes.
 
 `make simulate SEEDS=1000` plays more of them. A seed that breaks a law stays here under its own name.
 """
 
+import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -30,7 +34,7 @@ def test_a_mesh_without_faults_sends_nothing_twice(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3000, 3006))
 def test_a_worker_that_stays_away_costs_its_streams_a_pause_and_nothing_else(seed: int) -> None:
-    schedule = replace(Schedule.draw(seed, loss=False), blows=(Blow(2.2, "worker-1", 24.0),))
+    schedule = replace(Schedule.draw(seed, loss=False, walls=False), blows=(Blow(2.2, "worker-1", 24.0),))
     assert schedule.someone_always_serves
     assert violations(run(schedule)) == []
 
@@ -44,6 +48,41 @@ def test_drafters_change_no_token(seed: int) -> None:
 
 def test_drafts_are_accepted_somewhere_or_the_law_about_them_is_empty() -> None:
     assert sum(run(Schedule.draw(seed, blows=False, loss=False, drafters=1)).accepted_drafts for seed in range(4)) > 20
+
+
+@pytest.mark.parametrize("seed", range(7000, 7016))
+def test_no_token_is_computed_or_drafted_or_even_heard_outside_the_zones_of_its_policy(seed: int) -> None:
+    history = run(Schedule.draw(seed, walls=True))
+    assert violations(history) == []
+    assert history.under_policy > 10
+
+
+@pytest.mark.parametrize("seed", range(7000, 7006))
+def test_a_service_that_comes_back_elsewhere_under_its_name_hears_nothing_of_what_was_meant_for_it(seed: int) -> None:
+    assert violations(run(moving(seed))) == []
+
+
+@pytest.mark.parametrize(("wall", "without", "schedule"), [
+    ("router.placement.allows", lambda residency, zone: True, Schedule.draw(7003, walls=True)),
+    ("worker.following.allows", lambda residency, zone: True, Schedule.draw(7014, walls=True)),
+    ("shared.subjects._in", lambda zone: "", None),
+])
+def test_without_any_one_of_its_walls_law_7_is_seen_to_break(
+        wall: str, without: Callable[..., Any], schedule: Schedule | None) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch(wall, without))
+        assert any("law 7" in complaint for complaint in violations(run(schedule or moving(7003))))
+
+
+def moving(seed: int) -> Schedule:
+    """Workers and a drafter that die and are back at once in another zone, while statuses take up to 1.2 s."""
+    schedule = Schedule.draw(seed, loss=False, drafters=1, walls=True)
+    slow = (("mill.v1.status.>", replace(schedule.faults, delay_s=(0.0, 1.2))),)
+    moves = ((2.0, "worker-1", "us-east1"), (2.6, "drafter-1", "us-east1"), (3.5, "worker-1", "eu-north1"),
+             (4.0, "drafter-1", "eu-north1"), (4.6, "worker-2", "us-east1"), (5.0, "drafter-1", "us-east1"))
+    return replace(schedule, faults=replace(schedule.faults, overrides=slow),
+                   blows=tuple(Blow(at_s, who, 0.05, None, zone) for at_s, who, zone in moves),
+                   zones=tuple((name, "eu-north1") for name, _ in schedule.zones))
 
 
 def test_the_truth_that_streams_are_held_to_is_what_the_simplest_loop_gives() -> None:

@@ -12,21 +12,26 @@ from shared.messages import (
     Accepted,
     Cancel,
     Close,
+    Commit,
+    Drafts,
     Failed,
     Finished,
     Follow,
     Generate,
     Open,
     Reply,
+    Residency,
     StepReplies,
     Tokens,
     decode,
 )
+from shared.residency import allows
 from shared.tokens import unpack
 
 GENERATE = f"{subjects.PREFIX}.generate."
 REPLIES = f"{subjects.PREFIX}.replies."
 WORKER = f"{subjects.PREFIX}.worker."
+DRAFTER = f"{subjects.PREFIX}.drafter."
 
 
 @dataclass
@@ -54,13 +59,15 @@ class Witness:
     """`complaints` are the laws broken on the wire. `patience_s`: how long work nobody wants may go on."""
 
     def __init__(self, patience_s: float, always_connected: bool, truth: Callable[[str], tuple[int, ...]],
-                 delivered: Callable[[str], int]) -> None:
+                 delivered: Callable[[str], int], residency: Callable[[str], Residency]) -> None:
         self.complaints: list[str] = []
+        self.under_policy = 0  # times that tokens under a policy were where they may be
         self.tokens: dict[tuple[str, int], int] = {}  # (worker, epoch) -> tokens it sent
         self._patience_s = patience_s
         self._always_connected = always_connected
         self._truth = truth
         self._delivered = delivered
+        self._residency = residency
         self._asked: dict[str, Asked] = {}
         self._said: dict[tuple[str, int, str, int], Said] = {}
         self._placements: dict[tuple[str, int], int] = {}
@@ -72,23 +79,45 @@ class Witness:
         if request_id in self._asked:
             self._asked[request_id].gone_s = now_s
 
-    def see(self, subject: str, data: bytes, now_s: float) -> None:
-        """One message, as it leaves."""
+    def see(self, subject: str, data: bytes, now_s: float, zone: str = "") -> None:
+        """One message, as it leaves a sender in `zone`."""
+        what = _what(subject)
         if subject.startswith(GENERATE):
             self._submitted(decode(data, Generate), now_s)
         elif subject.startswith(REPLIES):
-            self._replied(decode(data, StepReplies), subject, now_s)
-        elif subject.startswith(WORKER) and subject.endswith(".generate"):
+            replies = decode(data, StepReplies)
+            self._replied(replies, subject, now_s)
+            for reply in replies.replies:
+                if isinstance(reply, Accepted | Tokens):
+                    self._wall(reply.request_id, zone, f"{type(reply).__name__} of {replies.sender}")
+        elif what == "worker generate":
             request = decode(data, Generate)
             key = request.request_id, request.attempt
             self._placements[key] = self._placements.get(key, 0) + 1
-        elif subject.endswith(".follow"):
+        elif what == "drafter follow":
             self._told(decode(data, Follow))
+        elif what == "worker drafts":
+            drafts = decode(data, Drafts)
+            for proposal in drafts.proposals:
+                self._wall(proposal.request_id, zone, f"a proposal of {drafts.drafter}")
         elif subject.startswith(WORKER) and subject.endswith(".cancel"):
             cancel = decode(data, Cancel)
             asked = self._asked.get(cancel.request_id)
             if asked is None or cancel.attempt not in asked.starts:
                 self.complain(f"{cancel.request_id}/{cancel.attempt} is cancelled and was never asked for")
+
+    def arrived(self, subject: str, data: bytes, zone: str) -> None:
+        """Law 7: one message, as it reaches a service in `zone`. No token under a policy may be outside of it."""
+        match _what(subject):
+            case "worker generate":
+                self._wall(decode(data, Generate).request_id, zone, f"the request at {subject}")
+            case "worker drafts":
+                for proposal in decode(data, Drafts).proposals:
+                    self._wall(proposal.request_id, zone, f"a proposal at {subject}")
+            case "drafter follow":
+                for event in decode(data, Follow).events:
+                    if isinstance(event, Open | Commit):
+                        self._wall(event.request_id, zone, f"{type(event).__name__} at {subject}")
 
     def placed_twice(self) -> list[str]:
         """Only where no worker died may nothing be placed again."""
@@ -102,6 +131,12 @@ class Witness:
 
     def complain(self, what: str) -> None:
         self.complaints.append(what)
+
+    def _wall(self, request_id: str, zone: str, what: str) -> None:
+        residency = self._residency(request_id)
+        if not allows(residency, zone):
+            self.complain(f"law 7: {what}, {request_id} in zone {zone}: allowed is {', '.join(residency.zones)}")
+        self.under_policy += bool(residency.zones)
 
     def _told(self, message: Follow) -> None:
         for event in message.events:
@@ -180,3 +215,11 @@ class Witness:
         if gone_s is not None and now_s - gone_s > self._patience_s:
             self.complain(f"{name}: still at work {now_s - gone_s:.1f} s after nobody wanted it")
             asked.gone_s = asked.unwanted_s[reply.attempt] = now_s  # once is enough
+
+
+def _what(subject: str) -> str:
+    """Kind of receiver and last word of an address to one service: `worker generate`, whatever its name and zone."""
+    if not subject.startswith((WORKER, DRAFTER)):
+        return ""
+    _, _, kind, _, what, *_ = subject.split(".")
+    return f"{kind} {what}"
