@@ -15,6 +15,7 @@ Pure: no clock, no bus.
 from collections.abc import Iterator, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from router.outstanding import SETTLE_S
 from router.placement import RETRY_AFTER_LEAST_S, RETRY_AFTER_MOST_S, Candidate, Decision, Refused, Terms
 from router.queueing import DrainRate, FairQueue, Full, Ticket
 from shared.errors import DeadlineExceeded, Overloaded, RateLimited
@@ -32,6 +33,9 @@ FULL_ROUNDS = 4
 PLACE_BYTES = 1 << 16
 # a pace is measured over no less, and follows each measurement half way
 PACE_S, PACE_SHARE = 0.1, 0.5
+# a worker that was taken for full and was not may have twice as much the next time, up to so many times as much:
+# streams may be shorter than anybody told
+MOST_TRUST = 64
 
 Reason = Literal["full", "over_share", "gave_way", "too_long", "deadline", "expired"]
 REASONS: tuple[Reason, ...] = ("full", "over_share", "gave_way", "too_long", "deadline", "expired")
@@ -55,11 +59,16 @@ class _Hall(Generic[T]):
 
 
 class _Pace:
-    """How fast streams end at one worker: what was placed there and is no longer there."""
+    """How fast streams end at one worker: what was placed there and is no longer there.
+
+    `trust`: how often more than expected it has worked off. `doubted`: it was taken for full since it last spoke.
+    """
 
     def __init__(self, status: WorkerStatus, now: float) -> None:
         self.epoch = status.epoch
         self.per_second = 0.0
+        self.trust = 1
+        self.doubted = False
         self.heard_s = self._since_s = now
         self._streams = status.running + status.waiting
         self._placed = 0
@@ -69,6 +78,11 @@ class _Pace:
 
     def hear(self, status: WorkerStatus, now: float) -> None:
         self.heard_s = now
+        if self.doubted and not status.waiting:
+            self.trust = min(MOST_TRUST, 2 * self.trust)
+        elif status.waiting > max(1, status.max_running):
+            self.trust = max(1, self.trust // 2)
+        self.doubted = False
         if now - self._since_s < PACE_S:
             return
         streams = status.running + status.waiting
@@ -151,15 +165,25 @@ class Admission(Generic[T]):
     def _has_room(self, flex: bool, terms: Terms, worker: Candidate, now: float) -> bool:
         status = worker.status
         pace = self._paces.get(status.id)
-        silent_s = 0.0 if pace is None else max(0.0, now - pace.heard_s)
-        # what has been worked off since it last spoke
-        ended = 0.0 if pace is None else max(0.0, pace.per_second) * silent_s
-        streams = status.running + status.waiting + worker.sent_requests - ended
-        slots = status.max_running or streams + 1
+        if pace is None:
+            return True
+        # what has been worked off of what it had when it last spoke, and of what was sent since a little before
+        silent_s = max(0.0, now - pace.heard_s)
+        slots = status.max_running or status.running + status.waiting + worker.sent_requests + 1
+        per_second = pace.per_second
+        if status.waiting <= slots * FULL_ROUNDS / 2:
+            # no backlog: it keeps up with streams like this one, until it says otherwise
+            per_second = max(per_second, slots / (terms.prefill_s + terms.decode_s))
+        streams = status.running + status.waiting + worker.sent_requests - per_second * (silent_s + SETTLE_S)
         queue_s = terms.queue_s - silent_s
         if flex:
             return streams < slots and queue_s < FLEX_S
-        return streams < FULL_ROUNDS * slots and queue_s < FULL_S
+        if queue_s >= FULL_S:
+            return False
+        if streams >= FULL_ROUNDS * slots * pace.trust:
+            pace.doubted = True
+            return False
+        return True
 
     # --- who waits
 
