@@ -31,11 +31,11 @@ FLEX_S = 0.25
 FULL_ROUNDS = 4
 # a request takes a place for every so many bytes, so that places bound the memory too
 PLACE_BYTES = 1 << 16
-# a pace is measured over no less, and follows each measurement half way
+# a pace is measured over no less; it follows a faster measurement at once and a slower one half way
 PACE_S, PACE_SHARE = 0.1, 0.5
-# a worker that was taken for full and was not may have twice as much the next time, up to so many times as much:
-# streams may be shorter than anybody told
-MOST_TRUST = 64
+# a worker that was taken for full and was not may have so many times as much the next time, up to the most: streams may
+# be shorter than anybody told
+MORE_TRUST, MOST_TRUST = 4, 64
 
 Reason = Literal["full", "over_share", "gave_way", "too_long", "deadline", "expired"]
 REASONS: tuple[Reason, ...] = ("full", "over_share", "gave_way", "too_long", "deadline", "expired")
@@ -79,15 +79,16 @@ class _Pace:
     def hear(self, status: WorkerStatus, now: float) -> None:
         self.heard_s = now
         if self.doubted and not status.waiting:
-            self.trust = min(MOST_TRUST, 2 * self.trust)
+            self.trust = min(MOST_TRUST, MORE_TRUST * self.trust)
         elif status.waiting > max(1, status.max_running):
-            self.trust = max(1, self.trust // 2)
+            self.trust = max(1, self.trust // MORE_TRUST)
         self.doubted = False
         if now - self._since_s < PACE_S:
             return
         streams = status.running + status.waiting
         ended = self._placed - (streams - self._streams)
-        self.per_second += PACE_SHARE * (ended / (now - self._since_s) - self.per_second)
+        measured = ended / (now - self._since_s)
+        self.per_second = max(measured, self.per_second + PACE_SHARE * (measured - self.per_second), 0.0)
         self._since_s, self._streams, self._placed = now, streams, 0
 
 
