@@ -28,7 +28,7 @@ from gateway.streams import Stream
 from shared import telemetry
 from shared import trace_names as names
 from shared.errors import MillError
-from shared.messages import Finished, Generate
+from shared.messages import Finished, Generate, Residency
 from shared.noise import choice_seed
 from shared.tiers import priority
 
@@ -59,7 +59,8 @@ class Answer:
     """One request from its prompts to its last byte."""
 
     def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
-                 model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float) -> None:
+                 model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
+                 residency: Residency) -> None:
         """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds."""
         self._gateway = gateway
         self._operation = operation
@@ -68,6 +69,7 @@ class Answer:
         self._prompts = prompts
         self._scope = scope
         self._began_s = began_s
+        self._residency = residency
         self._changed = asyncio.Event()
         self._direct = direct_body(scope)
         self._resting = False  # the task waits for more of a stream whose headers are out, and all is written
@@ -86,7 +88,7 @@ class Answer:
         self._id = secrets.token_hex(12)
         self._reply = reply(
             reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
-            fingerprint(model, gateway.recipe()), options.include_usage,
+            fingerprint(model, gateway.recipe(model)), options.include_usage,
             options.tier if options.show_tier else None)
 
     async def give(self, receive: Receive, send: Send) -> None:
@@ -134,7 +136,8 @@ class Answer:
                 sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
                 cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
                 stop_token_ids=self._model.end_tokens(options), priority=priority(options.tier, options.priority),
-                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary, tier=options.tier)
+                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary, tier=options.tier,
+                residency=self._residency)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 
@@ -371,6 +374,8 @@ class Answer:
             names.REQUEST_TOP_P: sampling.top_p, names.REQUEST_TOP_K: sampling.top_k,
             names.REQUEST_CHOICE_COUNT: options.choices, names.REQUEST_STREAM: options.stream,
             names.HTTP_ROUTE: self._scope["path"], names.GATEWAY: self._gateway.id}
+        if self._residency.zones:
+            attributes[names.RESIDENCY] = list(self._residency.zones)
         return telemetry.open_span(f"{self._operation} {self._model.name}", self._unix(self._began_s),
                                    telemetry.extract(carried), attributes, SpanKind.SERVER)
 

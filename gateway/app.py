@@ -30,6 +30,7 @@ from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
 from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
+from gateway.prompt import ServedModel
 from shared.errors import BadRequest, MillError
 
 if TYPE_CHECKING:
@@ -91,11 +92,14 @@ class _Api:
         self._decode_detokenize = BodyDecoder(DetokenizeRequest)
 
     async def models(self, request: Request) -> Response:
-        return _json(ModelList([self._model()] if self._gateway.model else []))
+        return _json(ModelList([self._model(name, model) for name, model in self._gateway.catalogue.names()]))
 
     async def model(self, request: Request) -> Response:
-        self._gateway.model_named(request.path_params["model"])
-        return _json(self._model())
+        name = request.path_params["model"].rstrip("/")
+        if not name:  # the list again, by a client that ends its addresses with a slash
+            return await self.models(request)
+        found = self._gateway.model_named(name)
+        return _json(self._model(name if name in self._gateway.catalogue.aliases else found.name, found))
 
     async def receipt(self, request: Request) -> Response:
         return _json(receipts.document(self._gateway.receipts.find(request.path_params["id"])))
@@ -143,9 +147,9 @@ class _Api:
     async def metrics(self, request: Request) -> Response:
         return Response(self._gateway.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
 
-    def _model(self) -> Model:
-        model = self._gateway.model_named(None)
-        return Model(model.name, self._created, model.card.name, model.card.context_length)
+    def _model(self, name: str, model: ServedModel) -> Model:
+        root = model.card.name if name == model.name else model.name
+        return Model(name, self._created, root, model.card.context_length, self._gateway.serves(model))
 
 
 class _Envelope:

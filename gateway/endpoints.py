@@ -16,6 +16,7 @@ from gateway.answer import Answer, ClientLeft
 from gateway.openai import chat, common, completions
 from gateway.openai.parameters import Options, Parameters
 from gateway.prompt import ServedModel
+from gateway.residency import policy_of
 from shared.errors import TooLarge
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Generation:
         raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
         body: Parameters = endpoint.decode(raw)
         model = gateway.model_named(body.model)
+        residency = policy_of(gateway.residency, scope["headers"])
+        gateway.check_reachable(model, residency)
         options = endpoint.options(body)
         texts = endpoint.prompts(body, model, gateway.clock.wall())
         with gateway.places(len(texts) * options.choices):
@@ -94,7 +97,8 @@ class Generation:
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt,
                              endpoint.source)
                 for tokens in texts])
-            answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s)
+            answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
+                            residency)
             await answer.give(receive, send)
 
 

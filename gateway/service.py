@@ -11,7 +11,7 @@ behind `gateway.app.build_app` alone.
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,20 +21,23 @@ import uvicorn
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.app import build_app
+from gateway.catalogue import Catalogue, pairs_of
 from gateway.direct import DirectProtocol
 from gateway.failover import Limits
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
 from gateway.receipts import Receipts
+from gateway.residency import check_reachable
 from gateway.streams import Streams
 from shared import subjects, telemetry
 from shared.blocks import tenant_salt
 from shared.bus import Bus, BusUnavailable, Delivery
 from shared.clock import Clock
-from shared.errors import BadRequest, MeshUnavailable, ModelNotFound, Overloaded
+from shared.errors import BadRequest, MeshUnavailable, Overloaded
 from shared.fleet import Fleet
 from shared.ids import new_epoch, new_id
-from shared.messages import GatewayStatus, RouterStatus, Status, StepReplies, WorkerStatus, decode, encode
+from shared.messages import GatewayStatus, Residency, RouterStatus, Status, StepReplies, WorkerStatus, decode, encode
+from shared.residency import parse
 from shared.settings import GatewaySettings
 
 T = TypeVar("T")
@@ -43,22 +46,25 @@ TICK_S = 0.1  # how finely deadlines and silence are noticed
 FORGET_S = 60.0
 LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
 PROMPTS_PER_TURN = 4  # of the event loop: 1 to 2 ms
-MOST_NAMED = 128  # characters of an unknown model's name that its error repeats
 CLOSE_S = 5.0  # for HTTP connections to end once nothing runs
 
 log = structlog.get_logger("gateway")
 
 
 class Gateway:
-    """One gateway's parts and its place in the mesh. `model` None: it serves none, and says so."""
+    """One gateway's parts and its place in the mesh. Without a model it serves none, and says so."""
 
-    def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock, model: ServedModel | None) -> None:
+    def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock,
+                 models: ServedModel | Sequence[ServedModel] | None) -> None:
+        """Raises ValueError for an id, an alias or a policy that is none."""
         self.id = subjects.check_id(settings.id or new_id("gateway"))
         self.epoch = new_epoch(clock)
         self.bus = bus
         self.settings = settings
         self.clock = clock
-        self.model = model
+        served = () if models is None else (models,) if isinstance(models, ServedModel) else models
+        self.catalogue = Catalogue(served, pairs_of(settings.aliases, "--aliases"))
+        self.residency = parse(settings.residency)
         self.fleet = Fleet()
         self.metrics = Metrics(self.workers)
         self.admission = Admission(settings.max_active)
@@ -69,6 +75,7 @@ class Gateway:
         self.receipts = Receipts()
         self.draining = False
         self.url = ""
+        self._began_s = clock.now()
         self._turns = asyncio.Semaphore(PROMPTS_PER_TURN)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,13 +89,14 @@ class Gateway:
             raise Overloaded("this gateway is leaving: send the request again", retry_after_s=1.0)
 
     def model_named(self, name: str | None) -> ServedModel:
-        """The served model under its mesh name or its own; absent means the one there is. Raises ModelNotFound."""
-        if self.model is None:
-            raise ModelNotFound("this gateway serves no model: start it with --model", param="model")
-        if name is not None and name not in (self.model.name, self.model.card.name):
-            raise ModelNotFound(f"the model {_shortened(name)!r} does not exist here: this gateway serves "
-                                f"{self.model.name!r}", param="model")
-        return self.model
+        """The served model of this name; absent means the only one. Raises ModelNotFound, BadRequest."""
+        return self.catalogue.named(name, self.fleet.models())
+
+    def check_reachable(self, model: ServedModel, residency: Residency) -> None:
+        """Raises NoEligibleWorker when no worker of `model` is where the policy allows, as far as it was heard."""
+        # one that has just started may not have heard everybody; routers have
+        if residency.zones and self.clock.now() - self._began_s >= self.settings.silence_s:
+            check_reachable(residency, model.name, self.workers(), self.fleet.workers(model.name))
 
     @contextlib.contextmanager
     def places(self, streams: int) -> Iterator[None]:
@@ -132,19 +140,25 @@ class Gateway:
         reasons = []
         if self.draining:
             reasons.append("this gateway is leaving")
-        if self.model is None:
+        models = self.catalogue.models
+        if not models:
             reasons.append("no model is configured: start with --model")
         if not self.bus.connected:
             reasons.append("the bus is not connected")
         if not any(router.state == "ready" for router in self.routers()):
             reasons.append("no router is ready")
-        if self.model is not None and not self._servers(self.model.name):
-            reasons.append(f"no worker is ready with the model {self.model.name}")
+        # one model without workers is no reason to take the others' requests elsewhere
+        if models and not any(self.serves(model) for model in models):
+            reasons.append(f"no worker is ready with the model {' or '.join(model.name for model in models)}")
         return reasons
 
-    def recipe(self) -> str:
-        """The numeric recipe that answers come from, as workers say it."""
-        servers = self._servers(self.model.name) if self.model else []
+    def serves(self, model: ServedModel) -> bool:
+        """Whether a worker is ready with this model."""
+        return bool(self._servers(model.name))
+
+    def recipe(self, model: ServedModel) -> str:
+        """The numeric recipe that answers of this model come from, as its workers say it."""
+        servers = self._servers(model.name)
         return servers[0].recipe if servers else ""
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -247,12 +261,12 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
     """Serve HTTP until cancelled; then drain, close and end.
 
     `ready` is set once the port answers. Raises OSError with one clear sentence when the port is taken, UnusableModel
-    when the model's folder is not usable.
+    when a model's folder is not usable, ValueError for settings that are none.
     """
-    model = ServedModel.load(settings.model, settings.model_name) if settings.model else None
+    models = [ServedModel.load(folder, name) for name, folder in folders_of(settings)]
     listener = _listen(settings.host, settings.port)
     with contextlib.closing(listener):
-        gateway = Gateway(bus, settings, clock, model)
+        gateway = Gateway(bus, settings, clock, models)
         host, port = listener.getsockname()[:2]
         gateway.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         structlog.contextvars.bind_contextvars(service="gateway", id=gateway.id)
@@ -265,13 +279,20 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
             await asyncio.to_thread(tracing.shutdown)
 
 
+def folders_of(settings: GatewaySettings) -> list[tuple[str, str]]:
+    """Name in the mesh and folder of each model to serve. Raises ValueError."""
+    first = [(settings.model_name, settings.model)] if settings.model else []
+    return first + list(pairs_of(settings.models, "--models").items())
+
+
 async def _serve_http(gateway: Gateway, listener: socket.socket, ready: asyncio.Event | None) -> None:
     server = _Server(uvicorn.Config(
         build_app(gateway), http=DirectProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         proxy_headers=False, server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(CLOSE_S)), ready)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]), name=f"{gateway.id}-http")
-        log.info("gateway_serving", id=gateway.id, url=gateway.url, model=gateway.model and gateway.model.name)
+        log.info("gateway_serving", id=gateway.id, url=gateway.url,
+                 models=[model.name for model in gateway.catalogue.models])
         try:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
@@ -296,10 +317,6 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self._ready is not None:
             self._ready.set()
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MOST_NAMED else f"{name[:MOST_NAMED]}..."
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -33,6 +33,7 @@ from shared.messages import (
     WorkerStatus,
     encode,
 )
+from shared.residency import allows
 
 _REMEMBERED_CANCELS = 4096
 _CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
@@ -295,7 +296,8 @@ class Streams:
 
     def _judged(self, error: MillError, request: Generate) -> MillError:
         """A router that has just started knows of nobody; whoever was heard here a moment ago may be back soon."""
-        if isinstance(error, NoEligibleWorker) and not request.residency.zones and self._fleet.workers(request.model):
+        heard = (worker.zone for worker in self._fleet.workers(request.model))
+        if isinstance(error, NoEligibleWorker) and any(allows(request.residency, zone) for zone in heard):
             return Overloaded(f"{error.message}, but one did lately: retry", retry_after_s=_BACK_SOON_S)
         return error
 

@@ -36,6 +36,9 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     port: int = 8000
     model: str = ""  # path of a pulled model (folder), for its tokenizer and template; empty: none served
     model_name: str = "default"
+    models: str = ""  # further ones, by their names in the mesh: `a=FOLDER,b=FOLDER`
+    aliases: str = ""  # other names for them: `fast=a,best=b`
+    residency: str = ""  # zones that requests may use, split by commas; empty: any. A request may narrow it
     max_active: int = 1024  # streams at once; more is refused with Retry-After
     max_body_bytes: int = 4 << 20
     default_max_tokens: int = 512

@@ -9,10 +9,13 @@ from gateway.openai.chat import Message
 
 
 class Model(Struct):
+    """One name to ask for. `root`: what an alias stands for, or what a model's files call it."""
+
     id: str
     created: int
     root: str
     max_model_len: int
+    ready: bool  # whether a worker serves it now; if not a request gets 503 and Retry-After, never 404
     object: str = "model"
     owned_by: str = "tokenmill"
 

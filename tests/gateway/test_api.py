@@ -9,6 +9,7 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.catalogue import Catalogue
 from gateway.service import Gateway
 from shared import subjects
 from shared.blocks import hash_chain, join_hashes, tenant_salt
@@ -628,7 +629,7 @@ async def test_the_gateway_beats_with_its_load() -> None:
 
 async def test_a_gateway_without_a_model_says_so() -> None:
     async with gateway_and_mesh() as (client, _, gateway):
-        gateway.model = None
+        gateway.catalogue = Catalogue(())
         assert (await client.post(CHAT, json=chat())).status_code == 404
         assert (await client.get("/v1/models")).json()["data"] == []
         assert (await client.get("/ready")).status_code == 503

@@ -10,6 +10,7 @@ import httpx
 import router.service
 import worker.service
 from gateway.app import build_app
+from gateway.prompt import ServedModel
 from gateway.service import Gateway
 from shared.clock import LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
@@ -55,25 +56,29 @@ def virtual(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 @contextlib.asynccontextmanager
 async def world(zones: tuple[str, ...] = ("eu", "us"), blocks: int = 64,
-                heartbeat_s: float = 0.05, recipes: tuple[str, ...] = ("same", "same")) -> AsyncIterator[World]:
+                heartbeat_s: float = 0.05, recipes: tuple[str, ...] = ("same",) * 4,
+                serving: tuple[str, ...] = ("tiny",) * 4, offers: tuple[ServedModel, ...] = (),
+                **settings: Any) -> AsyncIterator[World]:
+    """One worker for each of `zones`, with the model that `serving` names; `offers`: the gateway's, else `tiny`."""
     broker, clock = MemoryBroker(), LoopClock()
     buses = [MemoryBus(broker) for _ in zones]
-    gateway = Gateway(MemoryBus(broker), GatewaySettings(id="g1", model_name="tiny", stall_s=4.0), clock, tiny_model())
+    told = GatewaySettings(**({"id": "g1", "model_name": "tiny", "stall_s": 4.0} | settings))
+    gateway = Gateway(MemoryBus(broker), told, clock, offers or tiny_model())
     async with asyncio.TaskGroup() as tasks:
-        serving = [tasks.create_task(router.service.serve(
+        running = [tasks.create_task(router.service.serve(
             MemoryBus(broker), RouterSettings(id="r1", heartbeat_s=0.05), clock))]
         for number, (zone, bus) in enumerate(zip(zones, buses, strict=True)):
             decoder = MockDecoder(blocks=blocks, vocabulary_size=258)
             decoder.recipe = recipes[number]
-            told = WorkerSettings(id=f"w{number + 1}", engine="mock", model_name="tiny", zone=zone,
-                                  heartbeat_s=heartbeat_s, mock_step_s=0.0005, mock_row_s=0.0,
-                                  mock_token_s=0.0005, max_running=8, drain_s=0.0)
-            serving.append(tasks.create_task(worker.service.serve(bus, told, clock, None, decoder)))
+            its = WorkerSettings(id=f"w{number + 1}", engine="mock", model_name=serving[number], zone=zone,
+                                 heartbeat_s=heartbeat_s, mock_step_s=0.0005, mock_row_s=0.0,
+                                 mock_token_s=0.0005, max_running=8, drain_s=0.0)
+            running.append(tasks.create_task(worker.service.serve(bus, its, clock, None, decoder)))
         async with gateway.running():
             while gateway.not_ready():
                 await asyncio.sleep(0.01)
             transport = httpx.ASGITransport(build_app(gateway))
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
                 yield World(gateway, client, buses)
-        for task in serving:
+        for task in running:
             task.cancel()
