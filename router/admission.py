@@ -175,7 +175,8 @@ class Admission(Generic[T]):
         if status.waiting <= slots * FULL_ROUNDS / 2:
             # no backlog: it keeps up with streams like this one, until it says otherwise
             per_second = max(per_second, slots / (terms.prefill_s + terms.decode_s))
-        streams = status.running + status.waiting + worker.sent_requests - per_second * (silent_s + SETTLE_S)
+        sent = max(0.0, worker.sent_requests - per_second * SETTLE_S)
+        streams = status.running + status.waiting + sent - per_second * silent_s
         queue_s = terms.queue_s - silent_s
         if flex:
             return streams < slots and queue_s < FLEX_S
