@@ -45,8 +45,8 @@ _log = structlog.get_logger("drafter")
 async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asyncio.Event | None = None) -> None:
     """Draft until cancelled; then say goodbye, so that workers look for another.
 
-    `ready` is set once this drafter is subscribed. Raises ValueError for an unknown kind or an id that cannot stand in
-    a subject, BusUnavailable when the broker is gone at the start.
+    `ready` is set once this drafter is subscribed. Raises ValueError for an unknown kind, a zone that is none or an
+    id that cannot stand in a subject, BusUnavailable when the broker is gone at the start.
     """
     settings = checked(settings)
     tracing = telemetry.configure_tracing("drafter", settings.id, settings.otlp)
@@ -72,8 +72,7 @@ def checked(settings: DrafterSettings) -> DrafterSettings:
     """The settings with an id made up if there is none. Raises ValueError for what no drafter can be told."""
     if settings.kind != "suffix":
         raise ValueError(f"unknown kind of drafter {settings.kind!r}: use suffix")
-    check_zone(settings.zone)
-    return replace(settings, id=subjects.check_id(settings.id or new_id("drafter")))
+    return replace(settings, id=subjects.check_id(settings.id or new_id("drafter")), zone=check_zone(settings.zone))
 
 
 class Drafter:

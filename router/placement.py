@@ -277,8 +277,9 @@ def _nobody(request: Generate, turned_away: Mapping[str, str], served_lately: bo
                        f"{', '.join(too_short)}", False, 0.0, turned_away)
     if walls:
         zones = ", ".join(request.residency.zones) or "any"
+        remedy = "; start one in an allowed zone, or allow another zone" if request.residency.zones else ""
         return Refused(NoEligibleWorker.code, f"no worker may serve this request for {request.model} (allowed zones: "
-                       f"{zones}): {'; '.join(sorted(walls))}", False, 0.0, turned_away)
+                       f"{zones}): {'; '.join(sorted(walls))}{remedy}", False, 0.0, turned_away)
     if served_lately:
         return Refused(Overloaded.code, f"the workers of {request.model} are gone for the moment", True,
                        RETRY_AFTER_LEAST_S, turned_away)

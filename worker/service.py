@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from kernels.step import Decoder
 from shared import subjects
@@ -75,7 +76,7 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     an id or a zone that is none.
     """
     timeline = timeline or Timeline()
-    check_zone(settings.zone)
+    settings = replace(settings, zone=check_zone(settings.zone))
     name = subjects.check_id(settings.id or new_id("worker"))
     epoch = new_epoch(clock)
     sender = Sender(bus)
