@@ -230,6 +230,11 @@ class Worker:
             error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
             self._turn_away(Refused(request, failed(request, error, True)))
             return
+        if request.model != self._settings.model_name:
+            # the same: under this name there was another one
+            error = NoEligibleWorker(f"this worker serves {self._settings.model_name}, not {request.model}")
+            self._turn_away(Refused(request, failed(request, error, True)))
+            return
         if request.recipe and request.recipe != self._decoder.recipe:
             other = WorkerFailed(f"the stream began under recipe {request.recipe}, this worker has "
                                  f"{self._decoder.recipe or 'none'}: its tokens would not fit")

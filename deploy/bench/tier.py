@@ -203,7 +203,8 @@ async def run(load: Load, mode: str) -> dict[str, Any]:
     blocks = load.blocks_of_all if mode == "pool" else load.blocks
     decoder = CountingDecoder.load(folder, blocks=blocks, threads=load.threads)
     tier_mib = 1 + (load.blocks_of_all * decoder.block_bytes >> 20) if mode == "tier" else 0
-    settings = WorkerSettings(id=WORKER, model=str(folder), engine="cpu", speculation=False, kv_tier_mib=tier_mib)
+    settings = WorkerSettings(id=WORKER, model=str(folder), model_name="m", engine="cpu", speculation=False,
+                              kv_tier_mib=tier_mib)
     clock, broker, ready = LoopClock(), MemoryBroker(), asyncio.Event()
     client = Client(MemoryBus(broker), clock)
     await client.listen()

@@ -62,7 +62,7 @@ class Mesh:
         self.bus = MemoryBus(self.broker)
         self.worker_bus = MemoryBus(self.broker)
         self.decoder = decoder or mock_decoder()
-        self.settings = WorkerSettings(**{"id": "w1", "engine": "mock"} | settings)  # type: ignore[arg-type]
+        self.settings = WorkerSettings(**{"id": "w1", "engine": "mock", "model_name": "m"} | settings)  # type: ignore[arg-type]
         self.batches: list[StepReplies] = []
         self.replies: list[Reply] = []
         self.follows: list[Follow] = []

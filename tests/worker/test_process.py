@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 async def worker_process(*flags: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "--engine=mock", *flags, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=asyncio.subprocess.PIPE)
+        sys.executable, "-m", "worker", "--engine=mock", "--model-name=m", *flags, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=asyncio.subprocess.PIPE)
 
 
 async def test_a_worker_process_serves_and_drains_on_sigterm(tmp_path: Path) -> None:

@@ -230,6 +230,17 @@ def test_a_worker_is_not_reached_by_what_was_meant_for_one_of_its_name_in_anothe
     assert {reply.request_id for reply in mesh.replies} == {"here"}
 
 
+def test_a_worker_that_came_back_with_another_model_computes_nothing_for_the_one_before() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.send(request("other", deadline=DEADLINE, model="n"), request("own", deadline=DEADLINE))
+        end = await mesh.ended("other")
+        assert isinstance(end, Failed)
+        assert (end.code, end.retryable) == ("no_eligible_worker", True)
+        assert isinstance(await mesh.ended("own"), Finished)
+
+    assert not play(scenario).stream("other")
+
+
 @pytest.mark.parametrize("zone", ["", "eu north", "eu.north", "eu-"])
 def test_a_worker_does_not_start_in_what_is_no_zone(zone: str) -> None:
     async def start() -> None:
