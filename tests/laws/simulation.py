@@ -328,8 +328,12 @@ class History:
 
 def run(schedule: Schedule) -> History:
     """Play a schedule to its end."""
+    before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    return run_virtual(_Mesh(schedule).play(), timeout_s=600.0)
+    try:
+        return run_virtual(_Mesh(schedule).play(), timeout_s=600.0)
+    finally:
+        structlog.configure(**before)
 
 
 def violations(history: History) -> list[str]:
