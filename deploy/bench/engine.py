@@ -20,7 +20,6 @@ PYTHON given; one that fails has its error for a row.
 import argparse
 import asyncio
 import json
-import re
 import signal
 import statistics
 import subprocess
@@ -108,7 +107,7 @@ def main() -> None:
     dtype = options.peer_dtype or ("bfloat16" if machine.multiplies_bfloat16() else "float32")
     report: dict[str, Any] = {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.engine", *(_without_path(word) for word in sys.argv[1:])]),
+        "command": machine.command("deploy.bench.engine", sys.argv[1:]),
         "peers": {},
         "rows": [],
         "ratios": [],
@@ -122,10 +121,6 @@ def main() -> None:
     show(report)
     if report["ratios"]:
         show({"rows": report["ratios"]})
-
-
-def _without_path(word: str) -> str:
-    return re.sub(rf"^((--peer=)?({'|'.join(map(re.escape, peer.DRIVERS))}))=.*", r"\1=PYTHON", word)
 
 
 # --- sides and their turns -------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def measure(count: int, seed: int, jobs: int) -> dict[str, Any]:
         rows = list(_share(processes, _disturbed, [(folder, name, requests, truth, seed) for name in CONDITIONS]))
     return {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.exactness", *sys.argv[1:]]),
+        "command": machine.command("deploy.bench.exactness", sys.argv[1:]),
         "recipe": NativeDecoder.recipe,
         "requests": {
             "number": count,

@@ -97,7 +97,7 @@ def measure(tokens: int, peers: list[peer.Peer]) -> dict[str, Any]:
     ours, *others = departures
     return {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.fidelity", *_without_paths(sys.argv[1:])]),
+        "command": machine.command("deploy.bench.fidelity", sys.argv[1:]),
         "reference": "TorchDecoder float32",
         "tokens_blake2b": hashlib.blake2b(np.array(windows, np.int32).tobytes(), digest_size=16).hexdigest(),
         "windows": len(windows),
@@ -188,10 +188,6 @@ def _compare(ours: str, our: Departure, theirs: str, their: Departure) -> dict[s
         f"reference, {figures['only_ours_agrees']} are ours and {figures['only_theirs_agrees']} theirs"
     )
     return {"ours": ours, "theirs": theirs} | figures | {"sentence": sentence}
-
-
-def _without_paths(words: list[str]) -> list[str]:
-    return [re.sub(r"^([\w.]+)=.*", r"\1=PYTHON", word) for word in words]
 
 
 def _short(value: Any) -> Any:

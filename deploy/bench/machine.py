@@ -6,13 +6,23 @@ beside it means little.
 
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+# a path from the root, with its last part; an address's slashes are none
+_PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/]+/)*([^\s/]+)")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """The command line of a report, with the last part of every path: where things lie here concerns nobody else."""
+    return shlex.join(["python", "-m", module, *(_PATH.sub(r"\1", word) for word in words)])
 
 
 def describe() -> dict[str, object]:

@@ -137,7 +137,7 @@ async def measure(seconds: float, streams: int, seed: int, threads: int = 0) -> 
     record.errors += [f"{name} was started {count} times more" for name, count in restarts.items()]
     return {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.soak", *sys.argv[1:]]),
+        "command": machine.command("deploy.bench.soak", sys.argv[1:]),
         "seconds": seconds,
         "streams": streams,
         "seed": seed,

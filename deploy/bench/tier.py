@@ -189,7 +189,7 @@ def measure(load: Load, repeats: int) -> dict[str, Any]:
     ]
     return {
         "machine": machine.describe(),
-        "command": " ".join(["python -m deploy.bench.tier", *sys.argv[1:]]),
+        "command": machine.command("deploy.bench.tier", sys.argv[1:]),
         "load": vars(load) | {"blocks_of_all": load.blocks_of_all},
         "rows": rows,
         "runs": runs,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.bench import engine, fidelity, peer
+from deploy.bench import engine, fidelity, machine, peer
 
 
 @pytest.fixture
@@ -149,9 +149,11 @@ def test_a_peer_that_fails_has_its_error_for_a_row_and_the_run_goes_on() -> None
 
 
 def test_no_path_of_the_machine_gets_into_a_report() -> None:
-    words = ["--peer", "llama.cpp=/somewhere/bin/python", "--peer=vllm=/else/python", "--workloads", "W1"]
-    found = [engine._without_path(word) for word in words]
-    assert found == ["--peer", "llama.cpp=PYTHON", "--peer=vllm=PYTHON", "--workloads", "W1"]
+    url = "--url=http://127.0.0.1:80/v1"
+    words = ["--peer", "llama.cpp=/somewhere/bin/python", "--json", "/else/out.json", url, "a b"]
+    assert machine.command("deploy.bench.engine", words) == (
+        f"python -m deploy.bench.engine --peer llama.cpp=python --json out.json {url} 'a b'"
+    )
 
 
 def test_fidelity_reads_sentences_and_leaves_out_what_is_none() -> None:
