@@ -45,11 +45,10 @@ def test_the_answer_is_the_last_line_whatever_was_said_before(driver) -> None:
     assert stand_in.ask({"task": "prepare"}) == {"version": "prepare"}
 
 
-def test_a_driver_does_not_see_our_modules(driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(peer.__file__).parents[2]))
+def test_a_driver_is_told_of_none_of_our_modules(driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = driver("print(json.dumps({'path': sys.path, 'in': os.getcwd()}))").ask({})
-    root = str(Path(peer.__file__).parents[2])
-    assert root not in found["path"] and found["in"] != root
+    assert str(tmp_path) not in found["path"] and found["in"] != str(Path(peer.__file__).parents[2])
 
 
 @pytest.mark.parametrize(
