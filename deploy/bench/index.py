@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -56,17 +57,21 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts {','.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     report: dict[str, Any] = {"machine": machine.describe(), "blocks": options.blocks}
+    blocks = options.blocks
+    measured: dict[str, Callable[[], Any]] = {
+        "memory": lambda: [_apart(memory, blocks, holders) for holders in (1, 2, 4)],
+        "decision": lambda: [_apart(decisions, blocks, workers, options.decisions) for workers in (16, 64)],
+        "placement": lambda: [
+            _apart(placements, blocks, 16, tokens, options.placements) for tokens in (1000, PROMPT_TOKENS)
+        ],
+        "restart": lambda: asyncio.run(index_restart.measure(blocks, 16, options.restarts)),
+    }
     with machine.Disturbance() as lost:
-        if "memory" in parts:
-            report["memory"] = [_apart(memory, options.blocks, holders) for holders in (1, 2, 4)]
-        if "decision" in parts:
-            report["decision"] = [_apart(decisions, options.blocks, workers, options.decisions)
-                                  for workers in (16, 64)]
-        if "placement" in parts:
-            report["placement"] = [_apart(placements, options.blocks, 16, tokens, options.placements)
-                                   for tokens in (1000, PROMPT_TOKENS)]
-        if "restart" in parts:
-            report["restart"] = asyncio.run(index_restart.measure(options.blocks, 16, options.restarts))
+        for part in (part for part in PARTS if part in parts):
+            print(f"{part} ...", file=sys.stderr, flush=True)
+            report[part] = measured[part]()
+            if options.json:  # a long run that is cut off leaves what it has
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
     report["lost"] = {"steal_cores": lost.steal_cores, "busy_cores": lost.busy_cores}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
