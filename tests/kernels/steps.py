@@ -78,3 +78,20 @@ def generate(decoder: Decoder, parts: Sequence[Paged], new_tokens: int, chunk: i
 def _append(part: Paged, token: int) -> None:
     part.tokens.append(token)
     part.chosen.append(token)
+
+
+def mixed_sampling(seed_step: int) -> StepInputs:
+    """Forty rows of one sequence, every second sampled, each by rules of its own; in blocks 3, 1 and 0."""
+    rows = 40
+    return StepInputs(
+        tokens=np.arange(rows, dtype=np.int32),
+        positions=np.arange(rows, dtype=np.int32),
+        sequence_starts=np.array([0, rows], np.int32),
+        block_tables=np.array([[3, 1, 0]], np.int32),
+        sample_rows=np.arange(0, rows, 2, dtype=np.int32),
+        temperature=np.array([0, 0.7, 1, 1.5, 3] * 4, np.float32),
+        top_k=np.array([0, 0, 0, 3] * 5, np.int32),
+        top_p=np.array([1, 1, 0.8, 1, 0.9, 1, 1] * 3, np.float32)[:20],
+        min_p=np.array([0, 0, 0, 0, 0, 0.1] * 4, np.float32)[:20],
+        seeds=np.arange(20, dtype=np.uint64) * np.uint64(seed_step),
+    )

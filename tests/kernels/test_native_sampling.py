@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from kernels.checkpoint import open_checkpoint
 from kernels.native.build import available, best_instructions
 from kernels.native.decoder import NativeDecoder, load_library
-from kernels.step import StepInputs
 from shared import noise
+from tests.kernels.steps import mixed_sampling
 from tests.kernels.tiny import write_tiny_gguf
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
@@ -108,19 +108,7 @@ def test_nothing_is_chosen_from_broken_logits(bad: float, temperature: float, to
 def test_every_row_of_a_step_is_sampled_by_its_own_rules(tmp_path: Path, threads: int, instructions: str) -> None:
     checkpoint = open_checkpoint(write_tiny_gguf(tmp_path / "model.gguf"))
     decoder = NativeDecoder(checkpoint, blocks=4, threads=threads, instructions=instructions)
-    rows = 40
-    inputs = StepInputs(
-        tokens=np.arange(rows, dtype=np.int32),
-        positions=np.arange(rows, dtype=np.int32),
-        sequence_starts=np.array([0, rows], np.int32),
-        block_tables=np.array([[3, 1, 0]], np.int32),
-        sample_rows=np.arange(0, rows, 2, dtype=np.int32),
-        temperature=np.array([0, 0.7, 1, 1.5, 3] * 4, np.float32),
-        top_k=np.array([0, 0, 0, 3] * 5, np.int32),
-        top_p=np.array([1, 1, 0.8, 1, 0.9, 1, 1] * 3, np.float32)[:20],
-        min_p=np.array([0, 0, 0, 0, 0, 0.1] * 4, np.float32)[:20],
-        seeds=np.arange(20, dtype=np.uint64) * np.uint64(0x123456789ABCDEF),
-    )
+    inputs = mixed_sampling(0x123456789ABCDEF)
     expected = [
         noise.choose(
             logits,

@@ -16,8 +16,8 @@ from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder
 from kernels.native.specification import SpecifiedDecoder
 from kernels.native.uncompiled import UncompiledDecoder
-from kernels.step import BlockStore, Decoder, StepInputs
-from tests.kernels.steps import generate, lay_out
+from kernels.step import BlockStore, Decoder
+from tests.kernels.steps import generate, lay_out, mixed_sampling
 from tests.kernels.test_native_edges import BAD_INPUTS, GOOD
 from tests.kernels.test_native_step import BLOCKS, LOGITS_ROWS, PROMPT, TABLE, same_bits, step_of
 from tests.kernels.tiny import Tiny, tiny_weights, write_tiny_folder, write_tiny_gguf
@@ -180,19 +180,7 @@ def test_a_block_copied_out_and_in_elsewhere_holds_the_same(load: Load) -> None:
 
 @compiled
 def test_tokens_are_the_native_step_s_whatever_the_sampling(tiny: Path, load: Load) -> None:
-    rows = 40
-    inputs = StepInputs(
-        tokens=np.arange(rows, dtype=np.int32),
-        positions=np.arange(rows, dtype=np.int32),
-        sequence_starts=np.array([0, rows], np.int32),
-        block_tables=np.array([[3, 1, 0]], np.int32),
-        sample_rows=np.arange(0, rows, 2, dtype=np.int32),
-        temperature=np.array([0, 0.7, 1, 1.5, 3] * 4, np.float32),
-        top_k=np.array([0, 0, 0, 3] * 5, np.int32),
-        top_p=np.array([1, 1, 0.8, 1, 0.9, 1, 1] * 3, np.float32)[:20],
-        min_p=np.array([0, 0, 0, 0, 0, 0.1] * 4, np.float32)[:20],
-        seeds=np.arange(20, dtype=np.uint64) * np.uint64(0xF23456789ABCDEF),
-    )
+    inputs = mixed_sampling(0xF23456789ABCDEF)
     ours, theirs = load(), native(tiny)
     for seed in range(5):
         step = replace(inputs, seeds=inputs.seeds + np.uint64(seed))
