@@ -81,9 +81,12 @@ class WorkerSettings(Settings, frozen=True, kw_only=True):
 
 
 class DrafterSettings(Settings, frozen=True, kw_only=True):
-    kind: str = "suffix"
+    kind: str = "suffix"  # or model, hybrid
     max_draft_tokens: int = 8
     max_contexts: int = 1024
+    model: str = ""  # kinds model and hybrid: path of the small model that drafts
+    threads: int = 1  # of the small model
+    max_branches: int = 4  # outcomes of the step under way that are prepared for a stream, at most; 0: none
 
 
 def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:
