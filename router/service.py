@@ -304,7 +304,7 @@ class Router:
             too_large=lambda: self._refuse(request, Refused(
                 TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),
         ))
-        told = replace(request, tokens=b"", generated=b"", cache_salt=b"", placement=placement)
+        told = replace(request, tokens=b"", generated=b"", prediction=b"", cache_salt=b"", placement=placement)
         self._hand_over(_Outgoing(subjects.placed(self.id), encode(told), headers))
         self.placed_total += 1
         self.metrics.placed.labels(chosen.worker).inc()

@@ -85,6 +85,7 @@ class Generate(Wire, frozen=True, tag="generate"):
     recipe: str = ""  # `generated` came from this numeric recipe and goes on only under it; empty: not begun
     vocabulary: str = ""  # digest of what `tokens` are ids of; empty: not said
     tier: str = "default"  # a `shared.tiers` name
+    prediction: bytes = b""  # tokens that the client expects the answer to hold
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):
@@ -232,6 +233,7 @@ class Open(Wire, frozen=True, tag="open"):
     sampling: Sampling = Sampling()
     max_draft_tokens: int = 8
     traceparent: str = ""
+    prediction: bytes = b""  # as in Generate
 
 
 class Commit(Wire, frozen=True, tag="commit"):
@@ -241,6 +243,7 @@ class Commit(Wire, frozen=True, tag="commit"):
     attempt: int
     base_length: int
     tokens: bytes
+    digest: int = 0  # `shared.tokens.digest` of the first `base_length` tokens; 0: not said
 
 
 class Close(Wire, frozen=True, tag="close"):
@@ -258,6 +261,7 @@ class Follow(Wire, frozen=True, tag="follow"):
     seq: int
     events: tuple[Open | Commit | Close, ...]
     zone: str = ""  # of the worker: drafts go there alone; empty: not said
+    lead_tokens: int = 0  # by so many the streams had gone on when proposals arrived lately
 
 
 class Proposal(Wire, frozen=True, tag="proposal"):
@@ -268,6 +272,8 @@ class Proposal(Wire, frozen=True, tag="proposal"):
     base_length: int
     tokens: bytes
     assumed: bytes = b""
+    digest: int = 0  # of the first `base_length` tokens, as in Commit; 0: not said
+    confidence: bytes = b""  # of each of `tokens`, a byte: 255 times how likely it is right if all before it are
 
 
 class Drafts(Wire, frozen=True, tag="drafts"):
@@ -276,6 +282,8 @@ class Drafts(Wire, frozen=True, tag="drafts"):
     drafter: str
     epoch: int
     proposals: tuple[Proposal, ...]
+    worker_epoch: int = 0  # of the worker they are for; 0: not said
+    seconds: float = 0.0  # of the drafter's time that they took
 
 
 # --- status: identity, load and heartbeat ----------------------------------------------------------------------------
@@ -340,6 +348,8 @@ class DrafterStatus(Wire, frozen=True, tag="drafter"):
     zone: str = "local"
     following: int = 0
     proposed_total: int = 0
+    busy: float = 0.0  # share of the time it works, 0 to 1
+    price_usd_per_hour: float = 0.0
 
 
 class GatewayStatus(Wire, frozen=True, tag="gateway"):

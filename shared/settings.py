@@ -87,6 +87,7 @@ class DrafterSettings(Settings, frozen=True, kw_only=True):
     model: str = ""  # kinds model and hybrid: path of the small model that drafts
     threads: int = 1  # of the small model
     max_branches: int = 4  # outcomes of the step under way that are prepared for a stream, at most; 0: none
+    price_usd_per_hour: float = 0.0
 
 
 def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, str]) -> S:

@@ -56,10 +56,12 @@ failed = Failed(request_id="r-1", attempt=2, code="overloaded", message="full", 
                 receipt=b"why not")
 stored, removed, cleared = Stored(hashes=HASH), Removed(hashes=HASH * 2), Cleared()
 opened = Open(request_id="r-1", attempt=2, tokens=pack([1, 2]), tenant="acme", prompt_tokens=2, sampling=sampling,
-              max_draft_tokens=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
-commit = Commit(request_id="r-1", attempt=2, base_length=2, tokens=pack([3]))
+              max_draft_tokens=4, traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+              prediction=pack([5, 6]))
+commit = Commit(request_id="r-1", attempt=2, base_length=2, tokens=pack([3]), digest=2**32 - 1)
 close = Close(request_id="r-1", attempt=2)
-proposal = Proposal(request_id="r-1", attempt=2, base_length=3, tokens=pack([4, 5]), assumed=pack([6]))
+proposal = Proposal(request_id="r-1", attempt=2, base_length=3, tokens=pack([4, 5]), assumed=pack([6]),
+                    digest=2**32 - 1, confidence=bytes([255, 100]))
 
 EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     sampling, residency, placement, accepted, tokens, finished, failed, stored, removed, cleared, opened, commit, close,
@@ -68,7 +70,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
              deadline=1_700_000_000.5, sampling=sampling, tenant="acme", cache_salt=HASH, block_hashes=HASH * 2,
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
-             recipe="int8-g32", vocabulary="abcd", tier="flex"),
+             recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6])),
     queued,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),
@@ -76,8 +78,10 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     KvEvents(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(stored, removed, cleared)),
     KvSnapshot(worker="worker-a", epoch=1_700_000_000_000, seq=5, hashes=HASH * 3, part=1, parts=2),
     SnapshotRequest(router="router-a"),
-    Follow(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(opened, commit, close), zone="eu-north1"),
-    Drafts(drafter="drafter-a", epoch=1_700_000_000_000, proposals=(proposal,)),
+    Follow(worker="worker-a", epoch=1_700_000_000_000, seq=5, events=(opened, commit, close), zone="eu-north1",
+           lead_tokens=3),
+    Drafts(drafter="drafter-a", epoch=1_700_000_000_000, proposals=(proposal,), worker_epoch=1_700_000_000_001,
+           seconds=0.125),
     WorkerStatus(id="worker-a", epoch=1_700_000_000_000, model="SmolLM2", state="draining", engine="cuda",
                  recipe="int8-g32", vocabulary="abcd", zone="eu-north1", sku="h100", price_usd_per_hour=2.5,
                  block_size_tokens=32, blocks_total=1000, blocks_used=10, context_length=8192, running=3, waiting=1,
@@ -88,7 +92,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
                  indexed_blocks=500, held=3),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",
-                  zone="eu-north1", following=3, proposed_total=600),
+                  zone="eu-north1", following=3, proposed_total=600, busy=0.25, price_usd_per_hour=0.5),
     GatewayStatus(id="gateway-a", epoch=1_700_000_000_000, state="draining", active=3, url="http://127.0.0.1:8000"),
 )}
 
