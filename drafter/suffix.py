@@ -1,180 +1,292 @@
-"""What usually follows: continuations found in text that was seen before.
+"""Kind `suffix`: what usually followed the same words before.
 
-Rules: the longest match of the stream's end decides; among equally long ones what followed most often, and of those the
-latest. A match shorter than `MIN_MATCH` says nothing. The tokens a match gives are a guess that a worker verifies, so
-every limit here costs a guess and never a token.
+    text of a stream   its own automaton: prompt and what it said
+    its audience       what their other streams said lately
+    its prediction     what its client expects, from the beginning of the answer on
+
+Rules:
+- In each of them the longest phrase that the stream ends with is known at any time; what followed it most often, and of
+  equals latest, is the guess, and so on from there. How far, and which source is followed, is decided by how often such
+  guesses were right (`drafter.survival`): every token that comes is a lesson for every source.
+- The other tokens that followed, here and behind shorter phrases, are the outcomes that are prepared for.
 Pure.
-
-A text is indexed as LZ77 compressors do it: each position is chained to the previous one whose last `MIN_MATCH` tokens
-hash alike, in two flat arrays. Appending costs one table access whatever the text, a search looks at no more than
-`MAX_TRIED` candidates, and a token costs 16 bytes; a suffix automaton finds the same matches for several hundred.
 """
 
-from __future__ import annotations
-
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# 1, 2, 3 give 1.47, 1.39, 1.27 tokens a step on source code and 1.26, 1.18, 1.12 on prose, with 26, 27, 29 and 21, 23,
-# 26 % of the drafts right: the second halves of 40 source files and 9 documents, in word pieces, eight drafts a step
-MIN_MATCH = 2
-# longer matches are no better a reason
-MAX_MATCH = 48
-MAX_TRIED = 24
-# a match of n tokens is a reason for so many times n; 4 proposes more and not one token more is right
-REACH = 2
-# stands between texts and in no text: matches and continuations end there
-SEPARATOR = 0xFFFF_FFFF
+from drafter.automaton import SEPARATOR, Automaton, Cursor, Next
+from drafter.drafting import Ask, Audience, Continuation, Key, Stream
+from drafter.outcomes import likely_outcomes
+from drafter.recent import Recent
+from drafter.survival import Luck, Source, Survival, cell
 
-_FIRST_TABLE = 64
+# a shorter phrase is no reason. A client's prediction is about this very answer
+MIN_MATCH = {Source.OWN: 2, Source.RECENT: 2, Source.PREDICTION: 1}
+# a continuation ends where less than this of it is likely to be reached
+LEAST_SURVIVAL = 0.05
+# a guess that is right less often than this is not made
+LEAST_CONFIDENCE = 0.1
+# an outcome less likely than this is not prepared for
+LEAST_OUTCOME = 0.03
+# alternatives at one place, at most
+ALTERNATIVES = 2
+# how often the first, the second alternative is the one when the guess was wrong; at the start, then learned
+FIRST_RECALL = (0.3, 0.1)
+RECALL_MEMORY = 0.02
+# a new text is taken in by so many tokens a call: other streams wait meanwhile
+ABSORB_TOKENS = 4096
+# fewer are always taken in
+FEW_TOKENS = 64
+# a cursor in an automaton that is new to a stream starts so many tokens back
+CATCH_UP_TOKENS = 32
 
 
-class Match(NamedTuple):
-    """The end of a stream was seen before: `length` tokens of it, and `tokens` followed."""
+class _Spot(NamedTuple):
+    """A place in one of the sources: a phrase of `length` tokens that the text ends with."""
 
+    source: Source
+    automaton: Automaton
+    state: int
     length: int
-    tokens: list[int]
 
 
-class History:
-    """A growing text and where to find things in it."""
+class _Guess(NamedTuple):
+    """What may come next at a spot."""
 
-    def __init__(self) -> None:
-        self.tokens = array("I")
-        # `_latest[hash]` and `_earlier[end]` are ends: how many tokens stand up to and with a match
-        self._latest = array("i", [0]) * _FIRST_TABLE
-        self._earlier = array("i", [0])
+    token: int
+    behind: _Spot  # the spot with that token
+    cell: int
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+
+class _Chain(NamedTuple):
+    guesses: list[_Guess]
+    confidence: list[float]
+    spots: list[_Spot]  # before each guess
 
     @property
-    def bytes_estimate(self) -> int:
-        """Memory of the arrays."""
-        return 4 * (len(self.tokens) + len(self._latest) + len(self._earlier))
+    def tokens(self) -> list[int]:
+        return [guess.token for guess in self.guesses]
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append. Raises OverflowError when a token is no unsigned 32-bit number; nothing is appended then."""
-        begin = len(self.tokens)
-        self.tokens.extend(array("I", tokens))
-        if len(self.tokens) > len(self._latest):
-            self._grow()
-        else:
-            self._link(begin)
+    @property
+    def worth(self) -> float:
+        """Tokens that are expected to be right."""
+        reach, worth = 1.0, 0.0
+        for right in self.confidence:
+            reach *= right
+            worth += reach
+        return worth
 
-    def longest_match(self, end: array[int], most: int) -> Match | None:
-        """Up to `most` tokens that followed the longest earlier occurrence of the end of `end`.
 
-        `end` may be this very text, which then does not match itself at its own end: a continuation that reaches that
-        end goes on with what it has just said, as repetitive text does.
-        """
-        tokens, length = self.tokens, len(self.tokens)
-        said = _behind_separator(end[-MAX_MATCH:])
-        if len(said) < MIN_MATCH or most <= 0:
-            return None
-        candidate = self._latest[_slot(said[-2], said[-1], len(self._latest))]
-        longest = 0
-        follows: dict[int, list[int]] = {}  # next token -> how often, the latest end before it
-        for _ in range(MAX_TRIED):
-            if not candidate:
-                break
-            if candidate < length and tokens[candidate] != SEPARATOR:
-                matched = _match_length(tokens, candidate, said)
-                if matched >= MIN_MATCH and matched >= longest:
-                    if matched > longest:
-                        longest = matched
-                        follows.clear()
-                    seen = follows.setdefault(tokens[candidate], [0, candidate])
-                    seen[0] += 1
-            candidate = self._earlier[candidate]
-        if not follows:
-            return None
-        # the latest was met first, and max keeps the first of equals
-        start = max(follows.values(), key=lambda seen: seen[0])[1]
-        return Match(longest, self._continue(start, min(most, REACH * longest), end is tokens))
+class _Text:
+    """One stream."""
 
-    def _continue(self, start: int, count: int, wraps: bool) -> list[int]:
-        found = self.tokens[start:start + count].tolist()
-        if SEPARATOR in found:
-            return found[:found.index(SEPARATOR)]
-        period = len(found)
-        if wraps and 0 < period < count:
-            found = (found * (count // period + 1))[:count]
+    __slots__ = ("luck", "own", "prediction", "prompt_tokens", "recent", "taken", "tokens")
+
+    def __init__(self, stream: Stream) -> None:
+        self.tokens = array("I", stream.tokens)
+        self.prompt_tokens = stream.prompt_tokens
+        self.taken = 0  # so many of them are in the automaton
+        self.own = Automaton()
+        self.recent: list[Cursor] = []
+        self.prediction: Cursor | None = None
+        self.luck = [Luck() for _ in Source]
+        if stream.prediction:
+            expected = Automaton()
+            expected.extend([SEPARATOR, *stream.prediction])
+            # the answer begins where the prediction does
+            self.prediction = Cursor(expected, expected.step(0, SEPARATOR))
+
+    def spots(self) -> Iterator[_Spot]:
+        """Where its end stands in each source that knows it."""
+        state = self.own.before
+        if (length := self.own.length(state)) >= MIN_MATCH[Source.OWN]:
+            yield _Spot(Source.OWN, self.own, state, length)
+        for cursor in self.recent:
+            if cursor.length >= MIN_MATCH[Source.RECENT]:
+                yield _Spot(Source.RECENT, cursor.automaton, cursor.settled(), cursor.length)
+        expected = self.prediction
+        if (expected is not None and expected.length >= MIN_MATCH[Source.PREDICTION]
+                and self.taken >= self.prompt_tokens):
+            yield _Spot(Source.PREDICTION, expected.automaton, expected.settled(), expected.length)
+
+    def append(self, token: int) -> None:
+        self.own.append(token)
+        for cursor in self.recent:
+            cursor.follow(token)
+        if self.prediction is not None and self.taken >= self.prompt_tokens:
+            self.prediction.follow(token)
+        self.taken += 1
+
+    def look_at(self, recent: Sequence[Automaton]) -> None:
+        """Search these texts of its audience from now on."""
+        if [cursor.automaton for cursor in self.recent] == list(recent):
+            return
+        known = {id(cursor.automaton): cursor for cursor in self.recent}
+        self.recent = [known.get(id(automaton)) or self._caught_up(automaton) for automaton in recent]
+
+    def _caught_up(self, automaton: Automaton) -> Cursor:
+        cursor = Cursor(automaton)
+        for token in self.tokens[max(0, self.taken - CATCH_UP_TOKENS):self.taken]:
+            cursor.follow(token)
+        return cursor
+
+
+class SuffixDraftsman:
+    """A `drafter.drafting.Draftsman`."""
+
+    kind = "suffix"
+    vocabulary = ""
+    threaded = False
+
+    def __init__(self) -> None:
+        self.recent = Recent()
+        self.survival = Survival()
+        self._recall = list(FIRST_RECALL)
+        self._texts: dict[Key, _Text] = {}
+
+    def open(self, key: Key, stream: Stream) -> None:
+        self._texts[key] = _Text(stream)
+
+    def advance(self, key: Key, base: int, tokens: Sequence[int]) -> None:
+        self._texts[key].tokens.extend(tokens)
+
+    def close(self, key: Key, audience: Audience | None) -> None:
+        text = self._texts.pop(key)
+        if audience is not None:
+            self.recent.add(audience, text.tokens, text.prompt_tokens)
+
+    def propose(self, asks: Sequence[Ask], budget_s: float) -> list[Continuation]:
+        found: list[Continuation] = []
+        left = ABSORB_TOKENS
+        for ask in asks:
+            text = self._texts[ask.key]
+            text.look_at(self.recent.of(ask.audience) if ask.audience is not None else ())
+            waiting = len(text.tokens) - text.taken
+            take = waiting if waiting <= FEW_TOKENS else min(waiting, left)
+            self._take_in(text, take)
+            left -= take
+            if take == waiting:
+                found += self._continuations(ask, text)
         return found
 
-    def _link(self, begin: int) -> None:
-        """Chain the positions behind `begin`."""
-        tokens, latest, earlier = self.tokens, self._latest, self._earlier
-        size = len(latest)
-        for end in range(begin + 1, len(tokens) + 1):
-            if end < MIN_MATCH:
-                earlier.append(0)
+    # --- taking in ---------------------------------------------------------------------------------------------------
+
+    def _take_in(self, text: _Text, count: int) -> None:
+        for token in text.tokens[text.taken:text.taken + count]:
+            if text.taken >= text.prompt_tokens:
+                self._learn(text, token)
+            text.append(token)
+
+    def _learn(self, text: _Text, token: int) -> None:
+        """What each source would have said of `token`."""
+        survival = self.survival
+        best, believed = None, 0.0
+        for spot in text.spots():
+            guess = _guess(spot)
+            if guess is None:
                 continue
-            slot = _slot(tokens[end - 2], tokens[end - 1], size)
-            earlier.append(latest[slot])
-            latest[slot] = end
+            luck = text.luck[spot.source]
+            probability = luck.of(survival.probability[guess.cell])
+            luck.learn(probability, guess.token == token)
+            survival.learn(guess.cell, guess.token == token)
+            if probability > believed:
+                best, believed = guess, probability
+                place = spot
+        if best is not None and best.token != token:
+            others = _others(place, best.token)
+            for rank in range(len(self._recall)):
+                right = rank < len(others) and others[rank].token == token
+                self._recall[rank] += RECALL_MEMORY * (right - self._recall[rank])
 
-    def _grow(self) -> None:
-        size = len(self._latest)
-        while size < len(self.tokens):
-            size *= 2
-        self._latest = array("i", [0]) * size
-        self._earlier = array("i", [0])
-        self._link(0)
+    # --- proposing ---------------------------------------------------------------------------------------------------
 
+    def _continuations(self, ask: Ask, text: _Text) -> list[Continuation]:
+        chains = sorted((self._chain(text, spot, ask.length, ask.lead) for spot in text.spots()),
+                        key=lambda chain: chain.worth, reverse=True)
+        if not chains or not chains[0].guesses:
+            return []
+        best, base = chains[0], len(text.tokens)
+        found = [Continuation(ask.key, base, (), best.tokens, best.confidence)]
+        if ask.branches <= 0:
+            return found
+        others = _alternatives(best, chains[1:])
+        chances = [self._recall[:len(guesses)] for guesses in others]
+        for outcome in likely_outcomes(best.confidence, chances, ask.branches, ALTERNATIVES, LEAST_OUTCOME):
+            other = others[outcome.agreed][outcome.rank]
+            chain = self._chain(text, other.behind, ask.length)
+            if chain.guesses:
+                assumed = [*best.tokens[:outcome.agreed], other.token]
+                found.append(Continuation(ask.key, base, assumed, chain.tokens, chain.confidence))
+        return found
 
-class RecentTexts:
-    """What one tenant's streams said lately, in two halves: when the younger is full the older is let go."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._half = max(1, max_tokens // 2)
-        self._young = History()
-        self._old = History()
-
-    def __len__(self) -> int:
-        return len(self._young) + len(self._old)
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Remember a text; of a very long one its end."""
-        if len(self._young) + len(tokens) + 1 > self._half and len(self._young):
-            self._old, self._young = self._young, History()
-        self._young.extend([SEPARATOR, *tokens[-self._half:]])
-
-    def longest_match(self, end: array[int], most: int) -> Match | None:
-        """As `History.longest_match`; the younger half first."""
-        young = self._young.longest_match(end, most)
-        old = self._old.longest_match(end, most)
-        return longer(young, old)
-
-
-def longer(first: Match | None, second: Match | None) -> Match | None:
-    """The longer match; the first of equals, unless it has nothing to say."""
-    if first is None or not first.tokens:
-        return second if second is not None and second.tokens else None
-    if second is None or not second.tokens or second.length <= first.length:
-        return first
-    return second
-
-
-def _slot(a: int, b: int, size: int) -> int:
-    # tuples of numbers hash alike in every process
-    return hash((a, b)) & size - 1
-
-
-def _behind_separator(tokens: array[int]) -> array[int]:
-    """What stands behind the last separator."""
-    if SEPARATOR not in tokens:
-        return tokens
-    return tokens[len(tokens) - tokens[::-1].index(SEPARATOR):]
+    def _chain(self, text: _Text, spot: _Spot, most: int, lead: int = 0) -> _Chain:
+        """What usually followed, as far as it is worth saying if its first `lead` tokens turn out right."""
+        probability, luck = self.survival.probability, text.luck[spot.source]
+        chain = _Chain([], [], [])
+        reach = 1.0
+        while len(chain.guesses) < most and (guess := _guess(spot)) is not None:
+            right = luck.of(probability[guess.cell])
+            if len(chain.guesses) >= lead:
+                reach *= right
+            if right < LEAST_CONFIDENCE or reach < LEAST_SURVIVAL:
+                break
+            chain.guesses.append(guess)
+            chain.confidence.append(right)
+            chain.spots.append(spot)
+            spot = guess.behind
+        return chain
 
 
-def _match_length(tokens: array[int], candidate: int, said: array[int]) -> int:
-    """How many tokens before `candidate` equal the end of `said`."""
-    most = min(candidate, len(said))
-    if tokens[candidate - most:candidate] == said[len(said) - most:]:
-        return most
-    length = 0
-    while tokens[candidate - 1 - length] == said[-1 - length]:
-        length += 1
-    return length
+def _guess(spot: _Spot) -> _Guess | None:
+    """What followed most often, of equals latest; behind a shorter phrase where nothing did."""
+    automaton, state, length = spot.automaton, spot.state, spot.length
+    least = MIN_MATCH[spot.source]
+    while True:
+        if (only := automaton.only(state)) is not None:
+            return _of(spot, length, only, only.times)
+        if steps := automaton.continuations(state):
+            total = sum(step.times for step in steps)
+            return _of(spot, length, max(steps, key=lambda step: _usual(automaton, step)), total)
+        state = automaton.link(state)
+        if state < 0 or (length := automaton.length(state)) < least:
+            return None
+
+
+def _others(spot: _Spot, token: int) -> list[_Guess]:
+    """What else followed than `token`, also behind shorter phrases, likeliest first."""
+    automaton, state, length = spot.automaton, spot.state, spot.length
+    found: dict[int, _Guess] = {}
+    while len(found) < ALTERNATIVES and length >= MIN_MATCH[spot.source]:
+        steps = sorted(automaton.continuations(state), key=lambda step: _usual(automaton, step), reverse=True)
+        total = sum(step.times for step in steps)
+        for step in steps[:ALTERNATIVES + 1]:
+            if step.token != token and step.token not in found:
+                found[step.token] = _of(spot, length, step, total)
+        state = automaton.link(state)
+        if state < 0:
+            break
+        length = automaton.length(state)
+    return list(found.values())[:ALTERNATIVES]
+
+
+def _alternatives(best: _Chain, rivals: list[_Chain]) -> list[list[_Guess]]:
+    """At each place of `best` what may come instead: what a rival says where it parts, then what else followed."""
+    found = [_others(spot, guess.token) for spot, guess in zip(best.spots, best.guesses, strict=True)]
+    for rival in rivals:
+        for place, (mine, other) in enumerate(zip(best.guesses, rival.guesses, strict=False)):
+            if mine.token != other.token:
+                rest = [guess for guess in found[place] if guess.token != other.token]
+                found[place] = [other, *rest][:ALTERNATIVES]
+                break
+    return found
+
+
+def _of(spot: _Spot, length: int, step: Next, total: int) -> _Guess:
+    behind = _Spot(spot.source, spot.automaton, step.state, length + 1)
+    return _Guess(step.token, behind, cell(spot.source, length, step.times, total))
+
+
+def _usual(automaton: Automaton, step: Next) -> tuple[int, int]:
+    return step.times, automaton.latest(step.state)

@@ -22,6 +22,7 @@ from gateway.openai import common
 from gateway.openai.chat import ChatReply
 from gateway.openai.completions import CompletionReply
 from gateway.openai.parameters import Options
+from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Kept, Outcome, found, header, outcome_of
 from gateway.streams import Stream
@@ -31,6 +32,7 @@ from shared.errors import MillError
 from shared.messages import Finished, Generate, Residency
 from shared.noise import choice_seed
 from shared.tiers import priority
+from shared.tokens import count, pack
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
@@ -60,8 +62,9 @@ class Answer:
 
     def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
                  model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
-                 residency: Residency) -> None:
-        """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds."""
+                 residency: Residency, prediction: list[int]) -> None:
+        """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds;
+        `prediction`: tokens that the client expects."""
         self._gateway = gateway
         self._operation = operation
         self._model = model
@@ -70,6 +73,7 @@ class Answer:
         self._scope = scope
         self._began_s = began_s
         self._residency = residency
+        self._prediction = pack(prediction)
         self._changed = asyncio.Event()
         self._direct = direct_body(scope)
         self._resting = False  # the task waits for more of a stream whose headers are out, and all is written
@@ -79,10 +83,12 @@ class Answer:
         self._writing_s: float | None = None  # since when the client has been taking what was written
         self._written_s = began_s
         self._task: asyncio.Task[Any] | None = None
-        count = len(prompts) * options.choices
-        self._opened = [False] * count
-        self._choices = [model.choice(options) for _ in range(count)]
-        self._reasons: list[str | None] = [None] * count
+        choices = len(prompts) * options.choices
+        self._opened = [False] * choices
+        self._choices = [model.choice(options) for _ in range(choices)]
+        predicted = PredictedText(prediction)
+        self._matches = [PredictionMatch(predicted) for _ in range(choices)] if prediction else []
+        self._reasons: list[str | None] = [None] * choices
         self._error: MillError | None = None
         self._streams: list[Stream] = []
         self._id = secrets.token_hex(12)
@@ -137,7 +143,7 @@ class Answer:
                 cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
                 stop_token_ids=self._model.end_tokens(options), priority=priority(options.tier, options.priority),
                 cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary, tier=options.tier,
-                residency=self._residency)
+                residency=self._residency, prediction=self._prediction)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 
@@ -214,6 +220,8 @@ class Answer:
             ended = stream.ended
             choice = self._choices[index]
             added = choice.push(stream.take())
+            if self._matches:
+                self._matches[index].follow(added.tokens)
             text, reason = added.text, None
             if added.stopped:
                 reason = "stop"
@@ -353,6 +361,7 @@ class Answer:
         ends = self._ends()
         firsts = self._streams[::self._options.choices]
         drafters = [end.drafter for end in ends if end.drafter]
+        accepted = sum(match.accepted for match in self._matches)
         return common.usage(
             sum(len(prompt.tokens) for prompt in self._prompts),
             sum(choice.completion_tokens for choice in self._choices),
@@ -361,7 +370,8 @@ class Answer:
                 worker=self._streams[0].worker, drafter=drafters[0] if drafters else "",
                 draft_tokens=sum(end.draft_tokens for end in ends),
                 accepted_draft_tokens=sum(end.accepted_draft_tokens for end in ends),
-                attempts=max(stream.state.attempt for stream in self._streams)))
+                attempts=max(stream.state.attempt for stream in self._streams)), accepted,
+            count(self._prediction) * len(self._matches) - accepted)
 
     def _open_span(self) -> telemetry.OpenSpan:
         options, sampling = self._options, self._options.sampling

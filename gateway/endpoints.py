@@ -42,6 +42,10 @@ class Endpoint(ABC):
     def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
         """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
 
+    def prediction(self, body: Any, model: ServedModel) -> list[int]:
+        """The tokens that the client expects, none if it expects nothing; slow, for a thread."""
+        return []
+
 
 class Chat(Endpoint):
     operation, source, reply = "chat", "messages", chat.ChatReply
@@ -56,6 +60,10 @@ class Chat(Endpoint):
         opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
         return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
                                    continue_final_message=continues, variables=body.chat_template_kwargs)]
+
+    def prediction(self, body: chat.ChatRequest, model: ServedModel) -> list[int]:
+        text = chat.predicted_text(body.prediction)
+        return model.text(text, add_special=False)[:model.card.context_length] if text else []
 
 
 class TextCompletion(Endpoint):
@@ -93,12 +101,12 @@ class Generation:
         options = endpoint.options(body)
         texts = endpoint.prompts(body, model, gateway.clock.wall())
         with gateway.places(len(texts) * options.choices):
-            prompts = await gateway.aside(len(raw), lambda: [
+            prompts, prediction = await gateway.aside(len(raw), lambda: ([
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt,
                              endpoint.source)
-                for tokens in texts])
+                for tokens in texts], endpoint.prediction(body, model)))
             answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
-                            residency)
+                            residency, prediction)
             await answer.give(receive, send)
 
 

@@ -38,7 +38,9 @@ class DraftBook:
     def __init__(self, vocabulary_size: int) -> None:
         self._vocabulary_size = vocabulary_size
         self._streams: dict[Key, list[Draft]] = {}
+        self.wanted = 0  # times that a stream could take drafts
         self.used = 0  # drafts that fitted the stream when wanted
+        self.foreseen = 0  # of those, ones whose condition had come true: an outcome that the drafter was prepared for
         self.stale = 0  # proposals that fell out unused
 
     def open(self, key: Key) -> None:
@@ -66,6 +68,7 @@ class DraftBook:
 
         Of several the youngest; of one age, one whose condition came true before one that still guesses it.
         """
+        self.wanted += 1
         drafts = self._streams.get(key)
         if not drafts:
             return []
@@ -87,6 +90,7 @@ class DraftBook:
             return []
         self.used += 1
         start = length - chosen.base
+        self.foreseen += 0 < chosen.assumed <= start
         return chosen.tokens[start:start + most]
 
 

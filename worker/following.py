@@ -1,17 +1,22 @@
-"""Which drafter hears of this worker's streams, and what it is told.
+"""Which drafter hears of this worker's streams, what it is told, and which of its answers are for us.
 
 Rules: one drafter at a time, kept while it lives; a stream whose residency shuts the drafter's zone out is never
 mentioned to it, and what is said is addressed to its zone; nobody asks a drafter anything.
 A drafter that is new, or new again (another epoch), is told every stream from its start. While drafts cannot pay
-nothing is told but the ends; what was missed follows at once when they can. Pure.
+nothing is told but the ends; what was missed follows at once when they can.
+An answer counts if it is from the drafter we follow, for this start of ours, and for a text that we told it: by length
+and by digest. What is late, stale, repeated or another's falls out here, before it costs anything. Pure.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+
+from msgspec.structs import replace
 
 from shared import subjects
-from shared.messages import Close, Commit, DrafterStatus, Follow, Open
+from shared.messages import Close, Commit, DrafterStatus, Drafts, Follow, Open, Proposal
 from shared.residency import allows
-from shared.tokens import pack
+from shared.tokens import count, digest, pack
 from worker.outbox import Outgoing
 from worker.scheduler import Advanced, Ended, Event, Started
 from worker.sequence import Key, Sequence
@@ -21,6 +26,33 @@ Line = Open | Commit | Close
 # a Follow that grows beyond this goes on in the next
 FOLLOW_BYTES = 480_000
 EVENT_BYTES = 160
+# an answer to what was told longer ago is of no use: a drafter as far away as the moon is not followed
+REMEMBERED_COMMITS = 64
+# how fast the measured lead rises and falls, per answer: a proposal too short is lost, one too long costs some bytes
+LEAD_RISE, LEAD_FALL = 0.3, 0.03
+# a drafter that works more than this share of the time is taken last
+BUSY = 0.9
+
+
+class Told:
+    """What the drafter knows of a stream."""
+
+    __slots__ = ("answers", "digest", "length", "texts")
+
+    def __init__(self, packed: bytes) -> None:
+        self.length = count(packed)
+        self.digest = digest(packed)
+        self.texts = {self.length: self.digest}  # that it may answer to, oldest first
+        self.answers: dict[int, set[tuple[bytes, bytes]]] = {}  # by base: what it assumed, and what it said
+
+    def extend(self, packed: bytes) -> None:
+        self.length += count(packed)
+        self.digest = digest(packed, self.digest)
+        self.texts[self.length] = self.digest
+        if len(self.texts) > REMEMBERED_COMMITS:
+            oldest = next(iter(self.texts))
+            del self.texts[oldest]
+            self.answers.pop(oldest, None)
 
 
 class Following:
@@ -29,6 +61,9 @@ class Following:
     def __init__(self, worker: str, epoch: int, zone: str, vocabulary: str, max_draft_tokens: int,
                  silence_s: float) -> None:
         self.chosen: DrafterStatus | None = None
+        self.alien = 0  # proposals of other drafters, for other starts of ours, for streams that are not open
+        self.strange = 0  # for a text that is not ours
+        self.repeated = 0
         self._worker = worker
         self._epoch = epoch
         self._zone = zone
@@ -36,15 +71,21 @@ class Following:
         self._max_draft_tokens = max_draft_tokens
         self._silence_s = silence_s
         self._heard: dict[str, tuple[DrafterStatus, float]] = {}
-        self._open: dict[Key, int] = {}  # tokens of each stream that the drafter knows
+        self._open: dict[Key, Told] = {}
         self._closing: list[tuple[DrafterStatus, list[Key]]] = []  # drafters that were left since the last step
         self._reopen = False
         self._behind = False  # something was not told
         self._seq = 0
+        self._lead = 0.0  # tokens by which streams had gone on when an answer came, lately
 
     @property
     def name(self) -> str:
         return self.chosen.id if self.chosen is not None else ""
+
+    @property
+    def lead_tokens(self) -> int:
+        """By so many tokens streams have gone on when an answer comes."""
+        return math.ceil(self._lead - 0.25)
 
     def hear(self, status: DrafterStatus, now: float) -> None:
         """A drafter's heartbeat. A late one of the start before, which may have been in another zone, says nothing."""
@@ -55,18 +96,21 @@ class Following:
         self.choose(now)
 
     def choose(self, now: float) -> None:
-        """Keep the drafter if it is well, else take the least busy one that fits, of this zone if there is one."""
+        """Keep the drafter if it is well, else take the nearest that fits; of those the one with the least to do."""
         self._heard = {name: entry for name, entry in self._heard.items() if now - entry[1] <= self._silence_s}
         fitting = {status.id: status for status, _ in self._heard.values() if self._fits(status)}
         present = self.chosen
         if present is not None and present.id in fitting and fitting[present.id].epoch == present.epoch:
             return
         best = min(fitting.values(), default=None,
-                   key=lambda status: (status.zone != self._zone, status.following, status.id))
+                   key=lambda status: (-nearness(status.zone, self._zone), status.busy > BUSY, status.following,
+                                       status.id))
         heard = self._heard.get(present.id) if present is not None else None
         # also to one that fell silent: it may live and only its heartbeats be lost
         if present is not None and self._open and (heard is None or heard[0].epoch == present.epoch):
             self._closing.append((present, list(self._open)))
+        if best is None or present is None or best.id != present.id:
+            self._lead = 0.0
         self.chosen = best
         self._open.clear()
         self._reopen = best is not None
@@ -94,16 +138,46 @@ class Following:
         for event in events:
             match event:
                 case Advanced(sequence, index, tokens) if sequence.key in self._open:
-                    key = sequence.key
-                    base = sequence.prompt_length + index
-                    self._open[key] = base + len(tokens)
-                    lines.append(Commit(key.request_id, key.attempt, base, pack(tokens)))
+                    lines.append(self._commit(sequence.key, sequence.prompt_length + index, tokens))
                 case Started(sequence) if self._may_hear(sequence):
                     lines.append(self._opening(sequence, sequence.resumed_length))
                 case Ended(sequence) if sequence.key in self._open:
                     del self._open[sequence.key]
                     lines.append(Close(sequence.key.request_id, sequence.key.attempt))
         return told + self._pack(self.chosen, lines)
+
+    def admit(self, drafts: Drafts, length_of: Callable[[str], int | None]) -> Drafts | None:
+        """What is for us of an answer, None if nothing is. `length_of`: tokens of a live request by now."""
+        chosen = self.chosen
+        if (chosen is None or drafts.drafter != chosen.id or drafts.epoch < chosen.epoch
+                or drafts.worker_epoch not in (0, self._epoch)):
+            self.alien += len(drafts.proposals)
+            return None
+        proposals = tuple(proposal for proposal in drafts.proposals if self._is_ours(proposal, length_of))
+        if not proposals:
+            return None
+        return drafts if len(proposals) == len(drafts.proposals) else replace(drafts, proposals=proposals)
+
+    def _is_ours(self, proposal: Proposal, length_of: Callable[[str], int | None]) -> bool:
+        told = self._open.get(Key(proposal.request_id, proposal.attempt))
+        if told is None:
+            self.alien += 1
+            return False
+        base = proposal.base_length
+        if proposal.digest and told.texts.get(base) != proposal.digest:
+            self.strange += 1
+            return False
+        if base in told.texts:
+            answers = told.answers.setdefault(base, set())
+            answer = (proposal.assumed, proposal.tokens)
+            if answer in answers:
+                self.repeated += 1
+                return False
+            answers.add(answer)
+        if not proposal.assumed and (length := length_of(proposal.request_id)) is not None:
+            late = max(0, length - base)
+            self._lead += (LEAD_RISE if late > self._lead else LEAD_FALL) * (late - self._lead)
+        return True
 
     def _fits(self, status: DrafterStatus) -> bool:
         return status.state == "ready" and (not status.vocabulary or status.vocabulary == self._vocabulary)
@@ -123,21 +197,28 @@ class Following:
 
     def _catch_up(self, sequence: Sequence) -> list[Line]:
         """What the drafter does not know of a stream that was admitted."""
-        known = self._open.get(sequence.key)
-        if known is None:
+        told = self._open.get(sequence.key)
+        if told is None:
             admitted = sequence.admitted_at is not None and self._may_hear(sequence)
             return [self._opening(sequence)] if admitted else []
-        if known == len(sequence.tokens):
+        if told.length == len(sequence.tokens):
             return []
-        self._open[sequence.key] = len(sequence.tokens)
-        return [Commit(sequence.key.request_id, sequence.key.attempt, known, pack(sequence.tokens[known:]))]
+        return [self._commit(sequence.key, told.length, sequence.tokens[told.length:])]
+
+    def _commit(self, key: Key, base: int, tokens: list[int]) -> Commit:
+        """`tokens` came behind the `base` that the drafter knows."""
+        told, packed = self._open[key], pack(tokens)
+        before = told.digest
+        told.extend(packed)
+        return Commit(key.request_id, key.attempt, base, packed, before)
 
     def _opening(self, sequence: Sequence, length: int | None = None) -> Open:
-        tokens = sequence.tokens[:length]
-        self._open[sequence.key] = len(tokens)
+        packed = pack(sequence.tokens[:length])
+        self._open[sequence.key] = Told(packed)
         request = sequence.request
-        return Open(request.request_id, request.attempt, pack(tokens), request.tenant,
-                    sequence.prompt_length, request.sampling, self._max_draft_tokens, sequence.traceparent)
+        return Open(request.request_id, request.attempt, packed, request.tenant,
+                    sequence.prompt_length, request.sampling, self._max_draft_tokens, sequence.traceparent,
+                    request.prediction)
 
     def _farewell(self) -> list[Outgoing]:
         closing, self._closing = self._closing, []
@@ -149,7 +230,7 @@ class Following:
         part: list[Line] = []
         size = 0
         for line in lines:
-            weight = EVENT_BYTES + (0 if isinstance(line, Close) else len(line.tokens))
+            weight = EVENT_BYTES + _size(line)
             if part and size + weight > FOLLOW_BYTES:
                 packed.append(self._message(drafter, part))
                 part, size = [], 0
@@ -162,4 +243,22 @@ class Following:
     def _message(self, drafter: DrafterStatus, lines: list[Line]) -> Outgoing:
         self._seq += 1
         return Outgoing(subjects.drafter_follow(drafter.id, drafter.zone),
-                        Follow(self._worker, self._epoch, self._seq, tuple(lines), self._zone))
+                        Follow(self._worker, self._epoch, self._seq, tuple(lines), self._zone, self.lead_tokens))
+
+
+def nearness(zone: str, other: str) -> int:
+    """How many words two zones have in common, widest first; one more for the very same zone."""
+    words, others = zone.lower().split("-"), other.lower().split("-")
+    common = 0
+    while common < min(len(words), len(others)) and words[common] == others[common]:
+        common += 1
+    return common + (words == others)
+
+
+def _size(line: Line) -> int:
+    match line:
+        case Open():
+            return len(line.tokens) + len(line.prediction)
+        case Commit():
+            return len(line.tokens)
+    return 0

@@ -22,6 +22,12 @@ COUNTERS = {
     "failed_steps": "Steps that raised.",
     "draft_tokens": "Drafts verified.",
     "accepted_draft_tokens": "Drafts that agreed.",
+    "drafts_wanted": "Times that a stream could take drafts in a step.",
+    "drafts_ready": "Of those, a proposal that fitted was there.",
+    "drafts_foreseen": "Of those, one whose condition had come true.",
+    "alien_proposals": "Proposals of drafters that are not followed, or for streams that are not open.",
+    "strange_proposals": "Proposals for a text that is not the one here.",
+    "repeated_proposals": "Proposals that came twice.",
     "preemptions": "Sequences that gave their blocks back to older ones.",
     "kv_repairs": "Blocks whose owner was wrong and was mended.",
     "tier_saves": "KV blocks copied to the host-memory tier.",
@@ -41,6 +47,7 @@ GAUGES = {
     "step_base_seconds": "Learned cost of a step.",
     "step_row_seconds": "Learned cost of a row.",
     "draft_wait": "1 while steps are held back for drafts.",
+    "draft_lead_tokens": "Tokens by which streams had gone on when proposals came, lately.",
 }
 
 

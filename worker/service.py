@@ -248,7 +248,9 @@ class Worker:
         self._engine.submit(decode(delivery.data, Cancel))
 
     def _on_drafts(self, delivery: Delivery) -> None:
-        self._engine.submit(decode(delivery.data, Drafts))
+        ours = self._following.admit(decode(delivery.data, Drafts), self._scheduler.length_of)
+        if ours is not None:
+            self._engine.submit(ours)
 
     def _on_snapshot_request(self, delivery: Delivery) -> None:
         decode(delivery.data, SnapshotRequest)
@@ -353,6 +355,10 @@ class Worker:
         return {
             "tokens": engine.rate.total, "steps": engine.steps, "failed_steps": engine.failed_steps,
             "draft_tokens": scheduler.draft_tokens, "accepted_draft_tokens": scheduler.accepted_draft_tokens,
+            "drafts_wanted": scheduler.drafts.wanted, "drafts_ready": scheduler.drafts.used,
+            "drafts_foreseen": scheduler.drafts.foreseen, "alien_proposals": self._following.alien,
+            "strange_proposals": self._following.strange, "repeated_proposals": self._following.repeated,
+            "draft_lead_tokens": self._following.lead_tokens,
             "preemptions": scheduler.preemptions, "kv_repairs": engine.repairs, "lost_messages": self._sender.lost,
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
             "queued_tokens": scheduler.queued_tokens, "blocks": pool.blocks,

@@ -24,8 +24,16 @@ class Message(Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
+class Prediction(Struct):
+    """What the client expects to be answered: drafts that its words make likely. It changes no token."""
+
+    type: str
+    content: str | list[dict[str, Any]]
+
+
 class ChatRequest(Parameters, kw_only=True):
     messages: list[Message]
+    prediction: Prediction | None = None
     max_completion_tokens: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -51,11 +59,27 @@ def chat_options(body: ChatRequest) -> Options:
     for name in ("tool_choice", "function_call"):
         if getattr(body, name) not in (None, "none", "auto"):
             raise refuse(name)
+    predicted_text(body.prediction)
     if body.modalities not in (None, [], ["text"]):
         raise refuse("modalities", 'send ["text"] or leave it out')
     if body.max_completion_tokens is not None:
         return options(body, body.max_completion_tokens, "max_completion_tokens")
     return options(body, body.max_tokens)
+
+
+def predicted_text(prediction: Prediction | None) -> str:
+    """The text that is expected, empty if none is. Raises BadRequest for what is no text."""
+    if prediction is None:
+        return ""
+    if prediction.type != "content":
+        raise BadRequest("prediction.type must be content", param="prediction.type")
+    if isinstance(prediction.content, str):
+        return prediction.content
+    texts = [part.get("text") for part in prediction.content if part.get("type") == "text"]
+    if len(texts) != len(prediction.content) or not all(isinstance(text, str) for text in texts):
+        raise BadRequest("prediction.content must be a string, or parts of type text with a text each",
+                         param="prediction.content")
+    return "".join(map(str, texts))
 
 
 def template_messages(messages: list[Message]) -> list[dict[str, Any]]:

@@ -49,10 +49,12 @@ class Usage(Struct):
     mill: MillUsage | UnsetType = UNSET
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mill: MillUsage | None = None) -> Usage:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mill: MillUsage | None = None,
+          accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0) -> Usage:
     """The usage block for these counts."""
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
-                 PromptTokensDetails(min(cached_tokens, prompt_tokens)), CompletionTokensDetails(), mill or UNSET)
+                 PromptTokensDetails(min(cached_tokens, prompt_tokens)),
+                 CompletionTokensDetails(0, accepted_prediction_tokens, rejected_prediction_tokens), mill or UNSET)
 
 
 class ErrorBody(Struct):

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from drafter import service
+from drafter.drafting import Ask, Audience, Continuation, Key, Stream
 from shared import subjects, telemetry
 from shared import trace_names as names
 from shared.clock import LoopClock
@@ -26,7 +28,7 @@ from shared.messages import (
     encode,
 )
 from shared.settings import DrafterSettings
-from shared.tokens import unpack
+from shared.tokens import digest, pack, unpack
 from tests.drafter.builders import Teller, closed, commit, opened
 from tests.virtual_time import run_virtual
 
@@ -309,7 +311,7 @@ def test_memory_stays_bounded_under_ten_thousand_streams() -> None:
                                   *(closed(f"s{number + i}") for i in range(80)))
                 assert len(drafter.contexts) <= 50
             assert drafter.contexts.tokens <= 50 * 23
-            assert len(drafter.recent) <= 128
+            assert len(drafter.draftsman.recent) <= 128
             assert len(drafter.contexts._evicted) <= 200
 
     with pytest.MonkeyPatch.context() as patch:
@@ -423,3 +425,127 @@ def test_a_kind_that_does_not_exist_is_said_at_the_start() -> None:
 
     with pytest.raises(ValueError, match="oracle"):
         run_virtual(scene())
+
+
+def test_a_proposal_says_which_text_it_is_for_how_sure_it_is_and_what_it_cost() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker(epoch=7)
+        text = LOOP * 4
+        await worker.says(opened(text))
+        await worker.says(commit(20, LOOP[:2]))
+        (drafts,) = worker.drafts[-1:]
+        assert drafts.worker_epoch == 7 and drafts.seconds >= 0.0
+        (proposal,) = drafts.proposals
+        assert proposal.digest == digest(pack([*text, *LOOP[:2]]))
+        assert len(proposal.confidence) == len(unpack(proposal.tokens))
+        assert min(proposal.confidence) > 128
+
+    play(scenario)
+
+
+def test_a_drafter_whose_text_is_not_the_workers_says_nothing_and_has_it_opened_again() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        await worker.says(opened(LOOP * 4))
+        epoch = stage.statuses[-1].epoch
+        worker.drafts.clear()
+        await worker.says(Commit("s", 1, 20, pack(LOOP[:1]), digest(pack([*LOOP * 3, 1, 2, 3, 4, 5]))))
+        await worker.says(Commit("s", 1, 21, pack(LOOP[1:2])))
+        await asyncio.sleep(0.6)
+        assert worker.drafts == [] and stage.statuses[-1].epoch == epoch + 1
+        await worker.says(opened(LOOP * 4))
+        assert len(worker.proposals) == 1
+
+    play(scenario)
+
+
+def test_the_later_answers_come_the_longer_they_are() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        await worker.says(opened(LOOP * 12))
+        for at, lead in ((60, 0), (61, 20), (62, 10**6)):
+            told = replace(worker.tell(commit(at, [LOOP[at % 5]])), lead_tokens=lead)
+            await worker.bus.publish(subjects.drafter_follow("d0"), encode(told))
+            await asyncio.sleep(0.01)
+        lengths = [len(unpack(proposal.tokens)) for proposal in worker.proposals[-3:]]
+        assert lengths[0] == 18 and lengths[1] == 38
+        assert lengths[1] < lengths[2] <= 256
+
+    play(scenario)
+
+
+def test_a_predicted_answer_is_proposed_before_anything_was_said() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        await worker.says(opened([1, 2, 3], prediction=pack(ANSWER)))
+        (proposal,) = worker.proposals
+        tokens = unpack(proposal.tokens)
+        assert tokens and tokens == ANSWER[:len(tokens)]
+
+    play(scenario)
+
+
+FORK = [1, 2, 3, 4, 50, 51, 52, 53]
+OTHER = [1, 2, 3, 4, 60, 61, 62, 63]
+
+
+@pytest.mark.parametrize(("most", "some"), [(4, True), (0, False)])
+def test_outcomes_of_the_step_under_way_are_prepared_for_as_far_as_is_allowed(most: int, some: bool) -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        await worker.says(opened([9, *FORK, 8, *FORK, 7, *OTHER, 6, *FORK, 5, 1, 2, 3]))
+        conditions = [unpack(proposal.assumed) for proposal in worker.proposals if proposal.assumed]
+        assert (conditions == [[4, 60]]) is some
+        assert {proposal.base_length for proposal in worker.proposals} == {worker.proposals[0].base_length}
+
+    play(scenario, max_branches=most)
+
+
+class Slow:
+    """A draftsman in a thread that answers when it is let."""
+
+    kind, vocabulary, threaded = "slow", "abcd", True
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.asked = threading.Event()
+        self.texts: dict[Key, list[int]] = {}
+
+    def open(self, key: Key, stream: Stream) -> None:
+        self.texts[key] = list(stream.tokens)
+
+    def advance(self, key: Key, base: int, tokens: Sequence[int]) -> None:
+        assert len(self.texts[key]) == base
+        self.texts[key] += tokens
+
+    def close(self, key: Key, audience: Audience | None) -> None:
+        del self.texts[key]
+
+    def propose(self, asks: Sequence[Ask], budget_s: float) -> list[Continuation]:
+        self.asked.set()
+        assert self.may.wait(10.0)
+        return [Continuation(ask.key, len(self.texts[ask.key]), (), [7, 8, 9], [0.9] * 3) for ask in asks]
+
+
+async def test_a_draftsman_in_a_thread_keeps_nobody_waiting_and_what_came_too_late_is_not_said(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow()
+    monkeypatch.setattr(service.kinds, "draftsman_of", lambda settings: slow)
+    stage = Stage()
+    async with stage.drafting(heartbeat_s=0.01), asyncio.timeout(20.0):
+        worker = await stage.worker()
+        await worker.says(opened([1], "late"), opened([1], "fits"), opened([1], "over"))
+        await asyncio.to_thread(slow.asked.wait, 10.0)
+        beats = len(stage.statuses)
+        # the service goes on hearing and telling
+        await worker.says(commit(1, [5], "late"), commit(1, [7], "fits"), closed("over"))
+        while len(stage.statuses) < beats + 2:
+            await asyncio.sleep(0.001)
+        assert stage.statuses[-1].vocabulary == "abcd" and not worker.drafts
+        slow.may.set()
+        while len(worker.drafts) < 2:
+            await asyncio.sleep(0.001)
+    proposed = [[(proposal.request_id, proposal.base_length, unpack(proposal.tokens)) for proposal in drafts.proposals]
+                for drafts in worker.drafts]
+    # what was said of a text that went on as expected still holds; the others are another text now, or over
+    assert proposed == [[("fits", 1, [7, 8, 9])], [("late", 2, [7, 8, 9]), ("fits", 2, [7, 8, 9])]]

@@ -32,7 +32,7 @@ from shared.messages import (
     encode,
 )
 from shared.settings import WorkerSettings
-from shared.tokens import pack, unpack
+from shared.tokens import digest, pack, unpack
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
@@ -410,6 +410,7 @@ def test_a_drafter_is_told_what_it_missed_while_drafts_could_not_pay() -> None:
     def told(outgoing: list[Outgoing]) -> list[object]:
         return [event for subject, message in outgoing for event in message.events]  # type: ignore[attr-defined]
 
+    prompt = digest(pack([5, 6, 7]))
     following = Following("w1", 1, "", "", 8, 2.0)
     scheduler = make_scheduler(mock_decoder())
     known, unknown, over, early = (scheduler.add(request(name), 0.0, DEADLINE) for name in "abcd")
@@ -423,14 +424,15 @@ def test_a_drafter_is_told_what_it_missed_while_drafts_could_not_pay() -> None:
     news = [Started(unknown), *(Advanced(sequence, 0, [8, 9]) for sequence in (known, unknown, over))]
     assert told(following.follow(news, [known, unknown, over], pays=False)) == []
     ends = [Ended(sequence, Finished(sequence.key.request_id, 1, "stop")) for sequence in (over, early)]
-    assert told(following.follow(ends, [known, unknown], pays=False)) == [Commit("c", 1, 3, pack([8, 9])),
+    assert told(following.follow(ends, [known, unknown], pays=False)) == [Commit("c", 1, 3, pack([8, 9]), prompt),
                                                                          Close("c", 1)]
     known.tokens.append(10)
     commit, opened = told(following.follow([Advanced(known, 2, [10])], [known, unknown]))
-    assert commit == Commit("a", 1, 3, pack([8, 9, 10]))
+    assert commit == Commit("a", 1, 3, pack([8, 9, 10]), prompt)
     assert isinstance(opened, Open) and unpack(opened.tokens) == [5, 6, 7, 8, 9]
     known.tokens.append(11)
-    assert told(following.follow([Advanced(known, 3, [11])], [known, unknown])) == [Commit("a", 1, 6, pack([11]))]
+    assert told(following.follow([Advanced(known, 3, [11])], [known, unknown])) == [
+        Commit("a", 1, 6, pack([11]), digest(pack([5, 6, 7, 8, 9, 10])))]
 
 
 def test_a_drafter_never_hears_of_a_stream_that_its_zone_may_not_see() -> None:
