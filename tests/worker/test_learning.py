@@ -1,9 +1,11 @@
 """What a worker learns from its own steps: their cost, and whether waiting pays."""
 
+import asyncio
 import random
 
 import pytest
 
+from kernels.step import StepInputs
 from shared.clock import LoopClock
 from tests.virtual_time import run_virtual
 from tests.worker.builders import mock_decoder
@@ -145,6 +147,26 @@ def test_calibration_finds_what_steps_cost_before_the_first_request() -> None:
 
     cost = run_virtual(scenario())
     assert (cost.base_s, cost.row_s, cost.token_s) == pytest.approx((0.02, 0.001, 0.0005), rel=0.05)
+
+
+def test_calibration_takes_a_pause_of_the_machine_for_no_cost() -> None:
+    class Pausing(TimedRunner):
+        steps = 0
+
+        async def execute(self, inputs: StepInputs) -> list[int]:
+            self.steps += 1
+            if self.steps in (3, 5, 9):
+                await asyncio.sleep(0.2)
+            return await super().execute(inputs)
+
+    async def scenario() -> StepCost:
+        cost = StepCost()
+        runner = Pausing(mock_decoder(blocks=40), LoopClock(), step_s=0.01, row_s=0.0005, token_s=0.0005)
+        await calibrate(runner, cost, LoopClock(), max_running=64, step_tokens=256)
+        return cost
+
+    cost = run_virtual(scenario())
+    assert (cost.base_s, cost.row_s, cost.token_s) == pytest.approx((0.01, 0.0005, 0.0005), rel=0.05)
 
 
 def test_calibration_fits_the_smallest_worker() -> None:
