@@ -19,20 +19,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from itertools import islice
-from typing import NamedTuple
 
 SEPARATOR = 0xFFFF_FFFF
 MOST_LINKS = 32
 # of a phrase with more continuations so many are looked at: it tells little anyway
 MOST_STEPS = 32
-
-
-class Next(NamedTuple):
-    """A token that followed a phrase."""
-
-    token: int
-    state: int  # the phrase and this token
-    times: int
 
 
 class Automaton:
@@ -79,23 +70,42 @@ class Automaton:
         more = self._more.get(state)
         return more.get(token, 0) if more is not None else 0
 
-    def continuations(self, state: int) -> list[Next]:
-        """What followed, in no order, the separator left out."""
+    def likeliest(self, state: int) -> tuple[int, int, int, int] | None:
+        """What followed most often, of equals latest: token, the phrase with it, how often, of how many times.
+
+        None where nothing followed but a separator.
+        """
+        after = self._next[state]
+        more = self._more.get(state)
         times = self._times
+        if more is None:
+            if not after or (token := self._token[state]) == SEPARATOR:
+                return None
+            return token, after, times[after], times[after]
+        best = total = best_times = best_latest = 0
+        token = SEPARATOR
+        latest = self._latest
+        if after and self._token[state] != SEPARATOR:
+            token, best, total, best_latest = self._token[state], after, times[after], latest[after]
+            best_times = total
+        for other, after in islice(more.items(), MOST_STEPS):
+            if other != SEPARATOR:
+                count = times[after]
+                total += count
+                if count > best_times or (count == best_times and latest[after] > best_latest):
+                    token, best, best_times, best_latest = other, after, count, latest[after]
+        return (token, best, best_times, total) if best else None
+
+    def continuations(self, state: int) -> list[tuple[int, int, int]]:
+        """What followed, most often first, of equals latest: token, the phrase with it, how often."""
         found = []
         if (after := self._next[state]) and self._token[state] != SEPARATOR:
-            found.append(Next(self._token[state], after, times[after]))
+            found.append((self._token[state], after, self._times[after]))
         if (more := self._more.get(state)) is not None:
-            found += [Next(token, after, times[after]) for token, after in islice(more.items(), MOST_STEPS)
+            found += [(token, after, self._times[after]) for token, after in islice(more.items(), MOST_STEPS)
                       if token != SEPARATOR]
+            found.sort(key=lambda step: (step[2], self._latest[step[1]]), reverse=True)
         return found
-
-    def only(self, state: int) -> Next | None:
-        """What followed if that was always the same, fast; None also where nothing did."""
-        after = self._next[state]
-        if not after or state in self._more or self._token[state] == SEPARATOR:
-            return None
-        return Next(self._token[state], after, self._times[after])
 
     def latest(self, state: int) -> int:
         """How long the text was when it last said this phrase."""

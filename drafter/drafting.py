@@ -9,8 +9,9 @@ Rules:
   service hears meanwhile; what was heard comes before the next `propose`.
 - The service speaks only of streams that it opened, and every `advance` begins where the stream ended.
 - A continuation is a guess. A worker verifies it by sampling, so a draftsman may forget, cut short, or say nothing.
-- Continuations of one stream are told apart by `assumed`: with none it is the likeliest one; `assumed` names an outcome
-  of the steps under way (`drafter.outcomes`): so many tokens of the likeliest one, then another token.
+- Continuations of one stream are told apart by `assumed`: with none it is the likeliest one, if that is worth saying;
+  `assumed` names an outcome of the steps under way (`drafter.outcomes`): so many tokens of the likeliest one, then
+  another token.
 Pure.
 """
 
@@ -63,6 +64,7 @@ class Continuation(NamedTuple):
     assumed: Sequence[int]
     tokens: Sequence[int]
     confidence: Sequence[float]  # of each of `tokens`: how likely it is right when all before it were
+    likely: float = 1.0  # that the stream goes on with `assumed`
 
 
 class Draftsman(Protocol):

@@ -10,6 +10,7 @@ Pure.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from drafter.drafting import Ask, Audience, Continuation, Draftsman, Key, Stream
@@ -109,8 +110,10 @@ class HybridDraftsman:
         branches = {}
         if at + 1 < len(worse.tokens) and at < len(better.tokens):
             assumed = (*tokens, worse.tokens[at])
+            agreed = prod(confidence)
             branches[assumed] = Continuation(ask.key, first.base, assumed, worse.tokens[at + 1:],
-                                             worse.confidence[at + 1:])
+                                             worse.confidence[at + 1:],
+                                             agreed * min(worse.confidence[at], 1.0 - better.confidence[at]))
         for index, continuations in enumerate(ours):
             for one in continuations:
                 assumed = tuple(one.assumed)

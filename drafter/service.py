@@ -332,6 +332,9 @@ def _proposal(continuation: Continuation, context: Context) -> Proposal | None:
     if digest is None or not context.still_open([*continuation.assumed, *continuation.tokens]):
         return None
     key = continuation.key
-    confidence = bytes(min(255, max(0, round(255 * right))) for right in continuation.confidence)
+    confidence = list(continuation.confidence)
+    if continuation.assumed:
+        # what all but the last of them are worth is said with the likeliest continuation
+        confidence = [1.0] * (len(continuation.assumed) - 1) + [continuation.likely, *confidence]
     return Proposal(key.request_id, key.attempt, continuation.base, pack(continuation.tokens),
-                    pack(continuation.assumed), digest, confidence)
+                    pack(continuation.assumed), digest, bytes(min(255, max(0, round(255 * one))) for one in confidence))

@@ -32,17 +32,18 @@ LONGEST_WEIGHT = 400.0
 LUCK_RATE = 0.15
 MOST_LUCK = 8.0
 
-_LENGTH_CLASS = tuple(bisect_right(LENGTHS, length) - 1 for length in range(LENGTHS[-1] + 1))
-_LONGEST = len(_LENGTH_CLASS) - 1
+_LONGEST = LENGTHS[-1]
+# the first cell of each source and length
+_FIRST_CELL = tuple(tuple((source * len(LENGTHS) + bisect_right(LENGTHS, max(1, length)) - 1) * EVIDENCE
+                          for length in range(_LONGEST + 1)) for source in Source)
 
 
 def cell(source: Source, length: int, times: int, total: int) -> int:
     """Which cell a guess belongs to: a phrase of `length` tokens, which it followed `times` of `total` times."""
+    first = _FIRST_CELL[source][length if length < _LONGEST else _LONGEST]
     if times == total:
-        evidence = 0 if times == 1 else 1 if times < 4 else 2
-    else:
-        evidence = 3 if 2 * times >= total else 4
-    return (source * len(LENGTHS) + _LENGTH_CLASS[min(length, _LONGEST)]) * EVIDENCE + evidence
+        return first if times == 1 else first + 1 if times < 4 else first + 2
+    return first + 3 if 2 * times >= total else first + 4
 
 
 class Survival:

@@ -273,7 +273,8 @@ class Proposal(Wire, frozen=True, tag="proposal"):
     tokens: bytes
     assumed: bytes = b""
     digest: int = 0  # of the first `base_length` tokens, as in Commit; 0: not said
-    confidence: bytes = b""  # of each of `tokens`, a byte: 255 times how likely it is right if all before it are
+    # of each of `assumed` and `tokens`, a byte: 255 times how likely it is right if all before it are; empty: not said
+    confidence: bytes = b""
 
 
 class Drafts(Wire, frozen=True, tag="drafts"):

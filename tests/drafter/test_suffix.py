@@ -50,7 +50,13 @@ def test_text_without_repetition_gives_silence() -> None:
     assert said(opened(list(range(1000)))) == []
     assert said(opened([])) == []
     assert said(opened([1, 2])) == []
-    assert said(opened([1, 2, 3, 4, 9, 9, 8, 4])) == []  # one word is no phrase
+
+
+def test_one_word_is_a_weak_reason_and_two_are_a_better_one() -> None:
+    (one,) = said(opened([1, 2, 3, 4, 9, 9, 8, 4]))
+    (two,) = said(opened([1, 2, 3, 4, 9, 9, 8, 3, 4]))
+    assert one.tokens[0] == two.tokens[0] == 9
+    assert one.confidence[0] < two.confidence[0] < 0.6
 
 
 def test_the_longest_phrase_decides_over_the_latest() -> None:
@@ -77,7 +83,8 @@ def test_a_proposal_ends_where_little_of_it_is_likely_to_be_reached() -> None:
 def test_what_will_have_been_said_when_the_answer_comes_does_not_shorten_what_is_behind_it() -> None:
     source = list(range(100, 200))
     text = [*source, 1, *source[:3]]
-    assert len(first(opened(text), length=60, lead=20)) > len(first(opened(text), length=60)) + 8
+    lengths = [len(first(opened(text), length=60, lead=lead)) for lead in (0, 2, 4, 60)]
+    assert lengths[0] < lengths[1] <= lengths[2] <= lengths[3] < 60  # nor is what will hardly be reached said
 
 
 def test_a_stream_that_is_predictable_is_told_more_and_one_that_is_not_less() -> None:
@@ -200,7 +207,8 @@ def test_whatever_is_said_is_what_followed_somewhere(tokens: list[int], cut: int
     sources = [tokens, [SEPARATOR, *predicted]]
     found = said(draftsman, length=length, branches=branches)
     assert len(found) <= 1 + branches
-    assert [continuation for continuation in found if not continuation.assumed] == found[:1]
+    # one without condition at most, and that first
+    assert all(continuation.assumed for continuation in found[1:])
     assert len({tuple(continuation.assumed) for continuation in found}) == len(found)
     for continuation in found:
         assert continuation.base == len(tokens)

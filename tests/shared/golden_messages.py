@@ -61,7 +61,7 @@ opened = Open(request_id="r-1", attempt=2, tokens=pack([1, 2]), tenant="acme", p
 commit = Commit(request_id="r-1", attempt=2, base_length=2, tokens=pack([3]), digest=2**32 - 1)
 close = Close(request_id="r-1", attempt=2)
 proposal = Proposal(request_id="r-1", attempt=2, base_length=3, tokens=pack([4, 5]), assumed=pack([6]),
-                    digest=2**32 - 1, confidence=bytes([255, 100]))
+                    digest=2**32 - 1, confidence=bytes([50, 255, 100]))
 
 EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
     sampling, residency, placement, accepted, tokens, finished, failed, stored, removed, cleared, opened, commit, close,
