@@ -1,21 +1,41 @@
 """A DecoderConfig out of GGUF metadata or Hugging Face's config.json.
 
-Rule: what the decoder does not do (biases, windows, other rope scalings, experts, quantised safetensors) is refused by
+Rule: what the decoder does not do (other biases, other rope scalings, experts, quantised safetensors) is refused by
 name here, never ignored: a checkpoint that opens is computed as its authors meant it.
 """
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.config import CheckpointError, DecoderConfig, llama3_rope_factors
+from kernels.config import CheckpointError, DecoderConfig, Yarn, llama3_rope_factors, yarn_rope
 from kernels.gguf_header import GgufHeader
 
-GGUF_ARCHITECTURES = ("llama",)
-HUGGING_FACE_TYPES = ("llama", "mistral")
+
+class _Family(NamedTuple):
+    """What a family's checkpoints have without saying so."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_interleaved: bool = False  # in GGUF; Hugging Face stores halves
+    window_asked_for: bool = False  # `use_sliding_window` has to be set, and layers before `max_window_layers` see all
+    windowed: bool = False  # `sliding_window` means something
+
+
+GGUF_FAMILIES = {
+    "llama": _Family(rope_interleaved=True),
+    "qwen2": _Family(qkv_bias=True),
+    "qwen3": _Family(qk_norm=True),
+}
+HUGGING_FACE_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(windowed=True),
+    "qwen2": _Family(qkv_bias=True, windowed=True, window_asked_for=True),
+    "qwen3": _Family(qk_norm=True, windowed=True, window_asked_for=True),
+}
 
 # Beyond any model; a damaged number must not become a huge table.
 _LONGEST_CONTEXT = 1 << 24
@@ -24,19 +44,23 @@ _LONGEST_CONTEXT = 1 << 24
 def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
     metadata = header.metadata
     architecture = metadata.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
+    family = GGUF_FAMILIES.get(architecture) if isinstance(architecture, str) else None
+    if family is None:
         raise CheckpointError(
-            f"{path} is of architecture {architecture!r}; supported in GGUF: {', '.join(GGUF_ARCHITECTURES)}"
+            f"{path} is of architecture {architecture!r}; supported in GGUF: {', '.join(GGUF_FAMILIES)}"
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(f"{path} is one part of a split GGUF; merge the parts first (gguf-split --merge)")
-    if metadata.get("llama.expert_count", 0):
+    if metadata.get(f"{architecture}.expert_count", 0):
         raise CheckpointError(f"{path} is a mixture of experts; only dense models are supported")
 
-    def whole(key: str, default: int | None = None) -> int:
-        return _whole(path, f"llama.{key}", metadata.get(f"llama.{key}", default))
+    def said(key: str, default: object = None) -> object:
+        return metadata.get(f"{architecture}.{key}", default)
 
-    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    def whole(key: str, default: int | None = None) -> int:
+        return _whole(path, f"{architecture}.{key}", said(key, default))
+
+    heads, hidden, layers = whole("attention.head_count"), whole("embedding_length"), whole("block_count")
     head_dim = whole("attention.key_length", hidden // heads)
     if whole("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{path} has values of another size than its keys, which is not supported")
@@ -44,39 +68,54 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
     if embedding is None:
         raise CheckpointError(f"{path} lacks token_embd.weight; download it again")
     rotary_dim = whole("rope.dimension_count", head_dim)
+    base = _positive(path, "rope.freq_base", said("rope.freq_base", 10_000.0))
+    window = said("attention.sliding_window")
+    rope = _gguf_rope(path, header, str(architecture), base, rotary_dim)
     return DecoderConfig(
-        layers=whole("block_count"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=whole("attention.head_count_kv", heads),
         head_dim=head_dim,
         ffn=whole("feed_forward_length"),
         vocabulary=embedding.shape[0],
-        context_length=_context(path, "llama.context_length", metadata.get("llama.context_length")),
-        norm_eps=_positive(
-            path, "attention.layer_norm_rms_epsilon", metadata.get("llama.attention.layer_norm_rms_epsilon")
-        ),
-        rope_base=_positive(path, "rope.freq_base", metadata.get("llama.rope.freq_base", 10_000.0)),
+        context_length=_context(path, f"{architecture}.context_length", said("context_length")),
+        norm_eps=_positive(path, "attention.layer_norm_rms_epsilon", said("attention.layer_norm_rms_epsilon")),
+        rope_base=base,
         rotary_dim=rotary_dim,
-        rope_interleaved=True,
+        rope_interleaved=family.rope_interleaved,
         tied_head="output.weight" not in header.tensors,
-        rope_factors=_gguf_rope_factors(path, header, rotary_dim),
+        rope_factors=rope.factors or None,
+        rope_magnitude=rope.magnitude,
+        qkv_bias=family.qkv_bias or "blk.0.attn_q.bias" in header.tensors,
+        output_bias="blk.0.attn_output.bias" in header.tensors,
+        qk_norm=family.qk_norm,
+        windows=(_whole(path, "attention.sliding_window", window),) * layers if window else None,
     )
 
 
-def _gguf_rope_factors(path: Path, header: GgufHeader, rotary_dim: int) -> tuple[float, ...] | None:
-    kind = header.metadata.get("llama.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise CheckpointError(f"{path} scales its rope by {kind!r}; supported: none, linear, or a rope_freqs tensor")
-    factor = header.metadata.get("llama.rope.scaling.factor", 1.0) if kind == "linear" else 1.0
-    stretch = _positive(path, "llama.rope.scaling.factor", factor)
+def _gguf_rope(path: Path, header: GgufHeader, architecture: str, base: float, rotary_dim: int) -> Yarn:
+    """Divisors (none: all 1) and magnitude."""
+    metadata, prefix = header.metadata, f"{architecture}.rope.scaling"
+    kind = metadata.get(f"{prefix}.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(f"{path} scales its rope by {kind!r}; supported: none, linear, yarn, a rope_freqs tensor")
+    factor = metadata.get(f"{prefix}.factor", 1.0) if kind != "none" else 1.0
+    stretch = _positive(path, f"{prefix}.factor", factor)
     tensor = header.tensors.get("rope_freqs.weight")
+    if kind == "yarn":
+        if tensor is not None:
+            raise CheckpointError(f"{path} has both YaRN and a rope_freqs tensor, which contradict each other")
+        key = f"{prefix}.original_context_length"
+        rope = yarn_rope(base, rotary_dim, factor=stretch, original_context_length=_whole(path, key, metadata.get(key)))
+        more = _positive(path, f"{prefix}.attn_factor", metadata.get(f"{prefix}.attn_factor", 1.0))
+        return rope._replace(magnitude=rope.magnitude * more)
     if tensor is None:
-        return (stretch,) * (rotary_dim // 2) if stretch != 1.0 else None
+        return Yarn((stretch,) * (rotary_dim // 2) if stretch != 1.0 else (), 1.0)
     if tensor.block.name != "F32":
         raise CheckpointError(f"{path}: rope_freqs.weight is stored as {tensor.block.name}, not as F32")
     factors = header.file[tensor.start : tensor.start + tensor.size_bytes].view(np.float32)
-    return tuple(stretch * _positive(path, "a rope factor", float(factor)) for factor in factors)
+    return Yarn(tuple(stretch * _positive(path, "a rope factor", float(factor)) for factor in factors), 1.0)
 
 
 def hugging_face_config(path: Path) -> DecoderConfig:
@@ -88,9 +127,10 @@ def hugging_face_config(path: Path) -> DecoderConfig:
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} is no JSON object; download it again")
     model_type = settings.get("model_type")
-    if model_type not in HUGGING_FACE_TYPES:
+    family = HUGGING_FACE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise CheckpointError(
-            f"{path} is of type {model_type!r}; supported in safetensors: {', '.join(HUGGING_FACE_TYPES)}"
+            f"{path} is of type {model_type!r}; supported in safetensors: {', '.join(HUGGING_FACE_FAMILIES)}"
         )
 
     def whole(key: str, default: int | None = None) -> int:
@@ -98,22 +138,22 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         return _whole(file, key, default if value is None else value)
 
     context_length = _context(file, "max_position_embeddings", settings.get("max_position_embeddings"))
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    for key, plain in (("mlp_bias", False), ("hidden_act", "silu")):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
     if settings.get("quantization_config"):
         raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
-    window = settings.get("sliding_window")
-    if window is not None and _whole(file, "sliding_window", window) < context_length:
-        raise CheckpointError(f"{file}: attention in a sliding window of {window} tokens is not supported")
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     head_dim = whole("head_dim", hidden // heads)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{file}: rope_scaling should be an object, it is {rope!r}")
     base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
+    layers = whole("num_hidden_layers")
+    scaling = _hugging_face_rope(file, rope, base, head_dim, context_length)
+    biased = bool(settings.get("attention_bias", False))
     return DecoderConfig(
-        layers=whole("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=whole("num_key_value_heads", heads),
@@ -126,31 +166,84 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         rotary_dim=head_dim,
         rope_interleaved=False,
         tied_head=bool(settings.get("tie_word_embeddings", False)),
-        rope_factors=_hugging_face_rope_factors(file, rope, base, head_dim),
+        rope_factors=scaling.factors or None,
+        rope_magnitude=scaling.magnitude,
+        qkv_bias=family.qkv_bias or biased,
+        output_bias=biased,
+        qk_norm=family.qk_norm,
+        windows=_hugging_face_windows(file, settings, family, layers),
     )
 
 
-def _hugging_face_rope_factors(
-    file: Path, rope: dict[str, Any], base: float, head_dim: int
-) -> tuple[float, ...] | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+def _hugging_face_windows(file: Path, settings: dict[str, Any], family: _Family, layers: int) -> tuple[int, ...] | None:
+    """Of each layer, as its own list says, or as its family lays them out where there is none."""
+    window = settings.get("sliding_window")
+    unasked = family.window_asked_for and not settings.get("use_sliding_window", False)
+    if window is None or not family.windowed or unasked:
         return None
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"{file}: rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+    size = _whole(file, "sliding_window", window)
+    kinds = settings.get("layer_types")
+    if kinds is None:
+        first = settings.get("max_window_layers", 0) if family.window_asked_for else 0
+        return tuple(size if layer >= first else 0 for layer in range(layers))
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown or len(kinds) != layers:
+        raise CheckpointError(
+            f"{file}: layer_types must name {layers} layers as sliding_attention or full_attention, they are {kinds!r}"
+        )
+    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _hugging_face_rope(file: Path, rope: dict[str, Any], base: float, head_dim: int, context_length: int) -> Yarn:
+    """Divisors (none: all 1) and magnitude.
+
+    `dynamic` changes frequencies once a text outgrows the trained context, also of tokens that are cached; up to there,
+    which is what the context length is, it is no scaling at all.
+    """
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind in ("default", "dynamic"):
+        return Yarn((), 1.0)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(
+            f"{file}: rope scaling {kind!r} is not supported; supported: default, linear, dynamic, llama3, yarn"
+        )
     factor = _positive(file, "the rope's factor", rope.get("factor"))
+    original = rope.get("original_max_position_embeddings")
     if kind == "linear":
-        return (factor,) * (head_dim // 2)
-    return llama3_rope_factors(
+        return Yarn((factor,) * (head_dim // 2), 1.0)
+    if kind == "yarn":
+        return yarn_rope(
+            base,
+            head_dim,
+            factor=factor,
+            original_context_length=_whole(
+                file, "original_max_position_embeddings", context_length if original is None else original
+            ),
+            fast=_positive(file, "beta_fast", rope.get("beta_fast") or 32.0),
+            slow=_positive(file, "beta_slow", rope.get("beta_slow") or 1.0),
+            whole_pairs=bool(rope.get("truncate", True)),
+            magnitude=_yarn_magnitude(file, rope, factor),
+        )
+    factors = llama3_rope_factors(
         base,
         head_dim,
         factor=factor,
         low_frequency_factor=_positive(file, "low_freq_factor", rope.get("low_freq_factor")),
         high_frequency_factor=_positive(file, "high_freq_factor", rope.get("high_freq_factor")),
-        original_context_length=_whole(
-            file, "original_max_position_embeddings", rope.get("original_max_position_embeddings")
-        ),
+        original_context_length=_whole(file, "original_max_position_embeddings", original),
     )
+    return Yarn(factors, 1.0)
+
+
+def _yarn_magnitude(file: Path, rope: dict[str, Any], factor: float) -> float | None:
+    """What the config says of it; None: nothing."""
+    if rope.get("attention_factor") is not None:
+        return _positive(file, "attention_factor", rope["attention_factor"])
+    some, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not some or not all_dims:
+        return None
+    rise = math.log(factor) / 10 if factor > 1.0 else 0.0
+    return (_positive(file, "mscale", some) * rise + 1.0) / (_positive(file, "mscale_all_dim", all_dims) * rise + 1.0)
 
 
 def _whole(path: Path, key: str, value: object) -> int:

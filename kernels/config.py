@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class CheckpointError(ValueError):
@@ -29,6 +30,12 @@ class DecoderConfig:
     tied_head: bool  # the head is the embedding
     # One divisor per pair for its frequency: every kind of rope scaling in one form. None: all 1.
     rope_factors: tuple[float, ...] | None = None
+    rope_magnitude: float = 1.0  # cosines and sines are multiplied by it (YaRN)
+    qkv_bias: bool = False  # queries, keys and values have a bias each
+    output_bias: bool = False  # attention's output projection has one
+    qk_norm: bool = False  # each head of queries and keys is normalised before it turns
+    # Of each layer: a token sees itself and the window - 1 before it; 0: all before it. None: all layers see all.
+    windows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "context_length"):
@@ -41,10 +48,16 @@ class DecoderConfig:
         pairs = self.rotary_dim // 2
         if self.rope_factors is not None and len(self.rope_factors) != pairs:
             raise CheckpointError(f"{pairs} rope factors are needed, the checkpoint has {len(self.rope_factors)}")
+        if self.windows is not None and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise CheckpointError(f"{self.layers} windows of 0 or more tokens are needed, got {self.windows}")
 
     @property
     def heads_per_kv_head(self) -> int:
         return self.heads // self.kv_heads
+
+    def window(self, layer: int) -> int:
+        """Tokens that a token of this layer sees, itself included; 0: all before it."""
+        return self.windows[layer] if self.windows is not None else 0
 
     def rope_frequencies(self) -> list[float]:
         """Radians per position of each of the rotary_dim / 2 pairs."""
@@ -75,3 +88,45 @@ def llama3_rope_factors(
         kept = min(1.0, max(0.0, (original_context_length / wavelength - low_frequency_factor) / span))
         factors.append(1.0 / ((1 - kept) / factor + kept))
     return tuple(factors)
+
+
+class Yarn(NamedTuple):
+    """YaRN's scaling: what each frequency is divided by, and what cosines and sines are multiplied by."""
+
+    factors: tuple[float, ...]
+    magnitude: float
+
+
+def yarn_rope(
+    base: float,
+    rotary_dim: int,
+    *,
+    factor: float,
+    original_context_length: int,
+    fast: float = 32.0,
+    slow: float = 1.0,
+    whole_pairs: bool = True,
+    magnitude: float | None = None,
+) -> Yarn:
+    """YaRN (Peng et al., 2023), as divisors.
+
+    Pairs that turn more than `fast` times in the original context are kept, those that turn less than `slow` times are
+    stretched by `factor`, between in a straight line; `whole_pairs`: its ends are rounded to pairs. `magnitude` None:
+    the paper's 0.1 ln(factor) + 1.
+    """
+
+    def pair_turning(times: float) -> float:
+        return rotary_dim * math.log(original_context_length / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = pair_turning(fast), pair_turning(slow)
+    if whole_pairs:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    span = last - first or 0.001
+    factors = []
+    for pair in range(rotary_dim // 2):
+        stretched = min(1.0, max(0.0, (pair - first) / span))
+        factors.append(1.0 / (stretched / factor + 1.0 - stretched))
+    if magnitude is None:
+        magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+    return Yarn(tuple(factors), magnitude)

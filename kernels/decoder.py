@@ -1,6 +1,6 @@
-"""A decoder of the Llama family in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
+"""A decoder of the Llama families in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
 
-    embed | per layer: norm qkv rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
+    embed | per layer: norm qkv (head norm) rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
 
 Rule: one path for prefill, decode and verification: a step is rows, whatever for. Only sample rows meet the head.
 
@@ -30,7 +30,11 @@ class Layer(NamedTuple):
 
     attention_norm: Tensor  # [hidden]
     qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None  # [(heads + 2 kv_heads) * head_dim]
+    q_norm: Tensor | None  # [head_dim], as k_norm
+    k_norm: Tensor | None
     o: Tensor  # [hidden, heads * head_dim]
+    o_bias: Tensor | None  # [hidden]
     mlp_norm: Tensor  # [hidden]
     gate_up: Tensor  # [2 ffn, hidden]
     down: Tensor  # [hidden, ffn]
@@ -82,7 +86,9 @@ class TorchDecoder:
         cache = (config.layers, self.blocks, block_size_tokens, config.kv_heads, config.head_dim)
         self.keys = torch.empty(cache, dtype=dtype, device=self.device)
         self.values = torch.empty(cache, dtype=dtype, device=self.device)
-        self.cosines, self.sines = rotary_tables(config.rope_frequencies(), config.context_length, self.device)
+        self.cosines, self.sines = rotary_tables(
+            config.rope_frequencies(), config.context_length, self.device, config.rope_magnitude
+        )
 
     @classmethod
     def load(
@@ -167,18 +173,29 @@ class TorchDecoder:
             keys, values = self.keys[number], self.values[number]
             if number > 0:
                 normed, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, config.norm_eps)
-            qkv = ops.linear(normed, layer.qkv).view(-1, heads + 2 * kv_heads, head_dim)
+            qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, head_dim)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
             q, k = ops.rotary(q, k, rows.positions, self.cosines, self.sines, config.rope_interleaved)
             ops.write_kv(k, v, keys, values, rows.tables, rows.sequences, rows.positions)
             attended = ops.paged_attention(
-                q, keys, values, rows.tables, rows.sequences, rows.positions, scale, rows.longest
+                q, keys, values, rows.tables, rows.sequences, rows.positions, scale, rows.longest, config.window(number)
             )
-            hidden = ops.linear(attended.flatten(1), layer.o)
+            hidden = self._linear(attended.flatten(1), layer.o, layer.o_bias)
             normed, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
             gate, up = ops.linear(normed, layer.gate_up).chunk(2, dim=1)
             hidden = ops.linear(ops.swiglu(gate, up), layer.down)
         return hidden, residual
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product = self.ops.linear(x, weight)
+        return product if bias is None else (product.float() + bias.float()).to(product.dtype)
+
+    def _head_norm(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """Each head [R, heads, head_dim] by itself."""
+        flat = heads.reshape(-1, heads.shape[-1])
+        return self.ops.rms_norm(flat, weight, self.config.norm_eps).view(heads.shape)
 
     def _rows(self, inputs: StepInputs) -> StepTensors:
         check_step(inputs, self)
@@ -198,10 +215,19 @@ class TorchDecoder:
         )
 
     def _layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
+        config = self.config
         return Layer(
             attention_norm=self._vector(checkpoint, prefix + "attention_norm"),
             qkv=self._matrix(checkpoint, *(f"{prefix}attention.{part}" for part in "qkv")),
+            qkv_bias=(
+                torch.cat([self._vector(checkpoint, f"{prefix}attention.{part}", "bias") for part in "qkv"])
+                if config.qkv_bias
+                else None
+            ),
+            q_norm=self._vector(checkpoint, prefix + "attention.q_norm") if config.qk_norm else None,
+            k_norm=self._vector(checkpoint, prefix + "attention.k_norm") if config.qk_norm else None,
             o=self._matrix(checkpoint, prefix + "attention.o"),
+            o_bias=self._vector(checkpoint, prefix + "attention.o", "bias") if config.output_bias else None,
             mlp_norm=self._vector(checkpoint, prefix + "mlp_norm"),
             gate_up=self._matrix(checkpoint, prefix + "mlp.gate", prefix + "mlp.up"),
             down=self._matrix(checkpoint, prefix + "mlp.down"),
@@ -211,8 +237,8 @@ class TorchDecoder:
         parts = [checkpoint.tensor(f"{name}.weight").to(self.dtype) for name in names]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
 
-    def _vector(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        return checkpoint.tensor(f"{name}.weight").to(self.device)
+    def _vector(self, checkpoint: Checkpoint, name: str, kind: str = "weight") -> Tensor:
+        return checkpoint.tensor(f"{name}.{kind}").reshape(-1).to(self.device)
 
 
 def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:

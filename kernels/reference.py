@@ -41,12 +41,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
 
 
 def rotary_tables(
-    frequencies: list[float], positions: int, device: torch.device | str = "cpu"
+    frequencies: list[float], positions: int, device: torch.device | str = "cpu", magnitude: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [positions, pairs] in float32 of angles in float64: position times radians per position."""
+    """Cosines and sines [positions, pairs] of angles in float64, position times radians per position.
+
+    Times `magnitude`, rounded once, to float32.
+    """
     per_position = torch.tensor(frequencies, dtype=torch.float64)
     angles = torch.outer(torch.arange(positions, dtype=torch.float64), per_position)  # [positions, pairs]
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return (angles.cos() * magnitude).float().to(device), (angles.sin() * magnitude).float().to(device)
 
 
 def rotary(
@@ -108,8 +111,11 @@ def paged_attention(
     positions: Tensor,
     scale: float,
     longest: int | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of queries [R, H, D] over one layer's caches: row r sees 0..positions[r] of its sequence.
+
+    With a window, only the last `window` of those positions.
 
     Softmax of scale * q.k in float32, summed over tiles of ATTENTION_TILE positions in position order, aligned to 0, so
     that the order of a row's sum does not depend on whether it came alone or in a prompt. Runs of rows of one sequence
@@ -119,7 +125,7 @@ def paged_attention(
     output = torch.zeros_like(queries)
     for rows, tiles in _runs_of_equal_shape(sequences, positions, _tile(key_cache.shape[1])):
         owners = tables[sequences[rows[:, 0]].long()]
-        output[rows] = _attend(queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles)
+        output[rows] = _attend(queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles, window)
     return output
 
 
@@ -151,6 +157,7 @@ def _attend(
     positions: Tensor,
     scale: float,
     tiles: int,
+    window: int,
 ) -> Tensor:
     """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n].
 
@@ -181,7 +188,11 @@ def _attend(
         # 2. Scores of the rows that reach the tile; the rows before them end in an earlier one.
         first = int((furthest >= start).int().argmax())
         reached = slice(first * group, None)
-        unseen = (at > positions[:, first:, None]).repeat_interleave(group, 1)  # [N, n G, T]
+        ends = positions[:, first:, None]
+        unseen = at > ends  # [N, n, T]
+        if window:
+            unseen |= at <= ends - window
+        unseen = unseen.repeat_interleave(group, 1)  # [N, n G, T]
         scores = wide.new_empty(kv_heads, *unseen.shape)  # [K, N, n G, T]
         for head in range(kv_heads):
             torch.bmm(wide[head, :, reached], keys[:, :, head].transpose(1, 2), out=scores[head])

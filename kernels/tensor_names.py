@@ -1,7 +1,7 @@
 """The names of a checkpoint's tensors: ours, GGUF's and Hugging Face's, and the shapes that a config demands.
 
 Rule: a name that is not known here stays as it is, and `check_shapes` refuses it: a tensor that the decoder would
-ignore means that the checkpoint is no plain Llama.
+ignore means that the checkpoint is of another family.
 """
 
 from collections.abc import Iterable
@@ -25,6 +25,8 @@ _INSIDE = {
     "attn_k": "attention.k",
     "attn_v": "attention.v",
     "attn_output": "attention.o",
+    "attn_q_norm": "attention.q_norm",
+    "attn_k_norm": "attention.k_norm",
     "ffn_norm": "mlp_norm",
     "ffn_gate": "mlp.gate",
     "ffn_up": "mlp.up",
@@ -34,6 +36,8 @@ _INSIDE = {
     "self_attn.k_proj": "attention.k",
     "self_attn.v_proj": "attention.v",
     "self_attn.o_proj": "attention.o",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "post_attention_layernorm": "mlp_norm",
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
@@ -54,10 +58,10 @@ def _ours(name: str, prefix: str) -> str:
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     layer, _, rest = name.removeprefix(prefix).partition(".")
-    inside = _INSIDE.get(rest.removesuffix(".weight"))
-    if not name.startswith(prefix) or not name.endswith(".weight") or inside is None:
+    inside, _, kind = rest.rpartition(".")
+    if not name.startswith(prefix) or kind not in ("weight", "bias") or inside not in _INSIDE:
         return name
-    return f"layers.{layer}.{inside}.weight"
+    return f"layers.{layer}.{_INSIDE[inside]}.{kind}"
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -79,7 +83,12 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             "mlp.up": (ffn, hidden),
             "mlp.down": (hidden, ffn),
         }
+        if config.qk_norm:
+            inside |= {"attention.q_norm": (config.head_dim,), "attention.k_norm": (config.head_dim,)}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
+        biased = ["attention.q", "attention.k", "attention.v"] if config.qkv_bias else []
+        biased += ["attention.o"] if config.output_bias else []
+        shapes |= {f"layers.{layer}.{name}.bias": inside[name][:1] for name in biased}
     return shapes
 
 
@@ -93,7 +102,9 @@ def check_shapes(path: Path, config: DecoderConfig, found: dict[str, tuple[int, 
     if missing:
         raise CheckpointError(f"{path} lacks {some(missing)}; download it again")
     if unknown:
-        raise CheckpointError(f"{path} holds {some(unknown)}, which a plain Llama has not; use another checkpoint")
+        raise CheckpointError(
+            f"{path} holds {some(unknown)}, which a model of its configuration has not; use another checkpoint"
+        )
     wrong = [f"{name} {found[name]}, not {shape}" for name, shape in expected.items() if found[name] != shape]
     if wrong:
         raise CheckpointError(f"{path}: shapes contradict the configuration: {some(wrong)}")

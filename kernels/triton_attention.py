@@ -34,8 +34,11 @@ def paged_attention(
     positions: torch.Tensor,
     scale: float,
     longest: int | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """Each row's attention over positions 0..positions[row] of its sequence, [R, H, D] in the type of `queries`.
+
+    With a window, over the last `window` of those positions.
 
     queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table
     row of each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it;
@@ -78,6 +81,7 @@ def paged_attention(
             BLOCK_SIZE=block_size,
             SPLIT=split,
             TILE=choice.block,
+            WINDOW=window,
             WIDE=_product_type(key_cache.dtype),
         )
         launch(
@@ -90,6 +94,7 @@ def paged_attention(
             HEAD_DIM_PADDED=tuning.padded(head_dim),
             SPLIT=split,
             CHUNK=combine.block,
+            WINDOW=window,
         )
     return output
 
@@ -144,6 +149,7 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     first_row = tl.program_id(0).to(tl.int64)
@@ -170,6 +176,10 @@ def _attend_split(
     lane = tl.arange(0, HEAD_DIM_PADDED)
     heads = kv_head * GROUP + in_group
     reaches = (positions >= start) & (in_group < GROUP)
+    if WINDOW:
+        reaches = reaches & (positions - WINDOW < start + SPLIT - 1)
+        if tl.max(reaches.to(tl.int32), axis=0) == 0:
+            return
     query_mask = reaches[:, None] & (lane < HEAD_DIM)[None, :]
     query_rows = rows * stride_query_row + heads * stride_query_head
     query = tl.load(queries_ptr + query_rows[:, None] + lane[None, :], mask=query_mask, other=0.0)  # [M, D]
@@ -196,10 +206,12 @@ def _attend_split(
             products = tl.dot(query, tl.trans(key))
         scores = products * scale_log2  # [M, N]
         scores = tl.where(at[None, :] <= positions[:, None], scores, float("-inf"))
+        if WINDOW:
+            scores = tl.where(at[None, :] > positions[:, None] - WINDOW, scores, float("-inf"))
 
-        # A row that reaches the split sees its first position, so its maximum is finite from the first tile on.
+        # Without a window a row that reaches the split sees its first position: its maximum is finite from there on.
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        finite_max = tl.where(reaches, new_max, 0.0)
+        finite_max = tl.where(reaches & (new_max > float("-inf")), new_max, 0.0)
         weights = tl.exp2(scores - finite_max[:, None])
         decay = tl.exp2(running_max - finite_max)
         running_sum = running_sum * decay + tl.sum(weights, axis=1)
@@ -239,11 +251,15 @@ def _combine_splits(
     HEAD_DIM_PADDED: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     # A row without a position (-1: padding) has no split; its output is zero.
-    filled = (tl.load(positions_ptr + row).to(tl.int32) + SPLIT) // SPLIT
+    position = tl.load(positions_ptr + row).to(tl.int32)
+    filled = (position + SPLIT) // SPLIT
+    # splits before the window were not computed
+    hidden = tl.maximum(position - WINDOW + 1, 0) // SPLIT if WINDOW else 0
     lane = tl.arange(0, HEAD_DIM_PADDED)
     running_max = tl.full((), float("-inf"), tl.float32)
     running_sum = tl.full((), 0.0, tl.float32)
@@ -253,15 +269,16 @@ def _combine_splits(
     chunk = tl.full((), 0, tl.int32)
     while chunk < filled:
         split = chunk + tl.arange(0, CHUNK)
-        exists = split < filled
+        exists = (split < filled) & (split >= hidden)
         at = (row * splits + split) * HEADS + head
         maxima = tl.load(maxima_ptr + at, mask=exists, other=float("-inf"))  # [CHUNK]
         sums = tl.load(sums_ptr + at, mask=exists, other=0.0)  # [CHUNK]
         mask = exists[:, None] & (lane < HEAD_DIM)[None, :]
         partial = tl.load(partial_ptr + at[:, None] * HEAD_DIM + lane[None, :], mask=mask, other=0.0)  # [CHUNK, D]
         new_max = tl.maximum(running_max, tl.max(maxima, axis=0))
-        weights = tl.exp2(maxima - new_max)
-        decay = tl.exp2(running_max - new_max)
+        finite_max = tl.where(new_max > float("-inf"), new_max, 0.0)  # a chunk before the window has none
+        weights = tl.exp2(maxima - finite_max)
+        decay = tl.exp2(running_max - finite_max)
         running_sum = running_sum * decay + tl.sum(sums * weights, axis=0)
         output = output * decay + tl.sum(partial * weights[:, None], axis=0)
         running_max = new_max

@@ -81,7 +81,7 @@ void weigh_chunk(const KvCache& cache, const AttentionPlace& place, const float*
   Lanes sums[H][C];
   for (int h = 0; h < H; h++)
     for (int c = 0; c < C; c++) sums[h][c] = splat(0.0f);
-  for (int start = 0; start <= place.position; start += kBlockTokens) {
+  for (int start = place.first / kBlockTokens * kBlockTokens; start <= place.position; start += kBlockTokens) {
     const typename F::Number* const values = values_of<F>(cache, place, start / kBlockTokens);
     const int tokens = std::min(kBlockTokens, place.position + 1 - start);
     add_values<F, H, C>(values + first_dim * kBlockTokens, weights + start, stride, tokens, sums);
@@ -92,19 +92,23 @@ void weigh_chunk(const KvCache& cache, const AttentionPlace& place, const float*
 
 template <typename F, int H>
 void attend_heads(const KvCache& cache, const AttentionPlace& place, const float* queries, float* scores, float* out) {
-  const int blocks = place.position / kBlockTokens + 1;
+  const int begin = place.first / kBlockTokens, blocks = place.position / kBlockTokens + 1;
   const size_t stride = size_t(blocks) * kBlockTokens;
-  const int last = place.position % kBlockTokens;
+  // What a row sees of a block; `unseen` is put in place of the rest.
+  const auto blot_out = [&](int b, float* at, float unseen) {
+    if (b == begin) std::fill(at, at + place.first % kBlockTokens, unseen);
+    if (b == blocks - 1) std::fill(at + place.position % kBlockTokens + 1, at + kBlockTokens, unseen);
+  };
 
   Lanes peaks[H];
   for (int h = 0; h < H; h++) peaks[h] = splat(-INFINITY);
-  for (int b = 0; b < blocks; b++) {
+  for (int b = begin; b < blocks; b++) {
     Lanes block[H];
     score_block<F, H>(keys_of<F>(cache, place, b), queries, cache.head_dim, block);
     for (int h = 0; h < H; h++) {
       float* const at = scores + size_t(h) * stride + size_t(b) * kBlockTokens;
       store(at, block[h]);
-      if (b == blocks - 1) std::fill(at + last + 1, at + kBlockTokens, -INFINITY);
+      blot_out(b, at, -INFINITY);
       peaks[h] = largest(peaks[h], load(at));
     }
   }
@@ -113,10 +117,10 @@ void attend_heads(const KvCache& cache, const AttentionPlace& place, const float
   for (int h = 0; h < H; h++) {
     const Lanes peak = splat(largest_of(peaks[h]));
     Lanes total = splat(0.0f);
-    for (int b = 0; b < blocks; b++) {
+    for (int b = begin; b < blocks; b++) {
       float* const at = scores + size_t(h) * stride + size_t(b) * kBlockTokens;
       store(at, exponential(load(at) - peak));
-      if (b == blocks - 1) std::fill(at + last + 1, at + kBlockTokens, 0.0f);
+      blot_out(b, at, 0.0f);
       total = total + load(at);
       store(at, F::times_steps(load(at), values_of<F>(cache, place, b), cache.head_dim));
     }

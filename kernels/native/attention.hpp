@@ -17,7 +17,8 @@
 //     p[t]     = exponential(score[t] - largest score)
 //     total    = 16 lanes, lane t % 16, blocks ascending, then sum_of
 //     out      = (fma chain over t ascending of (p[t] * value step[t]) * value[t]) * (1 / total)
-// Slots beyond the row's position are never read into a sum: they may hold anything.
+// Slots beyond the row's position are never read into a sum: they may hold anything. With a window only the positions from
+// `first` on are seen; t counts from 0 all the same, so that lanes stay what they are.
 #pragma once
 
 #include <cstddef>
@@ -51,7 +52,7 @@ struct KvCache {
 
 struct AttentionPlace {
   const int32_t* block_table;
-  int position, layer, kv_head;
+  int first, position, layer, kv_head;  // seen: positions first..position
 };
 
 // `queries` [count][head_dim], rotated and scaled, are used up; `scores` is scratch for count * (position + 16) numbers.

@@ -38,6 +38,14 @@ _LAYER = (
     "mlp.up",
     "mlp.down",
 )
+_LAYER_EXTRAS = (  # of some families only
+    "attention.q.bias",
+    "attention.k.bias",
+    "attention.v.bias",
+    "attention.o.bias",
+    "attention.q_norm.weight",
+    "attention.k_norm.weight",
+)
 _MESSAGE_BYTES = 512
 _MOST_THREADS_ASKED = 256
 
@@ -58,7 +66,9 @@ class _Config(ctypes.Structure):
         ("rope_interleaved", ctypes.c_int32),
         ("kv_format", ctypes.c_int32),
         ("norm_epsilon", ctypes.c_float),
+        ("rope_magnitude", ctypes.c_float),
         ("frequencies", ctypes.c_void_p),
+        ("windows", ctypes.c_void_p),
     ]
 
 
@@ -90,7 +100,7 @@ class _Inputs(ctypes.Structure):
 
 
 class NativeDecoder:
-    """A Llama-family model in packed weights with a paged KV cache, on the threads of one process.
+    """A model of a Llama family in packed weights with a paged KV cache, on the threads of one process.
 
     The cache is in fp16, or in half the memory as "int8" or "fp8". Each is a recipe of its own.
     """
@@ -126,6 +136,7 @@ class NativeDecoder:
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         described, kept = _describe(checkpoint)
         frequencies = np.array(config.rope_frequencies(), np.float64)
+        windows = np.array([config.window(layer) for layer in range(config.layers)], np.int32)
         native = _Config(
             config.layers,
             config.hidden,
@@ -141,7 +152,9 @@ class NativeDecoder:
             int(config.rope_interleaved),
             _KV_FORMATS[kv_format][0],
             config.norm_eps,
+            config.rope_magnitude,
             frequencies.ctypes.data,
+            windows.ctypes.data,
         )
         self._model = self._library.mill_open(ctypes.byref(native), described, self._message, _MESSAGE_BYTES)
         del kept
@@ -343,11 +356,18 @@ def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
 
 def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
     """The tensors in the order mill_open wants them, and the arrays they point into."""
-    names = [f"layers.{layer}.{name}.weight" for layer in range(checkpoint.config.layers) for name in _LAYER]
-    names += ["embedding.weight", "norm.weight"] + ([] if checkpoint.config.tied_head else ["head.weight"])
-    described = (_Tensor * (len(_LAYER) * checkpoint.config.layers + 3))()
+    names = [
+        f"layers.{layer}.{name}"
+        for layer in range(checkpoint.config.layers)
+        for name in (*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS)
+    ]
+    names += ["embedding.weight", "norm.weight", "head.weight"]
+    there = set(checkpoint.names())
+    described = (_Tensor * len(names))()
     kept: list[NDArray[np.generic]] = []
     for at, name in enumerate(names):
+        if name not in there:
+            continue  # zeros: there is none
         kind, rows = checkpoint.raw(name)
         shape = checkpoint.shape(name)
         if kind not in _TYPES:
@@ -362,7 +382,7 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
 
 
 def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """A norm's weights. Raises ValueError for quantised ones."""
+    """A vector's numbers. Raises ValueError for quantised ones."""
     flat = np.ascontiguousarray(rows).reshape(-1)
     if kind == "F32":
         return flat.view(np.float32)
@@ -370,7 +390,7 @@ def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         return flat.view(np.float16).astype(np.float32)
     if kind == "BF16":
         return (flat.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    raise ValueError(f"a norm stored as {kind} cannot be read; F32, F16 and BF16 can")
+    raise ValueError(f"a vector stored as {kind} cannot be read; F32, F16 and BF16 can")
 
 
 def usable_cpus() -> int:

@@ -6,7 +6,7 @@
 // Phases of a layer, with a meeting of the threads after each:
 //     1. normalise, quantise      at most two rows: every thread for itself, which saves the meeting
 //     2. queries, keys, values    a thread's own panels, then what others have not begun (as 6, 8, 9 and the head)
-//     3. rotate keys, write the KV cache
+//     3. normalise (some families) and rotate keys, write the KV cache
 //     4. attention                by (row, KV head), taken as threads become free
 //     5. quantise                 as 1
 //     6. output projection, added to the residual stream
@@ -80,6 +80,7 @@ struct Model::Pass {
 Model::Model(const mill_config& config, const mill_tensor* tensors)
     : config_(config),
       frequencies_(config.frequencies, config.frequencies + config.rope_dims / 2),
+      windows_(config.windows, config.windows + config.layers),
       layers_(size_t(config.layers)),
       scratch_(size_t(config.threads)),
       team_(config.threads) {
@@ -118,6 +119,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
     scratch.acc.resize(size_t(kPassRows) * kGroup);
     scratch.other_acc.resize(size_t(kPassRows) * kGroup);
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
+    scratch.head.resize(size_t(config.head_dim));
     if (tiles_permitted_) scratch.unpacked = Region(size_t(widest) * kLanes);
     scratch.scores = Region(size_t(kHeadsTogether) * size_t(config.context + kBlockTokens) * sizeof(float));
   }
@@ -136,7 +138,7 @@ void Model::place_weights(const mill_tensor* tensors) {
   };
   const auto norm = [](const mill_tensor& tensor) {
     const float* const values = static_cast<const float*>(tensor.data);
-    return std::vector<float>(values, values + tensor.inputs);
+    return values ? std::vector<float>(values, values + tensor.inputs) : std::vector<float>();
   };
   const mill_tensor* next = tensors;
   for (Layer& layer : layers_) {
@@ -147,6 +149,8 @@ void Model::place_weights(const mill_tensor* tensors) {
     const mill_tensor *gate = next++, *up = next++;
     stretches.push_back({part(layer.gate, *gate, kGroup / kLanes), part(layer.up, *up, kGroup / kLanes)});
     stretches.push_back({part(layer.down, *next++, 1)});
+    for (std::vector<float>* vector : {&layer.query_bias, &layer.key_bias, &layer.value_bias, &layer.output_bias, &layer.query_norm, &layer.key_norm})
+      *vector = norm(*next++);
   }
   const mill_tensor& embedding = *next++;
   final_norm_ = norm(*next++);
@@ -261,9 +265,9 @@ void Model::run_pass(Pass& pass, int thread) {
       };
     };
     const Activations& x = prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.attention_norm));
-    project(layer.query, x, thread, queries(0), qkv_width_, false);
-    project(layer.key, x, thread, keys(0), qkv_width_, false);
-    project(layer.value, x, thread, values(0), qkv_width_, false);
+    project(layer.query, layer.query_bias, x, thread, queries(0), qkv_width_, false);
+    project(layer.key, layer.key_bias, x, thread, keys(0), qkv_width_, false);
+    project(layer.value, layer.value_bias, x, thread, values(0), qkv_width_, false);
     team_.meet();
     write_cache(pass, index, thread);
     if (thread == 0) next_item_.store(0, std::memory_order_relaxed);
@@ -273,11 +277,11 @@ void Model::run_pass(Pass& pass, int thread) {
     const Activations& attended = prepare(attended_input_, scratch.attended, rows, attention_width, thread, [&](int row) {
       return attended_.data() + size_t(row) * size_t(attention_width);
     });
-    project(layer.output, attended, thread, residual(0), hidden, true);
+    project(layer.output, layer.output_bias, attended, thread, residual(0), hidden, true);
     team_.meet();
     gate_and_up(layer, prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.feed_forward_norm)), scratch, thread);
     team_.meet();
-    project(layer.down, down_input_, thread, residual(0), hidden, true);
+    project(layer.down, {}, down_input_, thread, residual(0), hidden, true);
     team_.meet();
   }
   if (pass.samples > 0) sample(pass, thread);
@@ -291,8 +295,8 @@ void Model::embed(const Pass& pass, int thread) {
     float* const rotation = rotation_.data() + size_t(row) * size_t(config_.rope_dims);
     for (size_t pair = 0; pair < frequencies_.size(); pair++) {
       const double angle = double(pass.position(row)) * frequencies_[pair];
-      rotation[2 * pair] = float(std::cos(angle));
-      rotation[2 * pair + 1] = float(std::sin(angle));
+      rotation[2 * pair] = float(std::cos(angle) * double(config_.rope_magnitude));
+      rotation[2 * pair + 1] = float(std::sin(angle) * double(config_.rope_magnitude));
     }
   }
 }
@@ -326,13 +330,17 @@ void Model::share_out(const Matrix& matrix, int thread, Work work) {
   }
 }
 
-// out[row][outputs] = or += matrix * x, for the outputs this thread gets.
-void Model::project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add) {
+// out[row][outputs] = or += matrix * x + bias, for the outputs this thread gets.
+void Model::project(const Matrix& matrix, const std::vector<float>& bias, const Activations& x, int thread, float* out, int stride,
+                    bool add) {
   Scratch& scratch = scratch_[size_t(thread)];
   float* const acc = scratch.acc.data();
   share_out(matrix, thread, [&](const Matrix::Share& share, int index) {
     multiply_panel(matrix, matrix.panel(share, index), x, acc, scratch.unpacked.data());
     const int count = std::min(kLanes, matrix.outputs - index * kLanes);
+    if (!bias.empty())
+      for (int row = 0; row < x.rows; row++)
+        for (int i = 0; i < count; i++) acc[row * kLanes + i] += bias[size_t(index * kLanes + i)];
     for (int row = 0; row < x.rows; row++) {
       float* const to = out + size_t(row) * size_t(stride) + size_t(index) * kLanes;
       const float* const from = acc + row * kLanes;
@@ -342,6 +350,13 @@ void Model::project(const Matrix& matrix, const Activations& x, int thread, floa
         for (int i = 0; i < count; i++) to[i] = add ? to[i] + from[i] : from[i];
     }
   });
+}
+
+// The head as it is to be rotated: normalised into scratch.head where its family does that.
+const float* Model::normed_head(const float* head, const std::vector<float>& norm, Scratch& scratch) const {
+  if (norm.empty()) return head;
+  rms_norm(head, norm.data(), config_.head_dim, config_.norm_epsilon, scratch.head.data());
+  return scratch.head.data();
 }
 
 // Rotates the pairs of one head: (a cos - b sin, a sin + b cos), every operation rounded.
@@ -361,10 +376,11 @@ void Model::rotate(const float* from, float* to, int row) const {
 void Model::write_cache(const Pass& pass, int layer, int thread) {
   const int dim = config_.head_dim;
   const auto [first, last] = share_of(pass.rows * config_.kv_heads, thread, team_.crew());
-  float* const key = scratch_[size_t(thread)].row.data();
+  Scratch& scratch = scratch_[size_t(thread)];
+  float* const key = scratch.row.data();
   for (int item = first; item < last; item++) {
     const int row = item / config_.kv_heads, head = item % config_.kv_heads, position = pass.position(row);
-    rotate(keys(row) + head * dim, key, row);
+    rotate(normed_head(keys(row) + head * dim, layers_[size_t(layer)].key_norm, scratch), key, row);
     cache_.put(pass.tables[size_t(row)][position / kBlockTokens], layer, head, position % kBlockTokens, key, values(row) + head * dim);
   }
 }
@@ -393,10 +409,12 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int first_head, i
   float* const rotated = scratch.row.data();
   for (int head = first_head; head < last_head; head++) {
     float* const to = rotated + (head - first_head) * dim;
-    rotate(queries(row) + head * dim, to, row);
+    rotate(normed_head(queries(row) + head * dim, layers_[size_t(layer)].query_norm, scratch), to, row);
     for (int i = 0; i < dim; i += kLanes) store(to + i, load(to + i) * scale);
   }
-  const AttentionPlace place{pass.tables[size_t(row)], pass.position(row), layer, first_head / (config_.heads / config_.kv_heads)};
+  const int position = pass.position(row), window = windows_[size_t(layer)];
+  const AttentionPlace place{pass.tables[size_t(row)], window ? std::max(0, position - window + 1) : 0, position, layer,
+                             first_head / (config_.heads / config_.kv_heads)};
   attend(cache_, place, rotated, last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
          attended_.data() + (size_t(row) * size_t(config_.heads) + size_t(first_head)) * size_t(dim));
 }
@@ -433,7 +451,7 @@ void Model::sample(Pass& pass, int thread) {
     rms_norm(residual(row), final_norm_.data(), config_.hidden, config_.norm_epsilon, scratch.row.data());
     return scratch.row.data();
   });
-  project(head_, x, thread, pass.logits, vocabulary, false);
+  project(head_, {}, x, thread, pass.logits, vocabulary, false);
   if (!pass.tokens) return;
   team_.meet();
 

@@ -20,11 +20,13 @@ struct mill_config {
   int32_t rope_interleaved;  // 1: element 2i turns with 2i + 1; 0: i with i + rope_dims / 2
   int32_t kv_format;         // a KvFormat
   float norm_epsilon;
+  float rope_magnitude;      // cosines and sines are multiplied by it
   const double* frequencies;  // [rope_dims / 2] radians per position of each pair
+  const int32_t* windows;     // [layers] positions that a row of the layer sees, its own included; 0: all before it
 };
 
 struct mill_tensor {
-  const void* data;  // null: there is none (an untied head only)
+  const void* data;  // null: there is none (an untied head; biases; norms of heads)
   int32_t type;      // as numbered in GGUF
   int32_t outputs, inputs;
 };
@@ -63,7 +65,8 @@ class Region {
 
 class Model {
  public:
-  // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down; then token_embd, output_norm, output.
+  // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
+  // of the heads of q and k; then token_embd, output_norm, output.
   // Copies what it needs. Throws std::bad_alloc.
   Model(const mill_config& config, const mill_tensor* tensors);
 
@@ -82,11 +85,12 @@ class Model {
  private:
   struct Layer {
     std::vector<float> attention_norm, feed_forward_norm;
+    std::vector<float> query_bias, key_bias, value_bias, output_bias, query_norm, key_norm;  // empty: none
     Matrix query, key, value, output, gate, up, down;
   };
   struct Scratch {  // one thread's own
     Activations normed, attended;
-    std::vector<float> acc, other_acc, row;
+    std::vector<float> acc, other_acc, row, head;
     Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
   struct Pass;
@@ -101,12 +105,13 @@ class Model {
   const Activations& prepare(Activations& shared, Activations& own, int rows, int width, int thread, Row values);
   template <typename Work>
   void share_out(const Matrix& matrix, int thread, Work work);
-  void project(const Matrix& matrix, const Activations& x, int thread, float* out, int stride, bool add);
+  void project(const Matrix& matrix, const std::vector<float>& bias, const Activations& x, int thread, float* out, int stride, bool add);
   void write_cache(const Pass& pass, int layer, int thread);
   void attend_all(const Pass& pass, int layer, int thread);
   void attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch);
   void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
   void sample(Pass& pass, int thread);
+  const float* normed_head(const float* head, const std::vector<float>& norm, Scratch& scratch) const;
   void rotate(const float* from, float* to, int row) const;
   float* queries(int row) { return qkv_.data() + size_t(row) * size_t(qkv_width_); }
   float* keys(int row) { return queries(row) + config_.heads * config_.head_dim; }
@@ -115,6 +120,7 @@ class Model {
 
   mill_config config_;
   std::vector<double> frequencies_;
+  std::vector<int32_t> windows_;
   int qkv_width_ = 0;
   std::vector<Layer> layers_;
   Matrix embedding_, head_;

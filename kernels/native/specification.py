@@ -11,11 +11,15 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
     linear      groups ascending: acc = fma(scale * step, dot, acc), and with minima acc = fma(minimum, step * sum(q),
                 acc); Q4_0 is Q4_1 with the minimum -8 * scale
                 float weights: inputs ascending, acc = fma(weight, x, acc)
-    rotary      (a cos - b sin, a sin + b cos), angles in float64, cosines and sines rounded once
+    bias        added to the product
+    heads       some families normalise each head of q and k, as the norm above, before it turns
+    rotary      (a cos - b sin, a sin + b cos), angles in float64, cosines and sines (times YaRN's
+                magnitude) rounded once
     KV cache    fp16, clamped to +-65504, keys after rotation
     attention   query scaled by 1 / sqrt(head_dim); score = chain of fma over even dimensions + chain over odd ones;
                 p = exponential(score - largest); total in 16 lanes (token t in lane t % 16), tree;
                 out = (chain of fma over tokens) * (1 / total)
+                a window hides positions: their p is 0, and they are no part of the largest score
                 int8, fp8: score and p are multiplied by the step of the token's key and value
     mlp         gate / (1 + exponential(-gate)) * up
     residual    float32; logits: final norm, then linear
@@ -79,15 +83,23 @@ class SpecifiedDecoder:
         config = self.config
         x = self._weights["embedding.weight"].row(token)
         angles = [position * frequency for frequency in self._frequencies]
-        cosines = np.array([math.cos(angle) for angle in angles]).astype(np.float32)
-        sines = np.array([math.sin(angle) for angle in angles]).astype(np.float32)
+        magnitude = float(np.float32(config.rope_magnitude))
+        cosines = np.array([math.cos(angle) * magnitude for angle in angles]).astype(np.float32)
+        sines = np.array([math.sin(angle) * magnitude for angle in angles]).astype(np.float32)
         for layer in range(config.layers):
 
             def linear(name: str, inputs: Floats, layer: int = layer) -> Floats:
-                return self._weights[f"layers.{layer}.{name}.weight"].times(inputs)
+                product = self._weights[f"layers.{layer}.{name}.weight"].times(inputs)
+                bias = self._weights.get(f"layers.{layer}.{name}.bias")
+                return product if bias is None else product + bias.row(0)
 
             normed = self._normed(x, f"layers.{layer}.attention_norm.weight")
             q, k, v = (linear(f"attention.{name}", normed).reshape(-1, config.head_dim) for name in "qkv")
+            if config.qk_norm:
+                q, k = (
+                    np.stack([self._normed(head, f"layers.{layer}.attention.{name}_norm.weight") for head in heads])
+                    for name, heads in (("q", q), ("k", k))
+                )
             q, k = (rotated(heads, cosines, sines, config.rope_interleaved) for heads in (q, k))
             place = layer, table[position // BLOCK_SIZE_TOKENS], position % BLOCK_SIZE_TOKENS
             q = q * np.float32(1 / math.sqrt(config.head_dim))
@@ -100,7 +112,9 @@ class SpecifiedDecoder:
                 for cache in (self._keys, self._values)
             )
             kv_heads = [head // config.heads_per_kv_head for head in range(config.heads)]
-            out = [attended(q[head], keys[:, kv], values[:, kv]) for head, kv in enumerate(kv_heads)]
+            window = config.window(layer)
+            first = max(0, position - window + 1) if window else 0
+            out = [attended(q[head], keys[:, kv], values[:, kv], first) for head, kv in enumerate(kv_heads)]
             x = x + linear("attention.o", np.concatenate(out))
             normed = self._normed(x, f"layers.{layer}.mlp_norm.weight")
             gate, up = linear("mlp.gate", normed), linear("mlp.up", normed)
@@ -227,8 +241,11 @@ def _with_steps(numbers: NDArray[np.generic], steps: Floats) -> Floats:
     return np.concatenate((numbers.astype(np.float32), steps[:, None]), -1)
 
 
-def attended(query: Floats, keys: Floats, values: Floats) -> Floats:
-    """One query head over keys and values [tokens, head_dim + 1] of its positions from 0 on; steps come last."""
+def attended(query: Floats, keys: Floats, values: Floats, first: int = 0) -> Floats:
+    """One query head over keys and values [tokens, head_dim + 1] of its positions from 0 on; steps come last.
+
+    It sees those from `first` on.
+    """
     chains = []
     for parity in (0, 1):
         chain = np.zeros(len(keys), np.float32)
@@ -236,7 +253,8 @@ def attended(query: Floats, keys: Floats, values: Floats) -> Floats:
             chain = fma(query[dimension], keys[:, dimension], chain)
         chains.append(chain)
     scores = (chains[0] + chains[1]) * keys[:, -1]
-    weights = exponential(scores - scores.max())
+    weights = exponential(scores - scores[first:].max())
+    weights[:first] = 0
     out = np.zeros(len(query), np.float32)
     for weight, value in zip(weights * values[:, -1], values[:, :-1], strict=True):
         out = fma(weight, value, out)

@@ -38,7 +38,11 @@ _ONE = np.float32(1)
 class _Layer(NamedTuple):
     attention_norm: Floats
     qkv: list[Matrix]
+    qkv_bias: Floats | None
+    query_norm: Floats | None
+    key_norm: Floats | None
     output: list[Matrix]
+    output_bias: Floats | None
     mlp_norm: Floats
     gate_up: list[Matrix]
     down: list[Matrix]
@@ -74,8 +78,8 @@ class UncompiledDecoder:
         self._busy = threading.Lock()
         self._open = True
         self._place_weights(checkpoint)
-        frequencies = config.rope_frequencies()
-        self._rotation = lru_cache(1 << 16)(lambda position: _rotation(position, frequencies))
+        frequencies, magnitude = config.rope_frequencies(), float(np.float32(config.rope_magnitude))
+        self._rotation = lru_cache(1 << 16)(lambda position: _rotation(position, frequencies, magnitude))
         shape = (blocks, config.layers, config.kv_heads)  # memory is taken as blocks are first written
         self._keys = np.zeros((*shape, config.head_dim, BLOCK_SIZE_TOKENS), np.float16)
         self._values = np.zeros((*shape, BLOCK_SIZE_TOKENS, config.head_dim), np.float16)
@@ -167,13 +171,15 @@ class UncompiledDecoder:
         config, count = self.config, len(rows.tokens)
         x: Floats = self._embedding[0].rows(rows.tokens)
         for number, layer in enumerate(self._layers):
-            qkv = _times(layer.qkv, quantised(self._normed(x, layer.attention_norm)))
+            qkv = _with_bias(_times(layer.qkv, quantised(self._normed(x, layer.attention_norm))), layer.qkv_bias)
             heads = qkv.reshape(count, -1, config.head_dim)
             q, k, v = np.split(heads, (config.heads, config.heads + config.kv_heads), axis=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                q, k = (self._normed_heads(q, layer.query_norm), self._normed_heads(k, layer.key_norm))
             q, k = (_rotated(each, rows.cosines, rows.sines, config.rope_interleaved) for each in (q, k))
             self._write(number, rows, k, v)
             attended = self._attended(number, rows, q * np.float32(1 / math.sqrt(config.head_dim)))
-            x = x + _times(layer.output, quantised(attended.reshape(count, -1)))
+            x = x + _with_bias(_times(layer.output, quantised(attended.reshape(count, -1))), layer.output_bias)
             gate, up = np.split(_times(layer.gate_up, quantised(self._normed(x, layer.mlp_norm))), 2, axis=1)
             x = x + _times(layer.down, quantised(gate / (_ONE + exponential(-gate)) * up))
         return x
@@ -183,6 +189,10 @@ class UncompiledDecoder:
         scale = _ONE / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(self.config.norm_eps))
         normed: Floats = x * scale[:, None] * weights
         return normed
+
+    def _normed_heads(self, heads: Floats, weights: Floats) -> Floats:
+        """Each head [R, heads, head_dim] by itself."""
+        return self._normed(heads.reshape(-1, heads.shape[-1]), weights).reshape(heads.shape)
 
     def _write(self, layer: int, rows: _Rows, k: Floats, v: Floats) -> None:
         """Keys and values [R, kv heads, head_dim] into the cache."""
@@ -216,7 +226,9 @@ class UncompiledDecoder:
         config = self.config
         rows, blocks = tables.shape
         length, group, dim = blocks * BLOCK_SIZE_TOKENS, config.heads_per_kv_head, config.head_dim
-        seen = np.arange(length) <= positions[:, None]  # [R, L]
+        written = np.arange(length) <= positions[:, None]  # [R, L]
+        window = config.window(layer)
+        seen = written & (np.arange(length) > positions[:, None] - window) if window else written
 
         # 1. scores [R, kv heads, group, L]: even and odd dimensions are two chains
         pairs = q.reshape(rows, config.kv_heads, group, dim // 2, 2).transpose(3, 4, 0, 1, 2).astype(np.float64)
@@ -236,7 +248,7 @@ class UncompiledDecoder:
 
         # 3. weighted values, tokens ascending
         v = self._values[tables, layer].transpose(1, 3, 0, 2, 4).reshape(length, rows, config.kv_heads, dim)
-        v = np.where(seen.T[:, :, None, None], v, np.float16(0))
+        v = np.where(written.T[:, :, None, None], v, np.float16(0))
         w = np.ascontiguousarray(weights.transpose(3, 0, 1, 2)).astype(np.float64)
         out = np.zeros((rows, config.kv_heads, group, dim), np.float32)
         for token in range(0, length, VALUES_TOGETHER):
@@ -249,14 +261,24 @@ class UncompiledDecoder:
         def matrix(*names: str) -> list[Matrix]:
             return stacked(_raw(checkpoint, f"{name}.weight") for name in names)
 
-        def vector(name: str) -> Floats:
-            return _vector(checkpoint, f"{name}.weight")
+        config = self.config
+
+        def vector(name: str, kind: str = "weight") -> Floats:
+            return _vector(checkpoint, f"{name}.{kind}")
 
         self._layers = [
             _Layer(
                 attention_norm=vector(f"{at}.attention_norm"),
                 qkv=matrix(*(f"{at}.attention.{part}" for part in "qkv")),
+                qkv_bias=(
+                    np.concatenate([vector(f"{at}.attention.{part}", "bias") for part in "qkv"])
+                    if config.qkv_bias
+                    else None
+                ),
+                query_norm=vector(f"{at}.attention.q_norm") if config.qk_norm else None,
+                key_norm=vector(f"{at}.attention.k_norm") if config.qk_norm else None,
                 output=matrix(f"{at}.attention.o"),
+                output_bias=vector(f"{at}.attention.o", "bias") if config.output_bias else None,
                 mlp_norm=vector(f"{at}.mlp_norm"),
                 gate_up=matrix(f"{at}.mlp.gate", f"{at}.mlp.up"),
                 down=matrix(f"{at}.mlp.down"),
@@ -273,6 +295,10 @@ def _times(matrices: list[Matrix], x: Activations) -> Floats:
     return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
+def _with_bias(product: Floats, bias: Floats | None) -> Floats:
+    return product if bias is None else product + bias
+
+
 def _rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) -> Floats:
     """Heads [R, heads, head_dim] turned by the angles of their rows."""
     pairs = cosines.shape[-1]
@@ -284,10 +310,11 @@ def _rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) -
     return turned
 
 
-def _rotation(position: int, frequencies: list[float]) -> Floats:
+def _rotation(position: int, frequencies: list[float], magnitude: float) -> Floats:
     """Cosines and sines [2, pairs]. From the C library, as C++ has them: numpy has its own."""
     angles = [position * frequency for frequency in frequencies]
-    return np.array([[function(angle) for angle in angles] for function in (math.cos, math.sin)]).astype(np.float32)
+    turns = [[function(angle) * magnitude for angle in angles] for function in (math.cos, math.sin)]
+    return np.array(turns).astype(np.float32)
 
 
 def _as_half(x: Floats) -> NDArray[np.float16]:
@@ -304,6 +331,6 @@ def _raw(checkpoint: Checkpoint, name: str) -> Raw:
 def _vector(checkpoint: Checkpoint, name: str) -> Floats:
     raw = checkpoint.raw(name)
     if raw.kind not in FLOATS:
-        raise ValueError(f"{name} is stored as {raw.kind}; a norm is read from {', '.join(FLOATS)}")
+        raise ValueError(f"{name} is stored as {raw.kind}; a vector is read from {', '.join(FLOATS)}")
     values: Floats = Plain(*raw).weights.float().numpy().reshape(-1)
     return values

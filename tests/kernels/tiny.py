@@ -1,4 +1,4 @@
-"""Tiny random Llamas on disk, so that tests need no real model: as GGUF, or the same weights as Hugging Face has."""
+"""Tiny random decoders on disk, so that tests need no real model: as GGUF, or the same weights as Hugging Face has."""
 
 import json
 from collections.abc import Mapping
@@ -30,6 +30,11 @@ class Tiny:
     norm_eps: float = 1e-5
     tied_head: bool = True
     seed: int = 0
+    family: str = "llama"  # architecture in GGUF, model_type in Hugging Face
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    settings: tuple[tuple[str, object], ...] = ()  # more of config.json
 
 
 def tiny_weights(shape: Tiny) -> dict[str, Floats]:
@@ -56,6 +61,14 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
             f"blk.{layer}.attn_q.weight": matrix(attention, shape.hidden),
             f"blk.{layer}.attn_v.weight": matrix(kv, shape.hidden),
         }
+    more = np.random.default_rng((shape.seed, 1))
+    widths = {"attn_q": attention, "attn_k": kv, "attn_v": kv, "attn_output": shape.hidden}
+    biased = [name for name in widths if (shape.output_bias if name == "attn_output" else shape.qkv_bias)]
+    for layer in range(shape.layers):
+        for name in biased:
+            weights[f"blk.{layer}.{name}.bias"] = more.standard_normal(widths[name]).astype(np.float32)
+        for name in ("attn_q_norm", "attn_k_norm") if shape.qk_norm else ():
+            weights[f"blk.{layer}.{name}.weight"] = more.uniform(0.5, 1.5, shape.head_dim).astype(np.float32)
     weights["output_norm.weight"] = norm()
     if not shape.tied_head:
         weights["output.weight"] = matrix(shape.vocabulary, shape.hidden) * np.float32(4)
@@ -68,7 +81,7 @@ def write_tiny_gguf(
     *,
     linear: Kind = Kind.Q4_1,
     head: Kind = Kind.Q8_0,
-    architecture: str = "llama",
+    architecture: str | None = None,
     stored: Mapping[str, tuple[NDArray[np.uint8], Kind]] | None = None,
 ) -> Path:
     """Write the model of `shape` as GGUF: linears, and embedding and head, in the types given; norms in float32.
@@ -76,7 +89,7 @@ def write_tiny_gguf(
     `stored` gives blocks [rows, bytes] to write as they are, by GGUF name.
     """
     shape = shape or Tiny()
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture or shape.family)
     writer.add_name("tiny")
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context_length)
@@ -109,8 +122,8 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
     shape = shape or Tiny()
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{shape.family.capitalize()}ForCausalLM"],
+        "model_type": shape.family,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -123,7 +136,7 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
         "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_base,
         "tie_word_embeddings": shape.tied_head,
-    }
+    } | dict(shape.settings)
     (folder / "config.json").write_text(json.dumps(config))
     renamed = {_hugging_face_name(name): _halves(name, weight, shape) for name, weight in tiny_weights(shape).items()}
     save_file({name: np.ascontiguousarray(weight) for name, weight in renamed.items()}, folder / "model.safetensors")
@@ -131,10 +144,10 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
 
 
 def _halves(name: str, weight: Floats, shape: Tiny) -> Floats:
-    """Rows of q and k from adjacent pairs to halves; every other weight as it is."""
-    if not name.endswith(("attn_q.weight", "attn_k.weight")):
+    """Rows of q and k from adjacent pairs to halves, as a Llama's GGUF has them; every other weight as it is."""
+    if shape.family != "llama" or (".attn_q." not in name and ".attn_k." not in name):
         return weight
-    pairs = weight.reshape(-1, shape.head_dim // 2, 2, weight.shape[1])
+    pairs = weight.reshape(-1, shape.head_dim // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -150,6 +163,8 @@ def _hugging_face_name(name: str) -> str:
         "attn_k": "self_attn.k_proj",
         "attn_v": "self_attn.v_proj",
         "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
         "ffn_norm": "post_attention_layernorm",
         "ffn_gate": "mlp.gate_proj",
         "ffn_up": "mlp.up_proj",
@@ -157,5 +172,5 @@ def _hugging_face_name(name: str) -> str:
     }
     if name in outside:
         return outside[name]
-    _, layer, kind, _ = name.split(".")
-    return f"model.layers.{layer}.{inside[kind]}.weight"
+    _, layer, kind, which = name.split(".")
+    return f"model.layers.{layer}.{inside[kind]}.{which}"

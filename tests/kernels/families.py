@@ -1,0 +1,72 @@
+"""One tiny random checkpoint for each thing in which the families of decoders differ."""
+
+from tests.kernels.tiny import Tiny
+
+CONTEXT = 192
+_ORIGINAL = 64
+
+FAMILIES: dict[str, Tiny] = {
+    "llama": Tiny(context_length=CONTEXT, tied_head=False),
+    "llama_biased": Tiny(
+        context_length=CONTEXT, qkv_bias=True, output_bias=True, settings=(("attention_bias", True),), seed=1
+    ),
+    "llama_3": Tiny(
+        context_length=CONTEXT,
+        rope_base=500_000.0,
+        seed=2,
+        settings=(
+            (
+                "rope_scaling",
+                {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": _ORIGINAL,
+                },
+            ),
+        ),
+    ),
+    "llama_linear": Tiny(
+        context_length=CONTEXT,
+        tied_head=False,
+        seed=3,
+        settings=(("rope_scaling", {"rope_type": "linear", "factor": 4.0}),),
+    ),
+    "llama_dynamic": Tiny(
+        context_length=CONTEXT, seed=4, settings=(("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}),)
+    ),
+    "llama_yarn": Tiny(
+        context_length=CONTEXT,
+        head_dim=32,
+        seed=5,
+        settings=(
+            (
+                "rope_scaling",
+                {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": _ORIGINAL},
+            ),
+        ),
+    ),
+    "mistral": Tiny(context_length=CONTEXT, family="mistral", seed=6, settings=(("sliding_window", 24),)),
+    "qwen2": Tiny(
+        context_length=CONTEXT, family="qwen2", qkv_bias=True, tied_head=False, rope_base=1_000_000.0, seed=7
+    ),
+    "qwen2_windowed": Tiny(
+        layers=3,
+        context_length=CONTEXT,
+        family="qwen2",
+        qkv_bias=True,
+        tied_head=False,
+        seed=8,
+        settings=(("use_sliding_window", True), ("sliding_window", 20), ("max_window_layers", 1)),
+    ),
+    "qwen3": Tiny(
+        context_length=CONTEXT,
+        family="qwen3",
+        qk_norm=True,
+        head_dim=32,
+        tied_head=False,
+        rope_base=1_000_000.0,
+        seed=9,
+    ),
+}
