@@ -1,8 +1,10 @@
 """Play many schedules: `python -m tests.laws.simulate --seeds 1000 --from 0`. Exit 1 when a law is broken."""
 
 import argparse
+import contextlib
 import sys
 
+from tests.laws.liars import lying
 from tests.laws.simulation import Schedule, run, violations
 
 
@@ -10,11 +12,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--from", type=int, default=0, dest="first")
+    parser.add_argument("--lies", action="store_true", help="each with a drafter that lies")
     options = parser.parse_args()
     faults = broken = refused = 0
     for seed in range(options.first, options.first + options.seeds):
         try:
-            history = run(Schedule.draw(seed))
+            with lying(seed) if options.lies else contextlib.nullcontext():
+                history = run(Schedule.draw(seed, drafters=1) if options.lies else Schedule.draw(seed))
             found = violations(history)
             faults, refused = faults + history.faults, refused + history.refused
         except Exception as error:  # a schedule that cannot be played to its end breaks a law too
