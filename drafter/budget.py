@@ -24,15 +24,18 @@ class Budget:
     def __init__(self) -> None:
         self.interval_s: float | None = None  # between two rounds
         self.proposal_s: float | None = None  # what one takes, with its share of taking in what was said
-        self._began = float("-inf")
+        self._began = 0.0
+        self._asked = float("-inf")  # when the last round began for which somebody waits
         self._worked_s = 0.0
         self._counted_from: float | None = None
 
-    def begin(self, now: float) -> None:
-        """A round begins."""
-        if now - self._began <= PAUSE_S:
-            self.interval_s = _moved(self.interval_s, now - self._began)
+    def begin(self, now: float, asked: bool = True) -> None:
+        """A round begins. `asked`: because somebody said something, and not only to catch up."""
         self._began = now
+        if asked:
+            if now - self._asked <= PAUSE_S:
+                self.interval_s = _moved(self.interval_s, now - self._asked)
+            self._asked = now
 
     @property
     def seconds(self) -> float:

@@ -15,7 +15,7 @@ Rules:
 Pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from shared.messages import Sampling
@@ -73,6 +73,10 @@ class Draftsman(Protocol):
     kind: str
     vocabulary: str  # digest of the ids it speaks; empty: any
     threaded: bool
+
+    @property
+    def behind(self) -> Collection[Key]:
+        """Streams that it has not taken in to their end, for want of time: they are asked for again when there is."""
 
     def open(self, key: Key, stream: Stream) -> None:
         """Follow this stream from here; one known under this key is forgotten."""

@@ -9,7 +9,7 @@ Rules:
 Pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class HybridDraftsman:
         self._meaning = (Calibration(), Calibration())
         self._agreed = Calibration()
         self._said: dict[Key, list[_Said | None]] = {}
+
+    @property
+    def behind(self) -> Collection[Key]:
+        return {*self._both[0].behind, *self._both[1].behind}
 
     def open(self, key: Key, stream: Stream) -> None:
         self._said.pop(key, None)

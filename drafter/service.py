@@ -130,13 +130,14 @@ class Drafter:
         """Take in all that has arrived, then propose, until cancelled."""
         while True:
             heard = [self._take_in(await self._inbox.get())] if not self._touched else []
-            self.budget.begin(self._clock.now())
             heard += self._take_in_all()
+            self.budget.begin(self._clock.now(), asked=bool(heard))
             touched, self._touched = self._touched, {}
             await self._propose([context for key in touched if (context := self.contexts.get(key))],
                                 backlog=len(heard) > len(set(heard)))
             # a bus that takes everything at once must not keep the loop from hearing
             await asyncio.sleep(0)
+            self._touched.update(dict.fromkeys(key for key in self.draftsman.behind if self.contexts.get(key)))
 
     async def beat(self) -> None:
         """Twice a second: forget the silent, say how it goes."""

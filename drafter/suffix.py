@@ -15,7 +15,7 @@ Pure.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from drafter.automaton import SEPARATOR, Automaton, Cursor
@@ -39,8 +39,8 @@ ALTERNATIVES = 2
 # how often the first, the second alternative is the one when the guess was wrong; at the start, then learned
 FIRST_RECALL = (0.3, 0.1)
 RECALL_MEMORY = 0.02
-# a new text is taken in by so many tokens a call: other streams wait meanwhile
-ABSORB_TOKENS = 4096
+# a new text is taken in by so many tokens a call, 5 us each: other streams wait meanwhile
+ABSORB_TOKENS = 1024
 # fewer are always taken in
 FEW_TOKENS = 64
 # a cursor in an automaton that is new to a stream starts so many tokens back
@@ -149,6 +149,11 @@ class SuffixDraftsman:
         self.survival = Survival()
         self._recall = list(FIRST_RECALL)
         self._texts: dict[Key, _Text] = {}
+        self._behind: set[Key] = set()
+
+    @property
+    def behind(self) -> Collection[Key]:
+        return self._behind
 
     def open(self, key: Key, stream: Stream) -> None:
         self._texts[key] = _Text(stream)
@@ -158,6 +163,7 @@ class SuffixDraftsman:
 
     def close(self, key: Key, audience: Audience | None) -> None:
         text = self._texts.pop(key)
+        self._behind.discard(key)
         if audience is not None:
             self.recent.add(audience, text.tokens, text.prompt_tokens)
 
@@ -174,8 +180,11 @@ class SuffixDraftsman:
                     self._learn(text, token)
                 text.append(token)
             left = max(0, left - take)
-            if take == waiting:
-                found += self._continuations(ask, text)
+            if take < waiting:
+                self._behind.add(ask.key)
+                continue
+            self._behind.discard(ask.key)
+            found += self._continuations(ask, text)
         return found
 
     def _guesses(self, text: _Text) -> list[_Guess]:

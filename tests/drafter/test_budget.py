@@ -40,6 +40,16 @@ def test_a_pause_says_nothing_about_how_often_rounds_come() -> None:
     assert abs((budget.interval_s or 0.0) - 0.01) < 1e-6
 
 
+def test_a_round_to_catch_up_says_nothing_about_how_often_rounds_come() -> None:
+    budget = measured(0.01, 0.001)
+    last = 199 * 0.01
+    for number in range(9):
+        budget.begin(last + 0.001 * number, asked=False)
+        assert abs(budget.end(last + 0.001 * number + 0.0005, 1) - 0.0005) < 1e-9
+    budget.begin(last + 0.01)
+    assert abs((budget.interval_s or 0.0) - 0.01) < 1e-6
+
+
 def test_a_round_has_some_time_however_close_rounds_are() -> None:
     assert measured(0.0001, 0.00001).seconds == LEAST_ROUND_S
 

@@ -22,6 +22,7 @@ class Says:
         self.branches: list[tuple[list[int], list[int]]] = []
         self.heard: list[tuple[object, ...]] = []
         self.asked = 0
+        self.behind: set[Key] = set()
 
     def open(self, key: Key, stream: Stream) -> None:
         self.heard.append(("open", key, list(stream.tokens)))
@@ -59,6 +60,13 @@ def test_both_hear_everything_in_order() -> None:
     hybrid.advance(S, 3, [4])
     hybrid.close(S, None)
     assert quick.heard == slow.heard == [("open", S, [1, 2, 3]), ("advance", S, 3, [4]), ("close", S, None)]
+
+
+def test_it_is_behind_where_one_of_them_is() -> None:
+    quick, slow, hybrid = pair()
+    assert not hybrid.behind
+    slow.behind, quick.behind = {S}, {Key("w0", "t", 1)}
+    assert set(hybrid.behind) == {S, Key("w0", "t", 1)}
 
 
 def test_where_one_says_nothing_the_other_is_heard() -> None:

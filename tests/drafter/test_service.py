@@ -504,7 +504,7 @@ def test_outcomes_of_the_step_under_way_are_prepared_for_as_far_as_is_allowed(mo
 class Slow:
     """A draftsman in a thread that answers when it is let."""
 
-    kind, vocabulary, threaded = "slow", "abcd", True
+    kind, vocabulary, threaded, behind = "slow", "abcd", True, ()
 
     def __init__(self) -> None:
         self.may = threading.Event()
@@ -549,3 +549,18 @@ async def test_a_draftsman_in_a_thread_keeps_nobody_waiting_and_what_came_too_la
                 for drafts in worker.drafts]
     # what was said of a text that went on as expected still holds; the others are another text now, or over
     assert proposed == [[("fits", 1, [7, 8, 9])], [("late", 2, [7, 8, 9]), ("fits", 2, [7, 8, 9])]]
+
+
+def test_a_long_prompt_is_taken_in_piece_by_piece_while_other_streams_are_answered() -> None:
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        long = [*range(100, 20_100), *LOOP * 4]
+        await worker.bus.publish(subjects.drafter_follow("d0"), encode(worker.tell(opened(long, "long"))))
+        await worker.bus.publish(subjects.drafter_follow("d0"), encode(worker.tell(opened(LOOP * 4, "short"))))
+        await asyncio.sleep(0.01)
+        assert [proposal.request_id for proposal in worker.proposals] == ["short", "long"]
+        # and then there is nothing to do
+        await asyncio.sleep(1.0)
+        assert len(worker.proposals) == 2
+
+    play(scenario)

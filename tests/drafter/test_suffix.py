@@ -187,8 +187,15 @@ def test_a_very_long_prompt_is_taken_in_over_several_calls_while_others_are_answ
     draftsman = opened([*range(3 * ABSORB_TOKENS), 1, 2, 3])
     opened([1, 2, 3, 4, 5] * 6, key=T, draftsman=draftsman)
     asks = [Ask(S, 4), Ask(T, 4)]
+    assert not draftsman.behind
     answered = [[continuation.key for continuation in draftsman.propose(asks, NO_LIMIT)] for _ in range(4)]
     assert answered[0] == [T] and answered[-1] == [S, T]
+    assert not draftsman.behind
+    opened([*range(3 * ABSORB_TOKENS)], draftsman=draftsman)
+    draftsman.propose(asks, NO_LIMIT)
+    assert list(draftsman.behind) == [S]
+    draftsman.close(S, None)
+    assert not draftsman.behind
 
 
 def test_a_separator_in_a_text_is_never_proposed() -> None:

@@ -7,7 +7,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from unittest import mock
 
 import drafter.kinds
@@ -36,6 +36,10 @@ class Liar:
         self._truth: dict[Key, list[int]] = {}
         self._length: dict[Key, int] = {}
         self._decoder = MockDecoder(blocks=64, vocabulary_size=VOCABULARY)
+
+    @property
+    def behind(self) -> Collection[Key]:
+        return self._honest.behind
 
     def open(self, key: Key, stream: Stream) -> None:
         self._honest.open(key, stream)
