@@ -17,6 +17,7 @@ from shared import subjects
 from shared.messages import Close, Commit, DrafterStatus, Drafts, Follow, Open, Proposal
 from shared.residency import allows
 from shared.tokens import count, digest, pack
+from worker.drafts import PROPOSALS_PER_STREAM
 from worker.outbox import Outgoing
 from worker.scheduler import Advanced, Ended, Event, Started
 from worker.sequence import Key, Sequence
@@ -170,7 +171,7 @@ class Following:
         if base in told.texts:
             answers = told.answers.setdefault(base, set())
             answer = (proposal.assumed, proposal.tokens)
-            if answer in answers:
+            if answer in answers or len(answers) >= PROPOSALS_PER_STREAM:
                 self.repeated += 1
                 return False
             answers.add(answer)

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from shared.messages import Commit, DrafterStatus, Drafts, Open, Proposal
 from shared.tokens import digest, pack
 from tests.worker.builders import make_scheduler, mock_decoder, request
+from worker.drafts import PROPOSALS_PER_STREAM
 from worker.following import REMEMBERED_COMMITS, Following, nearness
 from worker.outbox import Outgoing
 from worker.scheduler import Advanced, Scheduler, Started
@@ -140,6 +141,11 @@ def test_a_proposal_that_comes_twice_counts_once_and_another_for_the_same_text_c
     assert stream.admit(one) == 0
     assert stream.following.repeated == 2
     assert stream.admit(replace(one, assumed=pack([3])), replace(one, tokens=pack([4]))) == 2
+
+
+def test_a_flood_of_answers_to_one_text_is_cut_off() -> None:
+    stream = Stream()
+    assert stream.admit(*(stream.proposal(tokens=pack([token])) for token in range(100))) == PROPOSALS_PER_STREAM
 
 
 def test_what_may_be_answered_is_bounded() -> None:
