@@ -19,10 +19,14 @@ def check(settings: DrafterSettings) -> None:
 
 
 def draftsman_of(settings: DrafterSettings) -> Draftsman:
-    """Whoever drafts as the settings say. Raises ValueError for a model that cannot be read."""
+    """Whoever drafts as the settings say. Raises ValueError for a model that cannot be read or computed here."""
     check(settings)
     if settings.kind == "suffix":
         return SuffixDraftsman()
-    # it needs torch, which no other kind should wait for
-    model: Draftsman = import_module("drafter.small_model").load(settings)
+    try:
+        # it needs torch, which no other kind should wait for
+        small_model = import_module("drafter.small_model")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a drafter of kind {settings.kind} needs {error.name}, which is not installed here") from None
+    model: Draftsman = small_model.load(settings)
     return model if settings.kind == "model" else HybridDraftsman(SuffixDraftsman(), model)
