@@ -1,6 +1,6 @@
 """What steps of several sizes cost, measured before the first request comes.
 
-Rules: a few steps and about a second at most; of each size the quickest step counts, since a pause of a busy machine is
+Rules: each size once, and again for about a second at most; of each size the quickest step counts, since a pause of a busy machine is
 no cost, and a router that took it for one would turn the first requests away. Speculation and routers then start from
 measurements instead of a guess, and what a decoder does once (paging weights in, choosing kernels) is done before
 anyone waits for it.
@@ -25,16 +25,16 @@ async def calibrate(runner: Runner, cost: StepCost, clock: Clock, max_running: i
     rows = sorted({min(count, max_running, decoder.blocks) for count in DECODE_ROWS})
     prefill = min(PREFILL_TOKENS, step_tokens, decoder.blocks * decoder.block_size_tokens, decoder.context_length)
     sizes = [(1, count) for count in rows] + [(prefill, 1)]
-    begin = clock.now()
     # the first does what is done once
     await runner.execute(_inputs(1, 1, decoder.block_size_tokens))
+    begin = clock.now()
     least_s: dict[tuple[int, int], float] = {}
     for length, sequences in sizes * REPEATS:
         started = clock.now()
         await runner.execute(_inputs(length, sequences, decoder.block_size_tokens))
         ended = clock.now()
         least_s[length, sequences] = min(least_s.get((length, sequences), ended - started), ended - started)
-        if ended - begin > ENOUGH_S:
+        if ended - begin > ENOUGH_S and len(least_s) == len(sizes):
             break
     for (length, sequences), seconds in [*least_s.items()] * REPEATS:
         cost.observe(sequences, (length - 1) * sequences, seconds)
