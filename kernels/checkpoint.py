@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # safetensors and GGML give them the same names.
 _PLAIN_KINDS = ("F32", "F16", "BF16")
+# a block of 32 weights: an fp16 scale, then 32 of int8
+_Q8_0_BYTES = 34
 
 
 class Raw(NamedTuple):
@@ -111,7 +113,7 @@ class GgufCheckpoint:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face folder with weights in float32, float16 or bfloat16."""
+    """A Hugging Face folder with weights in float32, float16 or bfloat16, or matrices of bytes: rows of Q8_0 blocks."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -133,12 +135,15 @@ class SafetensorsCheckpoint:
                 if name == "head.weight" and self.config.tied_head:
                     continue
                 piece = file.get_slice(stored)
-                if piece.get_dtype() not in _PLAIN_KINDS:
+                shape = tuple(piece.get_shape())
+                if piece.get_dtype() == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
+                    shape = (shape[0], shape[1] // _Q8_0_BYTES * 32)
+                elif piece.get_dtype() not in _PLAIN_KINDS:
                     raise CheckpointError(
                         f"{shard}: {stored} is stored as {piece.get_dtype()}; {', '.join(_PLAIN_KINDS)} can be read"
                     )
                 self._files[name], self._stored_names[name] = file, stored
-                shapes[name] = tuple(piece.get_shape())
+                shapes[name] = shape
         check_shapes(path, self.config, shapes)
         self._shapes = shapes
 
@@ -152,12 +157,13 @@ class SafetensorsCheckpoint:
         import torch
 
         stored = self._plain(name)
-        kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[stored.dtype]
+        kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "Q8_0"}[stored.dtype]
         rows = stored.shape[0] if stored.dim() > 1 else 1
         return Raw(kind, stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
     def tensor(self, name: str) -> "Tensor":
-        return self._plain(name).float()
+        stored = self._plain(name)
+        return _dequantised(Raw("Q8_0", stored.numpy())) if stored.element_size() == 1 else stored.float()
 
     def _plain(self, name: str) -> "Tensor":
         name = _stored(name, self.config)

@@ -14,6 +14,9 @@ import numpy as np
 from kernels.config import CheckpointError, DecoderConfig, Yarn, llama3_rope_factors, yarn_rope
 from kernels.gguf_header import GgufHeader
 
+HEAD_IDS = "d2t.json"
+Q8_0 = "q8_0"
+
 
 class _Family(NamedTuple):
     """What a family's checkpoints have without saying so."""
@@ -39,6 +42,20 @@ HUGGING_FACE_FAMILIES = {
 
 # Beyond any model; a damaged number must not become a huge table.
 _LONGEST_CONTEXT = 1 << 24
+
+
+def head_ids(folder: Path) -> tuple[int, ...] | None:
+    """The token id of each row of a trimmed head: the JSON list `d2t.json` beside the weights. None: there is none."""
+    file = folder / HEAD_IDS
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); make the drafter again") from error
+    if not isinstance(found, list) or not all(type(id) is int for id in found):
+        raise CheckpointError(f"{file} should be a list of token ids, one for each row of the head")
+    return tuple(found)
 
 
 def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
@@ -91,6 +108,7 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         output_bias="blk.0.attn_output.bias" in header.tensors,
         qk_norm=family.qk_norm,
         windows=(_whole(path, "attention.sliding_window", window),) * layers if window else None,
+        head_ids=head_ids(path.parent),
     )
 
 
@@ -141,7 +159,7 @@ def hugging_face_config(path: Path) -> DecoderConfig:
     for key, plain in (("mlp_bias", False), ("hidden_act", "silu")):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
-    if settings.get("quantization_config"):
+    if settings.get("quantization_config", {"quant_method": Q8_0}) != {"quant_method": Q8_0}:
         raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     head_dim = whole("head_dim", hidden // heads)
@@ -172,6 +190,7 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         output_bias=biased,
         qk_norm=family.qk_norm,
         windows=_hugging_face_windows(file, settings, family, layers),
+        head_ids=head_ids(path),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -36,6 +37,8 @@ class DecoderConfig:
     qk_norm: bool = False  # each head of queries and keys is normalised before it turns
     # Of each layer: a token sees itself and the window - 1 before it; 0: all before it. None: all layers see all.
     windows: tuple[int, ...] | None = None
+    # A trimmed head: the token id of each of its rows, ascending. None: row i is id i.
+    head_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "context_length"):
@@ -50,6 +53,14 @@ class DecoderConfig:
             raise CheckpointError(f"{pairs} rope factors are needed, the checkpoint has {len(self.rope_factors)}")
         if self.windows is not None and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise CheckpointError(f"{self.layers} windows of 0 or more tokens are needed, got {self.windows}")
+
+        if self.head_ids is not None:
+            _check_head_ids(self.head_ids, self.vocabulary, self.tied_head)
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the head."""
+        return self.vocabulary if self.head_ids is None else len(self.head_ids)
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -66,6 +77,13 @@ class DecoderConfig:
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_element
+
+
+def _check_head_ids(ids: tuple[int, ...], vocabulary: int, tied: bool) -> None:
+    if tied:
+        raise CheckpointError("a trimmed head cannot be the embedding: it needs rows of its own (untied)")
+    if not ids or ids[0] < 0 or ids[-1] >= vocabulary or any(a >= b for a, b in pairwise(ids)):
+        raise CheckpointError(f"the ids of a trimmed head must ascend within 0..{vocabulary - 1}")
 
 
 def llama3_rope_factors(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.ops import Ops, table
-from kernels.reference import rotary_tables
-from kernels.step import StepInputs
+from kernels.reference import race, rotary_tables, widened
+from kernels.step import Race, StepInputs, check_places
 
 KV_BYTES = 512 << 20
 
@@ -117,19 +117,18 @@ class TorchDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """Run one step; the chosen token of each of the L sample rows. Raises ValueError for a malformed step."""
         with torch.inference_mode():
-            logits = self._logits(inputs)
-            temperatures, top_k, top_p, min_p = (
-                torch.from_numpy(values).to(self.device)
-                for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
-            )
-            seeds = torch.from_numpy(inputs.seeds.view(np.int64)).to(self.device)
-            new_positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1).to(self.device)
-            masked = self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p)
-            chosen: NDArray[np.int32] = self.ops.sample(masked, temperatures, seeds, new_positions).cpu().numpy()
+            chosen: NDArray[np.int32] = self.ops.sample(*self._masked(inputs)).cpu().numpy()
         return chosen
 
+    def race(self, inputs: StepInputs, places: int) -> Race:
+        """As `kernels.step.Racing`."""
+        check_places(places)
+        with torch.inference_mode():
+            tokens, scores = race(*self._masked(inputs), places)
+            return Race(tokens.cpu().numpy(), scores.cpu().numpy())
+
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """Run one step; the raw logits [L, V] instead of tokens."""
+        """Run one step; the raw logits [L, H] instead of tokens."""
         with torch.inference_mode():
             logits: NDArray[np.float32] = self._logits(inputs).float().cpu().numpy()
         return logits
@@ -153,6 +152,17 @@ class TorchDecoder:
         """Keys and values of one block in host memory: [2, layers, block size, KV heads, head_dim]."""
         layers, _, *rest = self.keys.shape
         return torch.from_numpy(memory).view(self.dtype).view(2, layers, *rest)
+
+    def _masked(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a choice is made from: masked logits [L, V], temperatures, seeds and positions [L]."""
+        logits = widened(self._logits(inputs), self.config.head_ids, self.vocabulary_size)
+        temperatures, top_k, top_p, min_p = (
+            torch.from_numpy(values).to(self.device)
+            for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+        )
+        seeds = torch.from_numpy(inputs.seeds.view(np.int64)).to(self.device)
+        new_positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1).to(self.device)
+        return self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p), temperatures, seeds, new_positions
 
     def _logits(self, inputs: StepInputs) -> Tensor:
         rows = self._rows(inputs)

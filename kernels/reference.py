@@ -250,16 +250,41 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     Seeds [L] are uint64, or int64 with the same bits; positions [L] are those the new tokens will have. Below
     GREEDY_BELOW there is neither division nor noise. The caller excludes NaN and rows of nothing but minus infinity.
     """
+    scores = _scores(logits, temperatures, seeds, positions)
+    # torch.argmax may return any of several equal maxima.
+    best = scores.amax(-1, keepdim=True)
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    return torch.where(scores == best, ids, scores.shape[1]).amin(-1).clamp(max=scores.shape[1] - 1).int()
+
+
+def race(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, places: int
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, the best `places` in order [L, places]: ids, int32, and scores. -1 for what may not be chosen."""
+    scores, ids = _scores(logits, temperatures, seeds, positions).sort(stable=True, dim=-1, descending=True)
+    scores, ids = F.pad(scores, (0, places), value=-torch.inf), F.pad(ids, (0, places), value=-1)
+    scores, ids = scores[:, :places], ids[:, :places].int()
+    return torch.where(scores > -torch.inf, ids, -1), scores
+
+
+def widened(logits: Tensor, ids: tuple[int, ...] | None, vocabulary: int) -> Tensor:
+    """Logits [L, H] of a trimmed head as logits [L, V]: ids it does not know cannot be chosen."""
+    if ids is None:
+        return logits
+    wide = logits.new_full((len(logits), vocabulary), -torch.inf)
+    wide[:, torch.tensor(ids, device=logits.device)] = logits
+    return wide
+
+
+def _scores(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """What a choice compares [L, V], in float32."""
     scores = logits.float()
     rows = (temperatures >= GREEDY_BELOW).nonzero().squeeze(1)
     if rows.numel():
         scores = scores.clone()
         noise = gumbel(seeds[rows], positions[rows], scores.shape[1])
         scores[rows] = scores[rows] / temperatures[rows, None] + noise
-    # torch.argmax may return any of several equal maxima.
-    best = scores.amax(-1, keepdim=True)
-    ids = torch.arange(scores.shape[1], device=scores.device)
-    return torch.where(scores == best, ids, scores.shape[1]).amin(-1).clamp(max=scores.shape[1] - 1).int()
+    return scores
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:

@@ -3,14 +3,15 @@
 Every decoder (torch over the operator table, native CPU, CUDA) has the same face, so the engine never asks which it
 has.
 
-R rows (tokens to run), S sequences, L rows whose next token is wanted, B the longest block table of the step.
+R rows (tokens to run), S sequences, L rows whose next token is wanted, B the longest block table of the step, H rows of
+the head: the vocabulary, or the part of it that a trimmed head knows.
 Rows of one sequence stand together in position order. Prefill, decode and verification differ in nothing but the number
 of rows a sequence has. Row r attends to positions 0..positions[r] of its sequence; its keys and values are written to
 block `block_tables[s, positions[r] // block_size]`, slot `positions[r] % block_size`, before anything is read.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,30 @@ class Decoder(Protocol):
         """Run one step; the chosen token of each of the L sample rows. Blocking; one call at a time."""
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """Run one step; the raw logits [L, V] instead of tokens (tests, certificates)."""
+        """Run one step; the raw logits [L, H] instead of tokens (tests, certificates)."""
+
+
+class Race(NamedTuple):
+    """Who could be the token, best first: the one a step chooses, then the ones it would choose without those before."""
+
+    tokens: NDArray[np.int32]  # [L, places] ids; -1 past the last that may be chosen
+    scores: NDArray[np.float32]  # [L, places] what the choice compares: logit / temperature + noise; greedy: the logit
+
+
+MOST_PLACES = 64
+
+
+def check_places(places: int) -> None:
+    if not 1 <= places <= MOST_PLACES:
+        raise ValueError(f"a race has 1 to {MOST_PLACES} places, got {places}")
+
+
+@runtime_checkable
+class Racing(Protocol):
+    """A decoder that also says who came close."""
+
+    def race(self, inputs: StepInputs, places: int) -> Race:
+        """Run one step; the best `places` of each sample row. Blocking; one call at a time."""
 
 
 @runtime_checkable

@@ -70,7 +70,7 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocabulary, hidden), "norm.weight": (hidden,)}
     if not config.tied_head:
-        shapes["head.weight"] = (config.vocabulary, hidden)
+        shapes["head.weight"] = (config.head_size, hidden)
     for layer in range(config.layers):
         inside = {
             "attention_norm": (hidden,),

@@ -63,6 +63,23 @@ def choose(logits: ArrayLike, seed: int, position: int, temperature: float = 1.0
     return int(kept[np.argmax(scaled[kept] + gumbel(seed, position, kept))])
 
 
+def race(logits: ArrayLike, ids: ArrayLike, seed: int, position: int, places: int, temperature: float = 1.0,
+         top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> tuple[NDArray[np.int64], Floats]:
+    """Who is chosen, and who would be chosen without those before, at most `places`: ids and what is compared.
+
+    `ids`: the token id of each logit, ascending. A trimmed head knows few, and the noise of an id is the same there.
+    """
+    values, names = np.asarray(logits, np.float32), np.asarray(ids, np.int64)
+    if temperature < GREEDY_BELOW:
+        kept, scores = np.flatnonzero(values > -np.inf), values[values > -np.inf]
+    else:
+        scaled = values / np.float32(temperature)
+        kept = kept_ids(scaled, top_k, top_p, min_p)
+        scores = scaled[kept] + gumbel(seed, position, names[kept])
+    order = np.argsort(-scores, kind="stable")[:places]
+    return names[kept[order]], scores[order]
+
+
 def kept_ids(scaled: Floats, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> NDArray[np.int64]:
     """Step 3: the ids, in increasing order, that the masks leave of the temperature-scaled logits."""
     ids = np.flatnonzero(scaled > -np.inf)

@@ -49,8 +49,8 @@ MILL_EXPORT int64_t mill_block_bytes(void* model) { return int64_t(static_cast<m
 MILL_EXPORT int32_t mill_crew(void* model) { return static_cast<mill::Model*>(model)->crew(); }
 MILL_EXPORT void mill_go_alone(void* model, int32_t seconds) { static_cast<mill::Model*>(model)->go_alone(seconds); }
 
-// Fills `tokens`, or `logits` when that is not null. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
-MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, int32_t* tokens, float* logits, char* message, int32_t capacity) {
+// Fills what is wanted. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
+MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, const mill_wanted* wanted, char* message, int32_t capacity) {
   try {
     auto& decoder = *static_cast<mill::Model*>(model);
     const std::string complaint = decoder.complaint(*inputs);
@@ -58,7 +58,7 @@ MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, int32_t* t
       tell(complaint, message, capacity);
       return 1;
     }
-    if (decoder.step(*inputs, tokens, logits)) return 0;
+    if (decoder.step(*inputs, *wanted)) return 0;
     tell("no token can be chosen: some logits are not finite, so the weights are broken", message, capacity);
   } catch (const std::exception& error) {
     tell(error.what(), message, capacity);
@@ -71,7 +71,7 @@ MILL_EXPORT int32_t mill_choose(const float* logits, int32_t count, float temper
                                 uint64_t seed, uint64_t position) {
   const mill::Sampling sampling{temperature, top_p, min_p, top_k, seed, position};
   bool finite = true;
-  const mill::Choice choice = sampling.masked() ? mill::choose_masked(logits, count, sampling, finite)
-                                                : mill::choose(logits, 0, count, sampling, finite);
+  const mill::Choice choice = sampling.masked() ? mill::choose_masked(logits, nullptr, count, sampling, finite)
+                                                : mill::choose(logits, nullptr, 0, count, sampling, finite);
   return finite ? choice.token : -1;
 }

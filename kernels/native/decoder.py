@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
 from kernels.native.build import build
-from kernels.step import StepInputs
+from kernels.step import Race, StepInputs, check_places
 
 RECIPE = "int8-g32/1"
 BLOCK_SIZE_TOKENS = 16
@@ -69,6 +69,8 @@ class _Config(ctypes.Structure):
         ("rope_magnitude", ctypes.c_float),
         ("frequencies", ctypes.c_void_p),
         ("windows", ctypes.c_void_p),
+        ("head_ids", ctypes.c_void_p),
+        ("head_rows", ctypes.c_int32),
     ]
 
 
@@ -99,6 +101,15 @@ class _Inputs(ctypes.Structure):
     ]
 
 
+class _Wanted(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("places", ctypes.c_int32),
+    ]
+
+
 class NativeDecoder:
     """A model of a Llama family in packed weights with a paged KV cache, on the threads of one process.
 
@@ -126,6 +137,7 @@ class NativeDecoder:
         self.recipe = recipe_of(kv_format)
         self.block_bytes = block_bytes(config, kv_format)
         self.vocabulary_size = config.vocabulary
+        self.head_size = config.head_size
         self.context_length = config.context_length
         self.blocks = blocks
         self.threads = threads or min(usable_cpus(), MOST_THREADS)
@@ -137,6 +149,7 @@ class NativeDecoder:
         described, kept = _describe(checkpoint)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         windows = np.array([config.window(layer) for layer in range(config.layers)], np.int32)
+        head_ids = None if config.head_ids is None else np.array(config.head_ids, np.int32)
         native = _Config(
             config.layers,
             config.hidden,
@@ -155,6 +168,8 @@ class NativeDecoder:
             config.rope_magnitude,
             frequencies.ctypes.data,
             windows.ctypes.data,
+            _address(head_ids),
+            config.head_size,
         )
         self._model = self._library.mill_open(ctypes.byref(native), described, self._message, _MESSAGE_BYTES)
         del kept
@@ -187,13 +202,21 @@ class NativeDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """The chosen token of each sample row. Raises ValueError for inputs that do not fit; nothing has changed."""
         tokens = np.empty(len(inputs.sample_rows), np.int32)
-        self._run(inputs, tokens, None)
+        self._run(inputs, tokens=tokens)
         return tokens
 
+    def race(self, inputs: StepInputs, places: int) -> Race:
+        """As `kernels.step.Racing`."""
+        check_places(places)
+        shape = (len(inputs.sample_rows), places)
+        race = Race(np.empty(shape, np.int32), np.empty(shape, np.float32))
+        self._run(inputs, tokens=race.tokens, scores=race.scores, places=places)
+        return race
+
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
-        """The raw logits [L, V] of the sample rows."""
-        logits = np.empty((len(inputs.sample_rows), self.vocabulary_size), np.float32)
-        self._run(inputs, None, logits)
+        """The raw logits [L, H] of the sample rows."""
+        logits = np.empty((len(inputs.sample_rows), self.head_size), np.float32)
+        self._run(inputs, logits=logits)
         return logits
 
     def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
@@ -236,14 +259,23 @@ class NativeDecoder:
         if not self._model:
             raise ValueError("this decoder was closed")
 
-    def _run(self, inputs: StepInputs, tokens: NDArray[np.int32] | None, logits: NDArray[np.float32] | None) -> None:
+    def _run(
+        self,
+        inputs: StepInputs,
+        *,
+        tokens: NDArray[np.int32] | None = None,
+        scores: NDArray[np.float32] | None = None,
+        logits: NDArray[np.float32] | None = None,
+        places: int = 1,
+    ) -> None:
         native, kept = _native_inputs(inputs)
+        wanted = _Wanted(_address(tokens), _address(scores), _address(logits), places)
         with self._busy:
             self._check_open()
             if os.getpid() != self._process:
                 raise RuntimeError("a forked process has none of the step's threads: load the model after the fork")
             code = self._library.mill_step(
-                self._model, ctypes.byref(native), _address(tokens), _address(logits), self._message, _MESSAGE_BYTES
+                self._model, ctypes.byref(native), ctypes.byref(wanted), self._message, _MESSAGE_BYTES
             )
             message = self._message.value.decode() if code else ""
         del kept
@@ -285,7 +317,7 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
     library.mill_go_alone.restype = None
     library.mill_go_alone.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     library.mill_step.restype = ctypes.c_int32
-    library.mill_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_char_p, ctypes.c_int32]
+    library.mill_step.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_char_p, ctypes.c_int32]
     library.mill_choose.restype = ctypes.c_int32
     library.mill_choose.argtypes = [
         ctypes.c_void_p,

@@ -64,9 +64,11 @@ struct Model::Pass {
   int first, rows;
   int first_sample, samples;
   std::vector<const int32_t*> tables;  // [rows] the block table of the row's sequence
-  float* logits;                       // [samples][vocabulary]
-  int32_t* tokens;                     // [samples], or null
-  std::vector<Choice> choices;         // [threads][samples]
+  float* logits;                       // [samples][head rows]
+  int32_t* tokens;                     // [samples][places], or null
+  float* scores;                       // [samples][places], or null
+  int places;
+  std::vector<Choice> choices;         // [threads][samples][places]
   std::atomic<bool> finite{true};
 
   int position(int row) const { return inputs.positions[first + row]; }
@@ -81,6 +83,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
     : config_(config),
       frequencies_(config.frequencies, config.frequencies + config.rope_dims / 2),
       windows_(config.windows, config.windows + config.layers),
+      head_ids_(config.head_ids, config.head_ids ? config.head_ids + config.head_rows : config.head_ids),
       layers_(size_t(config.layers)),
       scratch_(size_t(config.threads)),
       team_(config.threads) {
@@ -99,7 +102,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   qkv_.resize(size_t(kPassRows) * size_t(qkv_width_));
   attended_.resize(size_t(kPassRows) * size_t(attention_width));
   rotation_.resize(size_t(kPassRows) * size_t(config.rope_dims));
-  logits_ = Region(size_t(kPassRows) * size_t(config.vocabulary) * sizeof(float));
+  logits_ = Region(size_t(kPassRows) * size_t(config.head_rows) * sizeof(float));
 
   bool normed_plain = head_.is_float(), attended_plain = false, down_plain = false;
   for (const Layer& layer : layers_) {
@@ -226,16 +229,18 @@ std::string Model::complaint(const mill_inputs& inputs) const {
   return "";
 }
 
-bool Model::step(const mill_inputs& inputs, int32_t* tokens, float* logits) {
+bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
   int sequence = 0, sample = 0;
   for (int first = 0; first < inputs.rows; first += kPassRows) {
     const int rows = std::min(kPassRows, inputs.rows - first);
     int samples = 0;
     while (sample + samples < inputs.samples && inputs.sample_rows[sample + samples] < first + rows) samples++;
-    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, {}};
-    pass.logits = logits ? logits + size_t(sample) * size_t(config_.vocabulary) : reinterpret_cast<float*>(logits_.data());
-    pass.tokens = logits ? nullptr : tokens + sample;
-    pass.choices.resize(size_t(team_.size()) * size_t(samples));
+    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, nullptr, wanted.places, {}};
+    const size_t placed = size_t(sample) * size_t(wanted.places);
+    pass.logits = wanted.logits ? wanted.logits + size_t(sample) * size_t(config_.head_rows) : reinterpret_cast<float*>(logits_.data());
+    pass.tokens = wanted.logits ? nullptr : wanted.tokens + placed;
+    pass.scores = wanted.scores ? wanted.scores + placed : nullptr;
+    pass.choices.resize(size_t(team_.size()) * size_t(samples) * size_t(wanted.places));
     for (int row = first; row < first + rows; row++) {
       while (inputs.sequence_starts[sequence + 1] <= row) sequence++;
       pass.tables.push_back(inputs.block_tables + int64_t(sequence) * inputs.table_width);
@@ -445,34 +450,46 @@ void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scrat
 // The head for the rows whose next token is wanted, and the choice.
 void Model::sample(Pass& pass, int thread) {
   Scratch& scratch = scratch_[size_t(thread)];
-  const int vocabulary = config_.vocabulary;
+  const int head_rows = config_.head_rows, places = pass.places;
+  const int32_t* const ids = head_ids_.empty() ? nullptr : head_ids_.data();
   const Activations& x = prepare(head_input_, scratch.normed, pass.samples, config_.hidden, thread, [&](int sample) {
     const int row = pass.inputs.sample_rows[pass.first_sample + sample] - pass.first;
     rms_norm(residual(row), final_norm_.data(), config_.hidden, config_.norm_epsilon, scratch.row.data());
     return scratch.row.data();
   });
-  project(head_, {}, x, thread, pass.logits, vocabulary, false);
+  project(head_, {}, x, thread, pass.logits, head_rows, false);
   if (!pass.tokens) return;
   team_.meet();
 
   const auto [first, last] = share_of(head_.panels(), thread, team_.crew());
+  const auto logits = [&](int sample) { return pass.logits + size_t(sample) * size_t(head_rows); };
+  const auto choices = [&](int of, int sample) { return pass.choices.data() + size_t(of * pass.samples + sample) * size_t(places); };
   bool finite = true;
   for (int sample = 0; sample < pass.samples; sample++) {
     const Sampling sampling = pass.sampling(sample);
     if (sampling.masked()) continue;
-    pass.choices[size_t(thread * pass.samples + sample)] =
-        choose(pass.logits + size_t(sample) * size_t(vocabulary), first * kLanes, std::min(last * kLanes, vocabulary), sampling, finite);
+    const int begin = first * kLanes, end = std::min(last * kLanes, head_rows);
+    if (places == 1)
+      *choices(thread, sample) = choose(logits(sample), ids, begin, end, sampling, finite);
+    else
+      race(logits(sample), ids, begin, end, sampling, places, choices(thread, sample), finite);
   }
   team_.meet();
+  std::vector<Choice> best(static_cast<size_t>(places));
   for (int sample = thread; sample < pass.samples; sample += team_.crew()) {
     const Sampling sampling = pass.sampling(sample);
-    Choice best{0, -1};
+    std::fill(best.begin(), best.end(), Choice{-INFINITY, -1});
     if (sampling.masked())
-      best = choose_masked(pass.logits + size_t(sample) * size_t(vocabulary), vocabulary, sampling, finite);
+      race_masked(logits(sample), ids, head_rows, sampling, places, best.data(), finite);
     else
-      for (int other = 0; other < team_.crew(); other++) best = better(best, pass.choices[size_t(other * pass.samples + sample)]);
-    pass.tokens[sample] = best.token;
-    if (best.token < 0) finite = false;
+      for (int other = 0; other < team_.crew(); other++)
+        for (const Choice* choice = choices(other, sample); choice < choices(other, sample) + places && choice->token >= 0; choice++)
+          place(*choice, best.data(), places);
+    for (int at = 0; at < places; at++) {
+      pass.tokens[sample * places + at] = best[size_t(at)].token;
+      if (pass.scores) pass.scores[sample * places + at] = best[size_t(at)].value;
+    }
+    if (best[0].token < 0) finite = false;
   }
   if (!finite) pass.finite = false;
 }

@@ -23,6 +23,8 @@ struct mill_config {
   float rope_magnitude;      // cosines and sines are multiplied by it
   const double* frequencies;  // [rope_dims / 2] radians per position of each pair
   const int32_t* windows;     // [layers] positions that a row of the layer sees, its own included; 0: all before it
+  const int32_t* head_ids;    // [head_rows] the token id of each row of a trimmed head, ascending; null: row i is id i
+  int32_t head_rows;
 };
 
 struct mill_tensor {
@@ -39,6 +41,14 @@ struct mill_inputs {
   const int32_t* top_k;
   const float *top_p, *min_p;
   const uint64_t* seeds;
+};
+
+// What a step is run for: `logits`, or the best `places` ids of each sample in order, with their scores where wanted.
+struct mill_wanted {
+  int32_t* tokens;  // [samples][places]; -1 past the last that may be chosen
+  float* scores;    // [samples][places] logit / temperature + noise, or null
+  float* logits;    // [samples][head_rows], or null
+  int32_t places;
 };
 }
 
@@ -73,9 +83,8 @@ class Model {
   // What is wrong with the inputs; empty when nothing is.
   std::string complaint(const mill_inputs& inputs) const;
 
-  // Fills `tokens` [samples], or `logits` [samples][vocabulary] when that is given instead.
   // False when a row's logits are not finite: nothing can be chosen from them.
-  bool step(const mill_inputs& inputs, int32_t* tokens, float* logits);
+  bool step(const mill_inputs& inputs, const mill_wanted& wanted);
 
   const KvCache& cache() const { return cache_; }
   // Threads that took part in the last step; and: leave the steps of the next seconds to the caller's alone.
@@ -120,7 +129,7 @@ class Model {
 
   mill_config config_;
   std::vector<double> frequencies_;
-  std::vector<int32_t> windows_;
+  std::vector<int32_t> windows_, head_ids_;  // of the head: empty when row i is id i
   int qkv_width_ = 0;
   std::vector<Layer> layers_;
   Matrix embedding_, head_;

@@ -8,6 +8,16 @@
 
 namespace mill {
 
+void place(Choice choice, Choice* best, int places) {
+  const auto ahead = [&](const Choice& other) {
+    return other.token < 0 || choice.value > other.value || (choice.value == other.value && choice.token < other.token);
+  };
+  int at = places - 1;
+  if (!ahead(best[at])) return;
+  for (; at > 0 && ahead(best[at - 1]); at--) best[at] = best[at - 1];
+  best[at] = choice;
+}
+
 namespace {
 
 constexpr int kChunk = 256;
@@ -22,11 +32,11 @@ struct PhiloxKeys {
   }
 };
 
-// v of 16 consecutive ids. Plain loops over integers: any vectorisation gives the same bits.
-void uniform(const PhiloxKeys& keys, uint64_t position, int first, float v[kLanes]) {
+// v of 16 ids. Plain loops over integers: any vectorisation gives the same bits.
+void uniform(const PhiloxKeys& keys, uint64_t position, const uint32_t ids[kLanes], float v[kLanes]) {
   uint32_t a[kLanes], b[kLanes], c[kLanes], d[kLanes];
   for (int i = 0; i < kLanes; i++) {
-    a[i] = uint32_t(first + i);
+    a[i] = ids[i];
     b[i] = uint32_t(position);
     c[i] = uint32_t(position >> 32);
     d[i] = 0;
@@ -61,7 +71,7 @@ inline float gumbel_estimate(float v) {
 
 float gumbel(float v) { return float(-std::log(-std::log1p(-double(v)))); }
 
-// The largest value, lowest id first. A vector maximum per chunk; the id is looked up only in the chunk that wins.
+// The largest value, lowest row first. A vector maximum per chunk; the id is looked up only in the chunk that wins.
 Choice choose_greedy(const float* values, int first, int last) {
   float best = -INFINITY;
   int where = -1;
@@ -85,33 +95,57 @@ Choice choose_greedy(const float* values, int first, int last) {
   return {best, where};
 }
 
-Choice choose_noisy(const float* logits, int first, int last, const Sampling& sampling) {
+// The largest `places` values in order, lowest id first.
+void race_greedy(const float* values, const int32_t* ids, int first, int last, int places, Choice* best) {
+  std::fill(best, best + places, Choice{-INFINITY, -1});
+  for (int i = first; i < last; i++)
+    if (values[i] > best[places - 1].value) place({values[i], ids ? ids[i] : i}, best, places);
+}
+
+// Float32 estimates rank the rows; whoever may be among the best `places` is evaluated exactly.
+void race_noisy(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, int places, Choice* best) {
   const PhiloxKeys keys(sampling.seed);
   struct Candidate {
     float scaled, v, estimate;
     int32_t token;
   };
   std::vector<Candidate> candidates;
-  float best = -INFINITY;
+  std::vector<float> leading(size_t(places), -INFINITY);  // the best estimates, descending
+  float bar = -INFINITY;
   // Sums of float32 numbers round to a part in 2^23 of their size; the estimate adds 1e-5.
   const auto margin = [](float value) { return 1e-3f + 1e-6f * std::fabs(value); };
+  const auto lead = [&](float estimate) {
+    if (!(estimate > leading.back())) return;
+    size_t at = leading.size() - 1;
+    for (; at > 0 && leading[at - 1] < estimate; at--) leading[at] = leading[at - 1];
+    leading[at] = estimate;
+    bar = leading.back() - margin(leading.back());
+  };
   for (int start = first; start < last; start += kLanes) {
+    uint32_t tokens[kLanes] = {};
     float v[kLanes], scaled[kLanes], sums[kLanes];
     const int count = std::min(kLanes, last - start);
-    uniform(keys, sampling.position, start, v);
+    if (ids)
+      std::copy(ids + start, ids + start + count, tokens);
+    else
+      for (int i = 0; i < kLanes; i++) tokens[i] = uint32_t(start + i);
+    uniform(keys, sampling.position, tokens, v);
     for (int i = 0; i < kLanes; i++) scaled[i] = i < count ? logits[start + i] : -INFINITY;
     for (int i = 0; i < kLanes; i++) scaled[i] = scaled[i] / sampling.temperature;
     for (int i = 0; i < kLanes; i++) sums[i] = scaled[i] + gumbel_estimate(v[i]);
-    const float peak = largest_of(load(sums));
-    if (!(peak > best - margin(best)) && best != -INFINITY) continue;
-    best = std::max(best, peak);
+    if (!(largest_of(load(sums)) > bar)) continue;
+    for (int i = 0; i < count; i++) lead(sums[i]);
     for (int i = 0; i < count; i++)
-      if (sums[i] > -INFINITY && sums[i] >= best - margin(best)) candidates.push_back({scaled[i], v[i], sums[i], start + i});
+      if (sums[i] > -INFINITY && sums[i] >= bar) candidates.push_back({scaled[i], v[i], sums[i], int32_t(tokens[i])});
   }
-  Choice choice{-INFINITY, -1};
+  std::fill(best, best + places, Choice{-INFINITY, -1});
   for (const Candidate& candidate : candidates)
-    if (candidate.estimate >= best - margin(best))
-      choice = better(choice, {candidate.scaled + gumbel(candidate.v), candidate.token});
+    if (candidate.estimate >= bar) place({candidate.scaled + gumbel(candidate.v), candidate.token}, best, places);
+}
+
+Choice choose_noisy(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling) {
+  Choice choice;
+  race_noisy(logits, ids, first, last, sampling, 1, &choice);
   return choice;
 }
 
@@ -122,25 +156,15 @@ bool all_finite(const float* values, int first, int last) {
   return !special || std::all_of(values + first, values + last, [](float x) { return x < INFINITY; });
 }
 
-}  // namespace
-
-Choice choose(const float* logits, int first, int last, const Sampling& sampling, bool& finite) {
-  if (!all_finite(logits, first, last)) finite = false;
-  return sampling.greedy() ? choose_greedy(logits, first, last) : choose_noisy(logits, first, last, sampling);
-}
-
-Choice choose_masked(const float* logits, int count, const Sampling& sampling, bool& finite) {
-  if (!all_finite(logits, 0, count)) {
-    finite = false;
-    return {-INFINITY, -1};
-  }
+// The scaled logits that top_k, top_p and min_p leave, minus infinity for others; empty when there are none.
+std::vector<float> masked(const float* logits, int count, const Sampling& sampling) {
   std::vector<float> scaled(static_cast<size_t>(count));
   for (int i = 0; i < count; i++) scaled[size_t(i)] = logits[i] / sampling.temperature;
 
   std::vector<int32_t> ranked;  // a heap: the next rank is popped off its top
   for (int32_t i = 0; i < count; i++)
     if (scaled[size_t(i)] > -INFINITY) ranked.push_back(i);
-  if (ranked.empty()) return {-INFINITY, -1};
+  if (ranked.empty()) return {};
   const auto ranks_after = [&](int32_t a, int32_t b) {
     return scaled[size_t(a)] != scaled[size_t(b)] ? scaled[size_t(a)] < scaled[size_t(b)] : a > b;
   };
@@ -176,9 +200,46 @@ Choice choose_masked(const float* logits, int count, const Sampling& sampling, b
     for (int32_t id : ranked)
       if (relative(id) >= double(sampling.min_p)) kept[size_t(id)] = scaled[size_t(id)];
   }
+  return kept;
+}
+
+}  // namespace
+
+Choice choose(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, bool& finite) {
+  if (!all_finite(logits, first, last)) finite = false;
+  if (!sampling.greedy()) return choose_noisy(logits, ids, first, last, sampling);
+  Choice choice = choose_greedy(logits, first, last);
+  if (ids && choice.token >= 0) choice.token = ids[choice.token];
+  return choice;
+}
+
+void race(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, int places, Choice* best,
+          bool& finite) {
+  if (!all_finite(logits, first, last)) finite = false;
+  if (sampling.greedy())
+    race_greedy(logits, ids, first, last, places, best);
+  else
+    race_noisy(logits, ids, first, last, sampling, places, best);
+}
+
+Choice choose_masked(const float* logits, const int32_t* ids, int count, const Sampling& sampling, bool& finite) {
+  Choice choice;
+  race_masked(logits, ids, count, sampling, 1, &choice, finite);
+  return choice;
+}
+
+void race_masked(const float* logits, const int32_t* ids, int count, const Sampling& sampling, int places, Choice* best,
+                 bool& finite) {
+  std::fill(best, best + places, Choice{-INFINITY, -1});
+  if (!all_finite(logits, 0, count)) {
+    finite = false;
+    return;
+  }
+  const std::vector<float> kept = masked(logits, count, sampling);
+  if (kept.empty()) return;
   Sampling plain = sampling;
   plain.temperature = 1.0f;
-  return choose_noisy(kept.data(), 0, count, plain);
+  race_noisy(kept.data(), ids, 0, count, plain, places, best);
 }
 
 }  // namespace mill

@@ -26,6 +26,9 @@ inline Choice better(Choice a, Choice b) {
   return a.token < b.token ? a : b;
 }
 
+// Puts a choice among the best `places`, which stand in order.
+void place(Choice choice, Choice* best, int places);
+
 struct Sampling {
   float temperature, top_p, min_p;
   int32_t top_k;
@@ -35,10 +38,17 @@ struct Sampling {
   bool masked() const { return !greedy() && (top_k > 0 || top_p < 1.0f || min_p > 0.0f); }
 };
 
-// The best of ids first..last-1, masks ignored; `finite` becomes false when one of their logits is NaN or infinite above.
-Choice choose(const float* logits, int first, int last, const Sampling& sampling, bool& finite);
+// The best of rows first..last-1 of a head, masks ignored; `finite` becomes false when one of their logits is NaN or
+// infinite above. `ids`: the token id of each row, ascending; null: row i is id i.
+Choice choose(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, bool& finite);
 
-// The best of all ids after top_k, top_p and min_p (in this order, each on what the one before left).
-Choice choose_masked(const float* logits, int count, const Sampling& sampling, bool& finite);
+// The best of all rows after top_k, top_p and min_p (in this order, each on what the one before left).
+Choice choose_masked(const float* logits, const int32_t* ids, int count, const Sampling& sampling, bool& finite);
+
+// As the two above, the best `places` in order; past the last that may be chosen {-INFINITY, -1}.
+void race(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, int places, Choice* best,
+          bool& finite);
+void race_masked(const float* logits, const int32_t* ids, int count, const Sampling& sampling, int places, Choice* best,
+                 bool& finite);
 
 }  // namespace mill

@@ -77,7 +77,7 @@ class SpecifiedDecoder:
                 if row in wanted:
                     head = self._weights.get("head.weight", self._weights["embedding.weight"])
                     found.append(head.times(self._normed(x, "norm.weight")))
-        return np.array(found, np.float32).reshape(len(found), self.config.vocabulary)
+        return np.array(found, np.float32).reshape(len(found), self.config.head_size)
 
     def _layers(self, token: int, position: int, table: NDArray[np.int32]) -> Floats:
         config = self.config

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kernels.checkpoint import Checkpoint, Raw, open_checkpoint
 from kernels.native.decoder import BLOCK_SIZE_TOKENS, MOST_THREADS, RECIPE, check_sizes, usable_cpus
@@ -23,8 +24,8 @@ from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
 from kernels.native.packed import FLOATS, KINDS, Activations, Matrix, Plain, quantised, stacked
 from kernels.native.specification import LARGEST_HALF
-from kernels.reference import mask_logits, sample
-from kernels.step import StepInputs
+from kernels.reference import mask_logits, race, sample, widened
+from kernels.step import Race, StepInputs, check_places
 
 PASS_ROWS = 64
 # Scores of one head that are made at once: rows times tokens. Their terms take 9 MB for 9 heads of 64 dimensions.
@@ -95,19 +96,15 @@ class UncompiledDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """As `NativeDecoder.step`."""
         with self._busy, torch.inference_mode():
-            logits = torch.from_numpy(self._logits(inputs))
-            peaks = logits.amax(-1)  # NaN where there is one
-            if not torch.isfinite(peaks).all():
-                raise RuntimeError("no token can be chosen: some logits are not finite, so the weights are broken")
-            temperature, top_k, top_p, min_p = (
-                torch.from_numpy(np.ascontiguousarray(values))
-                for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
-            )
-            seeds = torch.from_numpy(inputs.seeds.astype(np.uint64).view(np.int64))
-            positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1)
-            masked = mask_logits(logits, temperature, top_k, top_p, min_p)
-            chosen: NDArray[np.int32] = sample(masked, temperature, seeds, positions).numpy()
+            chosen: NDArray[np.int32] = sample(*self._masked(inputs)).numpy()
             return chosen
+
+    def race(self, inputs: StepInputs, places: int) -> Race:
+        """As `NativeDecoder.race`."""
+        check_places(places)
+        with self._busy, torch.inference_mode():
+            tokens, scores = race(*self._masked(inputs), places)
+            return Race(tokens.numpy(), scores.numpy())
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """As `NativeDecoder.logits`."""
@@ -145,13 +142,28 @@ class UncompiledDecoder:
         if not self._open:
             raise ValueError("this decoder was closed")
 
+    def _masked(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a choice is made from: masked logits [L, V], temperatures, seeds and positions [L]."""
+        logits = torch.from_numpy(self._logits(inputs))
+        peaks = logits.amax(-1)  # NaN where there is one
+        if not torch.isfinite(peaks).all():
+            raise RuntimeError("no token can be chosen: some logits are not finite, so the weights are broken")
+        temperature, top_k, top_p, min_p = (
+            torch.from_numpy(np.ascontiguousarray(values))
+            for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
+        )
+        seeds = torch.from_numpy(inputs.seeds.astype(np.uint64).view(np.int64))
+        positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1)
+        wide = widened(logits, self.config.head_ids, self.vocabulary_size)
+        return mask_logits(wide, temperature, top_k, top_p, min_p), temperature, seeds, positions
+
     def _logits(self, inputs: StepInputs) -> Floats:
         self._check_open()
         inputs = checked(inputs, self)
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         sequences = np.repeat(np.arange(len(inputs.block_tables)), np.diff(inputs.sequence_starts))
-        found = [np.empty((0, self.vocabulary_size), np.float32)]
+        found = [np.empty((0, self.config.head_size), np.float32)]
         with np.errstate(all="ignore"):
             for first in range(0, len(inputs.tokens), PASS_ROWS):
                 here = slice(first, first + PASS_ROWS)
