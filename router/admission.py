@@ -20,7 +20,7 @@ from router.placement import RETRY_AFTER_LEAST_S, RETRY_AFTER_MOST_S, Candidate,
 from router.queueing import DrainRate, FairQueue, Full, Ticket
 from shared.errors import DeadlineExceeded, Overloaded, RateLimited
 from shared.messages import Generate, WorkerStatus
-from shared.tiers import FLEX, TIERS, Tier, known
+from shared.tiers import FLEX, TIERS, Tier, known, tenants_weight
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ class TurnedAway(NamedTuple, Generic[T]):
 class _Hall(Generic[T]):
     """One model's queue."""
 
-    def __init__(self, most_places: int, weights: dict[str, float]) -> None:
-        self.queue: FairQueue[T] = FairQueue(most_places, weights)
+    def __init__(self, most_places: int) -> None:
+        self.queue: FairQueue[T] = FairQueue(most_places)
         self.drain = DrainRate()
         self.workers = 1  # that could serve the last request looked at
 
@@ -93,7 +93,10 @@ class _Pace:
 
 
 class Admission(Generic[T]):
-    """The queues of one router, by model. `T` is whatever the caller wants back with a request."""
+    """The queues of one router, by model. `T` is whatever the caller wants back with a request.
+
+    `weights`: of tenants for whom the router's own setting counts, whatever their requests say.
+    """
 
     def __init__(self, most_places: int, max_wait_s: float, weights: dict[str, float]) -> None:
         self._most_places = most_places
@@ -198,7 +201,7 @@ class Admission(Generic[T]):
         """Let it wait. Returns who is turned away for it: others, or itself."""
         hall = self._halls.get(request.model)
         if hall is None:
-            hall = self._halls[request.model] = _Hall(self._most_places, self._weights)
+            hall = self._halls[request.model] = _Hall(self._most_places)
         hall.workers = len(decision.candidates)
         tier, tenant = known(request.tier), request.tenant
         ahead_s = hall.queue.ahead_s(tier, tenant, request.priority) / hall.drain.per_second(hall.workers, now)
@@ -207,7 +210,7 @@ class Admission(Generic[T]):
         places = 1 + (len(request.tokens) + len(request.block_hashes)) // PLACE_BYTES
         given = hall.queue.offer(Ticket(
             request.request_id, content, tenant, tier, _cost_s(decision, workers), now, request.priority,
-            _lane(request), places))
+            _lane(request), places, self._weights.get(tenant, tenants_weight(request.weight))))
         if isinstance(given, Full):
             return [TurnedAway(content, *_no_place(given, request, hall.queue, ahead_s))]
         hall.drain.wait(now)

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from shared.tiers import FLEX, TIERS, Tier, shares
+from shared.tiers import FLEX, LEAST_WEIGHT, MOST_WEIGHT, TIERS, Tier, shares
 
 T = TypeVar("T")
 
@@ -30,12 +30,16 @@ MAX_RELEASES = 4096
 
 
 class Ticket(Generic[T]):
-    """One waiting request. `lane`: requests of one lane can go to the same workers. `order` is set by the queue."""
+    """One waiting request. `lane`: requests of one lane can go to the same workers. `order` is set by the queue.
 
-    __slots__ = ("content", "cost_s", "lane", "name", "order", "places", "priority", "since_s", "tenant", "tier")
+    `weight` is its tenant's; tickets of one tenant may differ while gateways learn of a new one.
+    """
+
+    __slots__ = ("content", "cost_s", "lane", "name", "order", "places", "priority", "share", "since_s", "tenant",
+                 "tier", "weight")
 
     def __init__(self, name: str, content: T, tenant: str, tier: Tier, cost_s: float, since_s: float, priority: int = 0,
-                 lane: Any = None, places: int = 1) -> None:
+                 lane: Any = None, places: int = 1, weight: float = 1.0) -> None:
         self.name = name
         self.content = content
         self.tenant = tenant
@@ -45,6 +49,8 @@ class Ticket(Generic[T]):
         self.priority = priority
         self.lane = lane
         self.places = places
+        self.weight = weight
+        self.share = weight * shares(tier)  # beside requests of other tenants and tiers
         self.order = 0
 
     @property
@@ -62,10 +68,9 @@ class Full(NamedTuple):
 class _Flow(Generic[T]):
     """What one tenant has waiting in one tier. `tag`: service received so far, by weight; that of the next ticket."""
 
-    __slots__ = ("tag", "tickets", "weight")
+    __slots__ = ("tag", "tickets")
 
-    def __init__(self, weight: float, tag: float) -> None:
-        self.weight = weight
+    def __init__(self, tag: float) -> None:
         self.tag = tag
         self.tickets: list[Ticket[T]] = []
 
@@ -73,8 +78,7 @@ class _Flow(Generic[T]):
 class _Line(Generic[T]):
     """Flows that share by weight."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = weights
+    def __init__(self) -> None:
         self._flows: dict[tuple[str, str], _Flow[T]] = {}
         self._level = 0.0  # the tag that was served last
 
@@ -86,7 +90,7 @@ class _Line(Generic[T]):
         key = ticket.tier, ticket.tenant
         flow = self._flows.get(key)
         if flow is None:
-            flow = self._flows[key] = _Flow(self._weight(*key), self._level)
+            flow = self._flows[key] = _Flow(self._level)
         if not flow.tickets:
             flow.tag = max(flow.tag, self._level)
         insort(flow.tickets, ticket, key=lambda other: other.rank)
@@ -108,7 +112,7 @@ class _Line(Generic[T]):
         flow.tickets.remove(ticket)
         if charge_s is not None:
             self._level = max(self._level, flow.tag)
-            flow.tag += charge_s / flow.weight
+            flow.tag += charge_s / ticket.share
         if not any(flow.tickets for flow in self._flows.values()):
             # nobody is owed anything
             self._flows.clear()
@@ -119,10 +123,10 @@ class _Line(Generic[T]):
     def ahead_s(self, tier: Tier, tenant: str, priority: int) -> float:
         """The cost of all that would go before such a request if it came now."""
         own = self._flows.get((tier, tenant))
-        mine = [] if own is None else [ticket.cost_s for ticket in own.tickets if ticket.priority >= priority]
+        mine = [] if own is None else [ticket for ticket in own.tickets if ticket.priority >= priority]
         tag = self._level if own is None else own.tag if own.tickets else max(own.tag, self._level)
-        start = tag + sum(mine) / self._weight(tier, tenant)
-        total = sum(mine)
+        start = tag + sum(ticket.cost_s / ticket.share for ticket in mine)
+        total = sum(ticket.cost_s for ticket in mine)
         for flow in self._flows.values():
             if flow is not own:
                 at = flow.tag
@@ -130,7 +134,7 @@ class _Line(Generic[T]):
                     if at > start:
                         break
                     total += ticket.cost_s
-                    at += ticket.cost_s / flow.weight
+                    at += ticket.cost_s / ticket.share
         return total
 
     def last_of(self, tenant: str, besides: Collection[Ticket[T]]) -> Ticket[T] | None:
@@ -142,21 +146,18 @@ class _Line(Generic[T]):
                     return ticket
         return None
 
-    def _weight(self, tier: str, tenant: str) -> float:
-        return self._weights.get(tenant, 1.0) * next(shares(known) for known in TIERS if known == tier)
-
 
 class FairQueue(Generic[T]):
-    """At most `most_places` places for requests of one model. `weights`: tenants with another weight than 1."""
+    """At most `most_places` places for requests of one model."""
 
-    def __init__(self, most_places: int, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, most_places: int) -> None:
         self.most_places = most_places
         self.places = 0
-        self._weights = weights or {}
-        self._first: _Line[T] = _Line(self._weights)
-        self._flex: _Line[T] = _Line(self._weights)
+        self._first: _Line[T] = _Line()
+        self._flex: _Line[T] = _Line()
         self._tickets: dict[str, Ticket[T]] = {}
         self._filled: dict[str, int] = {}  # tenant -> places
+        self._weights: dict[str, float] = {}  # tenant -> that of its last ticket
         self._lanes: Counter[tuple[bool, Any]] = Counter()  # (flex, lane) -> tickets
         self._arrivals = 0
 
@@ -190,6 +191,7 @@ class FairQueue(Generic[T]):
         self._tickets[ticket.name] = ticket
         self.places += ticket.places
         self._filled[ticket.tenant] = self._filled.get(ticket.tenant, 0) + ticket.places
+        self._weights[ticket.tenant] = ticket.weight
         self._lanes[ticket.tier == FLEX, ticket.lane] += 1
         self._line(ticket.tier).add(ticket)
         return given
@@ -217,7 +219,7 @@ class FairQueue(Generic[T]):
         self.places -= ticket.places
         self._filled[ticket.tenant] -= ticket.places
         if not self._filled[ticket.tenant]:
-            del self._filled[ticket.tenant]
+            del self._filled[ticket.tenant], self._weights[ticket.tenant]
         lane = ticket.tier == FLEX, ticket.lane
         self._lanes[lane] -= 1
         if not self._lanes[lane]:
@@ -234,9 +236,9 @@ class FairQueue(Generic[T]):
         while missing > 0:
             victim = self._gives_way(ticket, filled, given)
             if victim is None:
-                others = [self._fill(tenant, places) for tenant, places in self._filled.items()
+                others = [places / self._weights[tenant] for tenant, places in self._filled.items()
                           if tenant != ticket.tenant]
-                mine = self._fill(ticket.tenant, self.places_of(ticket.tenant) + ticket.places)
+                mine = (self.places_of(ticket.tenant) + ticket.places) / ticket.weight
                 return Full(bool(others) and mine >= max(others))
             given.append(victim)
             filled[victim.tenant] -= victim.places
@@ -249,17 +251,14 @@ class FairQueue(Generic[T]):
             flex = [other for other in self._flex if other not in given]
             if flex:
                 return max(flex, key=lambda other: other.order)
-        mine = self._fill(ticket.tenant, filled.get(ticket.tenant, 0) + ticket.places)
+        mine = (filled.get(ticket.tenant, 0) + ticket.places) / ticket.weight
         fuller = {tenant: fill for tenant, places in filled.items()
-                  if tenant != ticket.tenant and (fill := self._fill(tenant, places)) > mine}
+                  if tenant != ticket.tenant and (fill := places / self._weights[tenant]) > mine}
         for tenant in sorted(fuller, key=lambda tenant: -fuller[tenant]):
             victim = self._line(ticket.tier).last_of(tenant, given)
             if victim is not None:
                 return victim
         return None
-
-    def _fill(self, tenant: str, places: int) -> float:
-        return places / self._weights.get(tenant, 1.0)
 
 
 class DrainRate:
@@ -310,8 +309,8 @@ def weights_of(text: str) -> dict[str, float]:
             weight = float(number)
         except ValueError:
             weight = 0.0
-        if not tenant or not equals or not 0.001 <= weight <= 1000:
-            raise ValueError(f"bad tenant weight {part!r}: write TENANT=WEIGHT with a weight from 0.001 to 1000, "
-                             "several with commas between them")
+        if not tenant or not equals or not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise ValueError(f"bad tenant weight {part!r}: write TENANT=WEIGHT with a weight from "
+                             f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, several with commas between them")
         weights[tenant.strip()] = weight
     return weights

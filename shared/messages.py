@@ -86,6 +86,7 @@ class Generate(Wire, frozen=True, tag="generate"):
     vocabulary: str = ""  # digest of what `tokens` are ids of; empty: not said
     tier: str = "default"  # a `shared.tiers` name
     prediction: bytes = b""  # tokens that the client expects the answer to hold
+    weight: float = 1.0  # of its tenant, where tenants share what there is
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):

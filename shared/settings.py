@@ -54,7 +54,7 @@ class RouterSettings(Settings, frozen=True, kw_only=True):
     policy: str = "cost"  # or prefix, least_loaded, round_robin, random
     max_queue_s: float = 60.0  # a first token expected later than this is refused
     max_held: int = 1024  # places for requests of one model that wait until a worker has room
-    tenant_weights: str = ""  # shares of a full mesh, as in `acme=4,example=0.5`; 1 for everybody else
+    tenant_weights: str = ""  # shares of a full mesh, as in `acme=4,example=0.5`; others have what gateways say
 
 
 class WorkerSettings(Settings, frozen=True, kw_only=True):

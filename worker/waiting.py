@@ -1,13 +1,15 @@
 """Who is admitted next: preempted sequences, then priority, then a fair share between tenants, then arrival.
 
-Rule: a share is counted in prompt tokens that had to be computed. The tenant that was given the fewest goes first, and
-one that comes back after a pause starts level with the rest instead of with a credit (start-time fair queueing).
+Rule: a share is counted in prompt tokens that had to be computed. The tenant that was given the fewest for its weight
+goes first, and one that comes back after a pause starts level with the rest instead of with a credit (start-time fair
+queueing).
 Pure.
 """
 
 from collections import deque
 from collections.abc import Iterator
 
+from shared.tiers import tenants_weight
 from worker.sequence import Sequence
 
 REMEMBERED_TENANTS = 4096
@@ -63,7 +65,7 @@ class WaitingQueue:
             return
         tenant = sequence.request.tenant
         self._level = max(self._level, self._share[tenant])
-        self._share[tenant] += computed_tokens
+        self._share[tenant] += computed_tokens / tenants_weight(sequence.request.weight)
         if len(self._share) > REMEMBERED_TENANTS:
             self._forget_idle()
 

@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import pytest
+
 import router.service
 import worker.service
 from gateway.failover import Limits
@@ -37,23 +39,24 @@ class Crowd:
         self.ended: list[tuple[str, Tier, str | MillError]] = []  # tenant, tier, request or error, in order
         self.count = 0
 
-    async def ask(self, tenant: str, tier: Tier = "default", timeout_s: float = 500.0) -> None:
+    async def ask(self, tenant: str, tier: Tier = "default", timeout_s: float = 500.0, weight: float = 1.0) -> None:
         """One request from its first to its last token."""
-        stream, changed = self.send(tenant, tier, timeout_s)
+        stream, changed = self.send(tenant, tier, timeout_s, weight)
         while stream.ended is None:
             await changed.wait()
             changed.clear()
         name = stream.state.request.request_id
         self.ended.append((tenant, tier, name if isinstance(stream.ended, Finished) else stream.ended))
 
-    def send(self, tenant: str, tier: Tier, timeout_s: float) -> tuple[Stream, asyncio.Event]:
+    def send(self, tenant: str, tier: Tier, timeout_s: float, weight: float = 1.0) -> tuple[Stream, asyncio.Event]:
         self.count += 1
         tokens = [(self.count * 7919 + place) % VOCABULARY for place in range(PROMPT_TOKENS)]
         salt = tenant_salt(b"secret", tenant)
         changed = asyncio.Event()
         request = Generate(
             f"{tenant}-{self.count}", 1, "g", "m", pack(tokens), 4, self.clock.wall() + timeout_s, tenant=tenant,
-            cache_salt=salt, block_hashes=join_hashes(hash_chain(tokens, salt)), tier=tier, priority=priority(tier, 0))
+            cache_salt=salt, block_hashes=join_hashes(hash_chain(tokens, salt)), tier=tier, priority=priority(tier, 0),
+            weight=weight)
         return self.streams.open(request, {}, changed, self.clock.now() + timeout_s), changed
 
     def finished(self, tenant: str) -> int:
@@ -155,24 +158,33 @@ def test_a_crowd_is_served_whole_and_waits_in_the_router_instead_of_in_workers()
     play(scenario)
 
 
-def test_tenants_share_a_full_mesh_by_weight_and_a_flood_holds_nobody_up() -> None:
+@pytest.mark.parametrize(("settings", "weight"), [({"tenant_weights": "heavy=3"}, 1.0), ({}, 3.0)])
+def test_tenants_share_a_full_mesh_by_weight_and_a_flood_holds_nobody_up(settings: dict[str, str],
+                                                                         weight: float) -> None:
+    """By the weight that a router was told, or by that which came with the requests."""
     async def scenario(world: World) -> None:
         crowd = world.crowd
-        asking = [asyncio.ensure_future(crowd.ask("flood")) for _ in range(150)]
+        asking = [asyncio.ensure_future(crowd.ask("flood")) for _ in range(200)]
         await asyncio.sleep(2.0)
-        asking += [asyncio.ensure_future(crowd.ask(tenant)) for tenant in ("small", "heavy") for _ in range(20)]
-        while crowd.finished("small") < 10:
-            await asyncio.sleep(0.1)
-        # while all three wait: one, one, three
-        assert crowd.finished("heavy") == 20
-        before = crowd.finished("flood")
-        while crowd.finished("small") < 20:
-            await asyncio.sleep(0.1)
-        assert abs(crowd.finished("flood") - before - 10) <= 8
+        asking += [asyncio.ensure_future(crowd.ask(tenant, weight=its))
+                   for tenant, its, count in (("small", 1.0, 40), ("heavy", weight, 90)) for _ in range(count)]
+        while crowd.finished("small") < 1:  # about twenty of the flood were at the workers before
+            await asyncio.sleep(0.05)
+        then = {tenant: crowd.finished(tenant) for tenant in ("flood", "small", "heavy")}
+        while crowd.finished("heavy") < 80:
+            await asyncio.sleep(0.05)
+        # while all three wait: one, one, three; a worker that was told of no weights orders its two seconds otherwise
+        got = {tenant: crowd.finished(tenant) - before for tenant, before in then.items()}
+        assert 2.4 <= got["heavy"] / got["small"] <= 3.6
+        assert abs(got["flood"] - got["small"]) <= 20
+        before = crowd.finished("flood") - crowd.finished("small")
+        while crowd.finished("small") < 40:
+            await asyncio.sleep(0.05)
+        assert abs(crowd.finished("flood") - crowd.finished("small") - before) <= 20
         await asyncio.gather(*asking)
         assert crowd.errors() == []
 
-    play(scenario, tenant_weights="heavy=3")
+    play(scenario, **settings)
 
 
 def test_priority_goes_first_and_flex_when_nobody_else_waits() -> None:

@@ -15,7 +15,7 @@ TENANTS = ("red", "blue", "green", "grey")
 
 
 def ticket(name: object, tenant: str = "red", tier: Tier = "default", cost_s: float = 1.0, **more: Any) -> Ticket[None]:
-    return Ticket(str(name), None, tenant, tier, cost_s, 0.0, **more)
+    return Ticket(str(name), None, tenant, tier, cost_s, 0.0, **{"weight": WEIGHTS.get(tenant, 1.0)} | more)
 
 
 arrivals = st.lists(st.tuples(
@@ -34,7 +34,7 @@ def served(queue: FairQueue[None]) -> list[Ticket[None]]:
 @settings(max_examples=200, deadline=None)
 @given(arrivals, st.integers(1, 12))
 def test_the_bound_is_never_exceeded_and_every_request_ends_once(history: list[Any], most: int) -> None:
-    queue: FairQueue[None] = FairQueue(most, WEIGHTS)
+    queue: FairQueue[None] = FairQueue(most)
     ends: Counter[str] = Counter()
     for number, (tenant, tier, cost_s, priority, places, lane, serve) in enumerate(history):
         came = ticket(number, tenant, tier, cost_s, priority=priority, places=places, lane=lane)
@@ -60,7 +60,7 @@ def test_the_bound_is_never_exceeded_and_every_request_ends_once(history: list[A
 @given(st.lists(st.tuples(st.sampled_from(TENANTS), st.sampled_from(TIERS), st.floats(0.01, 5)), min_size=2,
                 max_size=80))
 def test_what_two_tenants_get_while_both_wait_differs_by_no_more_than_a_request_each(sent: list[Any]) -> None:
-    queue: FairQueue[None] = FairQueue(1000, WEIGHTS)
+    queue: FairQueue[None] = FairQueue(1000)
     waiting: Counter[tuple[str, Tier]] = Counter()
     largest: defaultdict[tuple[str, Tier], float] = defaultdict(float)
     for number, (tenant, tier, cost_s) in enumerate(sent):
@@ -86,6 +86,29 @@ def weight(tenant: str, tier: Tier) -> float:
     return WEIGHTS.get(tenant, 1.0) * shares(tier)
 
 
+def test_a_tenant_whose_weight_changes_is_served_by_what_each_of_its_requests_was_sent_with() -> None:
+    queue: FairQueue[None] = FairQueue(1000)
+    for number in range(30):
+        queue.offer(ticket(f"a{number}", "a", weight=1.0 if number < 10 else 4.0))
+        queue.offer(ticket(f"b{number}", "b", weight=1.0))
+    order = [turn.name[0] for turn in served(queue)]
+    assert order[:20].count("a") == 10
+    # the other twenty of `a` at four shares, beside five of `b`
+    assert order[20:45].count("a") == 20
+
+
+def test_who_takes_more_room_than_its_weight_gives_way_and_who_weighs_more_may_take_more() -> None:
+    queue: FairQueue[None] = FairQueue(4)
+    for number in range(3):
+        queue.offer(ticket(f"heavy{number}", "heavy", weight=3.0))
+    queue.offer(ticket("light0", "light"))
+    assert queue.offer(ticket("light1", "light")) == Full(over_share=True)
+    queue.drop(next(waiting for waiting in queue if waiting.tenant == "heavy"))
+    queue.offer(ticket("light1", "light"))
+    (gone,) = queue.offer(ticket("heavy3", "heavy", weight=3.0))
+    assert isinstance(gone, Ticket) and gone.name == "light1"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.floats(0.1, 3), st.floats(0.1, 3))
 def test_nobody_starves_however_much_others_send(ahead: int, own_s: float, their_s: float) -> None:
@@ -109,7 +132,7 @@ def test_nobody_starves_however_much_others_send(ahead: int, own_s: float, their
 @settings(max_examples=200, deadline=None)
 @given(arrivals)
 def test_requests_of_one_tenant_and_tier_go_by_priority_then_arrival(history: list[Any]) -> None:
-    queue: FairQueue[None] = FairQueue(1000, WEIGHTS)
+    queue: FairQueue[None] = FairQueue(1000)
     for number, (tenant, tier, cost_s, priority, _, _, _) in enumerate(history):
         queue.offer(ticket(number, tenant, tier, cost_s, priority=priority))
     order = served(queue)
@@ -123,7 +146,7 @@ def test_requests_of_one_tenant_and_tier_go_by_priority_then_arrival(history: li
 @given(arrivals, st.sampled_from(TENANTS), st.sampled_from(TIERS), st.integers(-2, 2))
 def test_what_goes_before_a_request_is_known_when_it_comes(history: list[Any], tenant: str, tier: Tier,
                                                            priority: int) -> None:
-    queue: FairQueue[None] = FairQueue(1000, WEIGHTS)
+    queue: FairQueue[None] = FairQueue(1000)
     for number, (who, what, cost_s, first, _, _, serve) in enumerate(history):
         queue.offer(ticket(number, who, what, cost_s, priority=first))
         turn = queue.next()

@@ -70,7 +70,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
              deadline=1_700_000_000.5, sampling=sampling, tenant="acme", cache_salt=HASH, block_hashes=HASH * 2,
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
-             recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6])),
+             recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6]), weight=2.5),
     queued,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),

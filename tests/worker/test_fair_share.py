@@ -84,6 +84,20 @@ def test_no_tenant_gets_ahead_of_one_that_waits_by_more_than_a_request_of_each(
             del watched.since[gone]
 
 
+def test_a_tenant_that_weighs_three_times_as_much_gets_three_times_as_much() -> None:
+    queue = WaitingQueue()
+    for order in range(80):
+        tenant, weight = ("light", 1.0) if order % 2 else ("heavy", 3.0)
+        queue.push(from_request(request(f"r{order}", tenant=tenant, weight=weight), order, 0.0, FAR, 512))
+    order = []
+    for _ in range(40):
+        one = queue.peek()
+        assert one is not None
+        order.append(one.request.tenant)
+        queue.admit(one, 10)
+    assert order.count("heavy") == 30
+
+
 @settings(max_examples=300, deadline=None)
 @given(moves)
 def test_the_queue_loses_nobody_and_goes_by_return_then_priority_then_arrival_within_a_tenant(
