@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from gateway.model_files import load_card, load_tokenizer
+from gateway.words import Words
 from shared.errors import BadRequest
 
 
@@ -20,6 +21,8 @@ class Tokenizer:
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary_size: int) -> None:
         self._library = library
+        self._words = Words.of(library, {byte: character for character, byte in _BYTES.items() if byte < 128})
+        self._adds_none = library.post_processor is None
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         size = max(vocabulary_size, library.get_vocab_size())
@@ -39,6 +42,10 @@ class Tokenizer:
         already. `parse_special` reads `<|im_end|>` as that token and not as its letters (tokens that were added to a
         vocabulary but are not special are always read). Raises BadRequest for text that is not Unicode.
         """
+        if self._words is not None and parse_special and (self._adds_none or not add_special):
+            known = self._words.encode(text)
+            if known is not None:
+                return known
         library = self._library if parse_special else self._plain
         try:
             # the fast way keeps no offsets (2.5 times as fast at 10,000 tokens) and lets other threads run meanwhile
@@ -69,14 +76,14 @@ class Tokenizer:
         return copy
 
 
-def _byte_characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """Character -> byte: printable Latin-1 stands for itself, the 68 others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+_BYTES = byte_characters()
 
 
 def _bytes_of(token: str) -> bytes:
