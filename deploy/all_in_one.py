@@ -20,7 +20,16 @@ import drafter.service
 import gateway.service
 import router.service
 import worker.service
-from deploy.local_mesh import Options, UpFailed, Waiting, check_ports, folder_problems, plan, until_ready
+from deploy.local_mesh import (
+    Options,
+    UpFailed,
+    Waiting,
+    check_drafter,
+    check_ports,
+    folder_problems,
+    plan,
+    until_ready,
+)
 from deploy.paths import claim
 from shared import telemetry
 from shared.bus import Bus
@@ -98,6 +107,7 @@ class OneProcess:
     def start(self) -> None:
         """Start every service as a task. Raises UpFailed."""
         options = self.options
+        check_drafter(options)
         check_ports(options)
         with folder_problems(options.data):
             self._claim = claim(options.data)

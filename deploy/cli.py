@@ -68,6 +68,10 @@ def up(
     routers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
     gateways: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
     model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)] = "default",
+    drafter_kind: Annotated[str, typer.Option(metavar="KIND", help="suffix, model or hybrid")] = "suffix",
+    drafter_model: Annotated[
+        str, typer.Option(metavar="MODEL", help="for kinds model and hybrid: a small model of the same vocabulary")
+    ] = "",
     engine: Annotated[str, typer.Option(metavar="ENGINE", help="auto, cpu, cuda, mock or reference (slow)")] = "auto",
     nats: Annotated[str, typer.Option(metavar="URL", help="URL of an existing NATS; default: an embedded one")] = "",
     data: Annotated[
@@ -105,6 +109,7 @@ def up(
     if engine == "cuda":
         _check_cuda()
     folder = _pull(model)
+    small = _pull(drafter_model) if drafter_model else None
     if engine in ("auto", "cpu"):
         _compile()
     options = Options(
@@ -116,6 +121,8 @@ def up(
         routers=routers,
         workers=workers,
         drafters=drafters,
+        drafter_kind=drafter_kind,
+        drafter_model=small,
         engine=engine,
         nats=nats,
         otlp=otlp,

@@ -22,6 +22,7 @@ import httpx
 from deploy import broker
 from deploy.paths import FolderInUse, claim
 from deploy.supervisor import Child, Say, Supervisor, foreign_command, last_lines, service_command
+from drafter.kinds import KINDS
 from gateway.model_files import load_card
 from shared.bus import Bus, BusUnavailable
 from shared.ids import new_id
@@ -52,6 +53,8 @@ class Options:
     routers: int = 1
     workers: int = 1
     drafters: int = 1
+    drafter_kind: str = "suffix"
+    drafter_model: Path | None = None  # a pulled model of the same vocabulary, for the kinds that need one
     engine: str = "auto"
     nats: str = ""  # empty: embedded
     otlp: str = ""
@@ -83,7 +86,8 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     model: dict[str, Any] = {"model": str(options.model), "model_name": name}
     kinds: dict[str, tuple[type[Settings], int, dict[str, Any]]] = {
         "router": (RouterSettings, options.routers, {}),
-        "drafter": (DrafterSettings, options.drafters, {}),
+        "drafter": (DrafterSettings, options.drafters,
+                    {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}),
         "worker": (
             WorkerSettings,
             options.workers,
@@ -103,6 +107,28 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         ids = [new_id(f"{module}-{i + 1}") if options.nats else f"{module}-{i + 1}" for i in range(count)]
         services[module] = [kind(id=id, **(own | port)) for id, port in zip(ids, ports, strict=True)]
     return services
+
+
+def check_drafter(options: Options) -> None:
+    """Raises UpFailed when drafters of the wanted kind could not draft for this model."""
+    kind, model = options.drafter_kind, options.drafter_model
+    if kind not in KINDS:
+        raise UpFailed(f"--drafter-kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if kind == "suffix":
+        if model is not None:
+            raise UpFailed("a drafter of kind suffix has no model: add --drafter-kind hybrid or model, or leave out "
+                           "--drafter-model")
+        return
+    if model is None:
+        raise UpFailed(f"--drafter-kind {kind} needs --drafter-model: a small model of the same vocabulary, such as "
+                       "one that `tokenmill distil` makes of the model that is served")
+    if not options.drafters:
+        raise UpFailed(f"--drafter-kind {kind} needs a drafter: leave out --drafters 0")
+    if options.engine == "mock":
+        raise UpFailed(f"the mock engine speaks no model's ids: leave out --drafter-kind {kind}")
+    if load_card(model).vocabulary != load_card(options.model).vocabulary:
+        raise UpFailed(f"the drafter's model {model} speaks other token ids than {options.model}, so every draft would "
+                       "be wrong: give --drafter-model one of the same tokenizer, such as `tokenmill distil` makes")
 
 
 def _own_ports(settings: Settings) -> list[str]:
@@ -153,6 +179,7 @@ class LocalMesh:
     def start(self) -> None:
         """Start the broker (unless one was named) and every service. Raises UpFailed."""
         options = self.options
+        check_drafter(options)
         check_ports(options)
         with folder_problems(options.data):
             self._claim = claim(options.data)

@@ -1,6 +1,6 @@
 """How much a drafter may prepare beyond the likeliest continuation of each stream.
 
-Rules: measured, never guessed. Rounds come so often and a proposal takes so long; whoever works more than `SHARE` of
+Rules: measured, never guessed. Rounds come so often and a proposal takes so long; whoever works more than its share of
 the time between two rounds is late for the next one, and takes the time of a worker on the same machine. Time is what
 the clock says, so that a machine which is busy otherwise counts as slow. What waits comes first: with a backlog nothing
 is prepared.
@@ -9,6 +9,8 @@ Pure.
 
 # of the time between two rounds
 SHARE = 0.25
+# for whoever works in a thread of its own: a worker that waits for its drafts loses less than by having none
+THREAD_SHARE = 0.9
 MEMORY = 0.1
 # for each stream, while nothing is measured
 FIRST_BRANCHES = 1
@@ -21,7 +23,8 @@ PAUSE_S = 1.0
 class Budget:
     """`begin` a round, ask for `seconds` and `branches`, `end` it."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE) -> None:
+        self.share = share
         self.interval_s: float | None = None  # between two rounds
         self.proposal_s: float | None = None  # what one takes, with its share of taking in what was said
         self._began = 0.0
@@ -40,7 +43,7 @@ class Budget:
     @property
     def seconds(self) -> float:
         """Of work in this round; infinite while nothing is known."""
-        return max(LEAST_ROUND_S, SHARE * self.interval_s) if self.interval_s is not None else float("inf")
+        return max(LEAST_ROUND_S, self.share * self.interval_s) if self.interval_s is not None else float("inf")
 
     def branches(self, streams: int, most: int, backlog: bool) -> int:
         """How many conditions to prepare for each of so many streams, at most `most`."""
@@ -49,7 +52,7 @@ class Budget:
         if self.interval_s is None or self.proposal_s is None:
             return min(most, FIRST_BRANCHES)
         each_s = streams * self.proposal_s
-        return max(0, min(most, int(SHARE * self.interval_s / each_s) - 1)) if each_s > 0 else most
+        return max(0, min(most, int(self.share * self.interval_s / each_s) - 1)) if each_s > 0 else most
 
     def end(self, now: float, proposals: int) -> float:
         """The round gave so many proposals; how many seconds it took."""

@@ -19,7 +19,7 @@ import structlog
 from msgspec.structs import replace
 
 from drafter import kinds
-from drafter.budget import Budget
+from drafter.budget import SHARE, THREAD_SHARE, Budget
 from drafter.contexts import Advanced, Context, Contexts, Ended, News, Opened
 from drafter.drafting import Ask, Audience, Continuation, Draftsman, Key
 from drafter.metrics import Metrics
@@ -57,7 +57,11 @@ async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asynci
     """
     settings = checked(settings)
     tracing = telemetry.configure_tracing("drafter", settings.id, settings.otlp)
-    draftsman = kinds.draftsman_of(settings)
+    if settings.kind == "suffix":
+        draftsman = kinds.draftsman_of(settings)
+    else:
+        # reading a model takes seconds, and others may live on this loop
+        draftsman = await asyncio.to_thread(kinds.draftsman_of, settings)
     drafter = Drafter(bus, settings, clock, draftsman)
     try:
         with drafter.metrics.served(settings.metrics_port):
@@ -92,7 +96,7 @@ class Drafter:
         self.state: Literal["ready", "draining"] = "ready"
         self.contexts = Contexts(settings.max_contexts, MAX_CONTEXT_TOKENS)
         self.draftsman = draftsman
-        self.budget = Budget()
+        self.budget = Budget(THREAD_SHARE if draftsman.threaded else SHARE)
         self.metrics = Metrics()
         self.proposed_total = 0
         self._bus = bus
@@ -125,6 +129,11 @@ class Drafter:
         status = self._decoded(delivery, Status)
         if isinstance(status, WorkerStatus) and self._fleet.fold(status, self._clock.now()):
             self._started_again[status.id] = status.epoch
+            own = self.draftsman.vocabulary
+            if own and own != status.vocabulary:
+                _log.warning("vocabulary_differs", worker=status.id, its=status.vocabulary, own=own,
+                             instead="it takes no drafts from here: give this drafter a model of the same vocabulary, "
+                             "such as one that `tokenmill distil` makes of the worker's own")
 
     async def draft(self) -> None:
         """Take in all that has arrived, then propose, until cancelled."""

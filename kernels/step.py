@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
 
 class Race(NamedTuple):
-    """Who could be the token, best first: the one a step chooses, then the ones it would choose without those before."""
+    """Who could be the token, best first: the one a step chooses, then the ones it would choose without those."""
 
     tokens: NDArray[np.int32]  # [L, places] ids; -1 past the last that may be chosen
     scores: NDArray[np.float32]  # [L, places] what the choice compares: logit / temperature + noise; greedy: the logit

@@ -22,6 +22,11 @@ class Clock(Protocol):
         """Give way for `seconds`."""
 
 
+def stopwatch() -> float:
+    """Real seconds, of which only differences mean anything, for work in a thread where no loop runs."""
+    return time.perf_counter()
+
+
 class LoopClock:
     """The clock of the running event loop. Under a virtual-time loop all of it is virtual."""
 

@@ -85,7 +85,10 @@ class DrafterSettings(Settings, frozen=True, kw_only=True):
     max_draft_tokens: int = 8
     max_contexts: int = 1024
     model: str = ""  # kinds model and hybrid: path of the small model that drafts
-    threads: int = 1  # of the small model
+    engine: str = "cpu"  # where that runs: cpu (the native step), cuda, reference
+    threads: int = 1  # of the small model on a CPU
+    kv_mib: int = 64  # of its KV cache
+    draft_temperature: float = 1.0  # times the temperature of the request; 0: greedy drafts
     max_branches: int = 4  # outcomes of the step under way that are prepared for a stream, at most; 0: none
     price_usd_per_hour: float = 0.0
 

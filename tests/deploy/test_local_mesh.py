@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from deploy import broker, local_mesh
+from deploy.all_in_one import OneProcess
 from deploy.local_mesh import LocalMesh, Options, UpFailed, check_ports, plan
-from shared.settings import GatewaySettings, WorkerSettings
+from gateway.model_files import load_card
+from shared.settings import DrafterSettings, GatewaySettings, WorkerSettings
 from tests.models import default_folder
 
 
@@ -140,3 +143,33 @@ def test_a_folder_with_any_name_can_hold_the_broker(tmp_path: Path) -> None:
     config = Path(broker.command(4222, data)[2])
     assert f'store_dir: "{tmp_path}/a \\"quoted\\" näme/nats"' in config.read_text()
     assert "listen: 127.0.0.1:4222" in config.read_text()
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"drafter_kind": "oracle"}, "choose one of suffix, model, hybrid"),
+    ({"drafter_kind": "model"}, "needs --drafter-model: a small model of the same vocabulary.*tokenmill distil"),
+    ({"drafter_kind": "suffix", "drafter_model": "small"}, "kind suffix has no model"),
+    ({"drafter_kind": "hybrid", "drafter_model": "small", "drafters": 0}, "leave out --drafters 0"),
+    ({"drafter_kind": "hybrid", "drafter_model": "small", "engine": "mock"}, "the mock engine speaks no model's ids"),
+    ({"drafter_kind": "model", "drafter_model": "other"}, "speaks other token ids"),
+])
+def test_a_drafter_that_could_not_draft_is_refused_before_anything_starts(
+        options: Options, tmp_path: Path, changes: dict[str, object], what: str) -> None:
+    card = load_card(options.model)
+    for name, vocabulary in (("small", card.vocabulary), ("other", "elsewhere")):
+        (tmp_path / name).mkdir()
+        changed = msgspec.structs.replace(card, vocabulary=vocabulary)
+        (tmp_path / name / "card.json").write_bytes(msgspec.json.encode(changed))
+    if "drafter_model" in changes:
+        changes = changes | {"drafter_model": tmp_path / str(changes["drafter_model"])}
+    wrong = replace(options, **({"engine": "cpu"} | changes))  # type: ignore[arg-type]
+    for mesh in (LocalMesh(wrong), OneProcess(wrong)):
+        with pytest.raises(UpFailed, match=what):
+            mesh.start()
+        assert not mesh.children
+
+
+def test_drafters_are_told_their_kind_and_model(options: Options, tmp_path: Path) -> None:
+    [said] = plan(replace(options, drafter_kind="hybrid", drafter_model=tmp_path), "")["drafter"]
+    assert isinstance(said, DrafterSettings)
+    assert (said.kind, said.model) == ("hybrid", str(tmp_path))
