@@ -26,6 +26,7 @@ from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Kept, Outcome, found, header, outcome_of
 from gateway.streams import Stream
+from gateway.tenants import Tenant
 from shared import telemetry
 from shared import trace_names as names
 from shared.errors import MillError
@@ -62,9 +63,9 @@ class Answer:
 
     def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
                  model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
-                 residency: Residency, prediction: list[int]) -> None:
+                 tenant: Tenant, residency: Residency, prediction: list[int]) -> None:
         """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds;
-        `prediction`: tokens that the client expects."""
+        `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects."""
         self._gateway = gateway
         self._operation = operation
         self._model = model
@@ -72,6 +73,7 @@ class Answer:
         self._prompts = prompts
         self._scope = scope
         self._began_s = began_s
+        self._tenant = tenant
         self._residency = residency
         self._prediction = pack(prediction)
         self._changed = asyncio.Event()
@@ -128,6 +130,13 @@ class Answer:
                 self._gateway.streams.cancel(stream)
             self._account(span, error)
 
+    @property
+    def used_tokens(self) -> int:
+        """What it has cost its tenant so far: prompts that a worker took, each once, and tokens of answers."""
+        begun = {index // self._options.choices for index, stream in enumerate(self._streams) if stream.state.begun}
+        return sum(len(self._prompts[index].tokens) for index in begun) + sum(
+            choice.completion_tokens for choice in self._choices)
+
     # --- streams ------------------------------------------------------------------------------------------------------
 
     def _open_streams(self, headers: dict[str, str]) -> None:
@@ -140,10 +149,11 @@ class Answer:
                 request_id=f"{self._id}-{index}", attempt=1, gateway=gateway.id, model=self._model.name,
                 tokens=prompt.packed, max_tokens=prompt.max_tokens, deadline=gateway.clock.wall() + timeout_s,
                 sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
-                cache_salt=gateway.cache_salt, block_hashes=prompt.block_hashes,
-                stop_token_ids=self._model.end_tokens(options), priority=priority(options.tier, options.priority),
-                cache_hint=options.cache_hint, vocabulary=self._model.card.vocabulary, tier=options.tier,
-                residency=self._residency, prediction=self._prediction)
+                tenant=self._tenant.name, weight=self._tenant.weight, cache_salt=self._tenant.salt,
+                block_hashes=prompt.block_hashes, stop_token_ids=self._model.end_tokens(options),
+                priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
+                vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
+                prediction=self._prediction)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 
@@ -383,7 +393,7 @@ class Answer:
             names.REQUEST_MAX_TOKENS: self._prompts[0].max_tokens, names.REQUEST_TEMPERATURE: sampling.temperature,
             names.REQUEST_TOP_P: sampling.top_p, names.REQUEST_TOP_K: sampling.top_k,
             names.REQUEST_CHOICE_COUNT: options.choices, names.REQUEST_STREAM: options.stream,
-            names.HTTP_ROUTE: self._scope["path"], names.GATEWAY: self._gateway.id}
+            names.HTTP_ROUTE: self._scope["path"], names.GATEWAY: self._gateway.id, names.TENANT: self._tenant.name}
         if self._residency.zones:
             attributes[names.RESIDENCY] = list(self._residency.zones)
         return telemetry.open_span(f"{self._operation} {self._model.name}", self._unix(self._began_s),
@@ -426,7 +436,7 @@ class Answer:
                            names.LATENCY_DECODE: ends[0].decode_s}
         outcomes = self._outcomes()
         gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
-                                   self._unix(self._began_s), tuple(outcomes)))
+                                   self._unix(self._began_s), tuple(outcomes), self._tenant.name))
         known = [truth for truth in map(found, outcomes) if truth is not None]
         for truth in known:
             metrics.placed(truth)

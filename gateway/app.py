@@ -1,6 +1,7 @@
 """The HTTP face: routes, small endpoints, and what every response has.
 
-Rule: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`.
+Rules: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`, and what is left
+of its tenant's limits. Where keys are needed everything needs one but what `_OPEN` lists.
 
     POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /tokenize, /detokenize
     GET /v1/requests/{id}/receipt: why it went where it went
@@ -31,13 +32,15 @@ from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
 from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
 from gateway.prompt import ServedModel
-from shared.errors import BadRequest, MillError
+from gateway.tenants import Tenant
+from shared.errors import BadRequest, MillError, NotAuthorised, RateLimited
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _UNKNOWN_ROUTE = "other"
+_OPEN = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_LEFT = 499
 
 log = structlog.get_logger("gateway.app")
@@ -92,22 +95,24 @@ class _Api:
         self._decode_detokenize = BodyDecoder(DetokenizeRequest)
 
     async def models(self, request: Request) -> Response:
-        return _json(ModelList([self._model(name, model) for name, model in self._gateway.catalogue.names()]))
+        offered = self._gateway.models_of(_tenant(request))
+        return _json(ModelList([self._model(name, model) for name, model in offered.names()]))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"].rstrip("/")
         if not name:  # the list again, by a client that ends its addresses with a slash
             return await self.models(request)
-        found = self._gateway.model_named(name)
+        found = self._gateway.model_named(name, _tenant(request))
         return _json(self._model(name if name in self._gateway.catalogue.aliases else found.name, found))
 
     async def receipt(self, request: Request) -> Response:
-        return _json(receipts.document(self._gateway.receipts.find(request.path_params["id"])))
+        return _json(receipts.document(self._gateway.receipts.find(request.path_params["id"],
+                                                                           _tenant(request).name)))
 
     async def tokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway.settings.max_body_bytes)
         body: TokenizeRequest = self._decode_tokenize(raw)
-        model = self._gateway.model_named(body.model)
+        model = self._gateway.model_named(body.model, _tenant(request))
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("send either prompt or messages", param="prompt")
         now_s = self._gateway.clock.wall()
@@ -124,7 +129,7 @@ class _Api:
     async def detokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway.settings.max_body_bytes)
         body: DetokenizeRequest = self._decode_detokenize(raw)
-        model = self._gateway.model_named(body.model)
+        model = self._gateway.model_named(body.model, _tenant(request))
         if any(not 0 <= token < model.card.vocabulary_size for token in body.tokens):
             raise BadRequest(f"tokens holds an id outside 0..{model.card.vocabulary_size - 1}", param="tokens")
 
@@ -153,7 +158,7 @@ class _Api:
 
 
 class _Envelope:
-    """Around every request: its id, its errors, its figures."""
+    """Around every request: its id, its tenant, its errors, its figures."""
 
     def __init__(self, app: ASGIApp, gateway: "Gateway") -> None:
         self._app = app
@@ -168,6 +173,8 @@ class _Envelope:
         client_id = given if _REQUEST_ID.fullmatch(given) else None
         request_id = client_id or secrets.token_hex(12)
         scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id)
+        access = self._gateway.access
+        tenant: Tenant | None = None
         status = 0
 
         async def send_on(message: Message) -> None:
@@ -176,11 +183,18 @@ class _Envelope:
                 status = message["status"]
                 taken_ms = round(1000 * (self._gateway.clock.now() - began_s))
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()),
-                                      (b"openai-processing-ms", str(taken_ms).encode())]
+                                      (b"openai-processing-ms", str(taken_ms).encode()),
+                                      *(access.headers(tenant) if tenant is not None else ())]
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
+                if scope["path"] not in _OPEN:
+                    scope["state"]["tenant"] = tenant = access.asking(scope["headers"])
+                    if access.keyed:
+                        structlog.contextvars.bind_contextvars(tenant=tenant.name)
+                    if scope["method"] == "POST":
+                        access.count(tenant)
                 await self._app(scope, receive, send_on)
             except MillError as error:
                 log.info("request_refused", path=scope["path"], code=error.code, reason=error.message)
@@ -194,6 +208,7 @@ class _Envelope:
                     raise  # the answer has begun: all that can be done is to cut it off
                 await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"))
             finally:
+                structlog.contextvars.unbind_contextvars("tenant")
                 route = scope.get("route")
                 self._gateway.metrics.requests.labels(getattr(route, "path", _UNKNOWN_ROUTE), str(status)).inc()
 
@@ -205,13 +220,15 @@ async def _send_error(send: Send, error: MillError) -> None:
 
 
 def _error_headers(error: MillError, length: int) -> list[tuple[bytes, bytes]]:
-    """When to come back, in both units that clients read; and when not to."""
+    """When to come back, in both units that clients read; when not to; and how to show who one is."""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
     if error.retry_after_s is not None:
         headers += [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()),
                     (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]
-    if error.status >= 500 and not error.retryable:
+    if (error.status >= 500 or error.status == RateLimited.status) and not error.retryable:
         headers.append((b"x-should-retry", b"false"))
+    if error.status == NotAuthorised.status:
+        headers.append((b"www-authenticate", b"Bearer"))
     return headers
 
 
@@ -222,6 +239,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     shown.code = "not_found" if error.status_code == 404 else "method_not_allowed"
     return Response(error_json(shown), error.status_code,
                     {**(error.headers or {}), "content-type": "application/json"})
+
+
+def _tenant(request: Request) -> Tenant:
+    """Whose request it is, as the envelope has found."""
+    found: Tenant = request.scope["state"]["tenant"]
+    return found
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -3,12 +3,13 @@
 A model is known by its name in the mesh, by its aliases, and by the name its files give it, in this order. Pure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gateway.prompt import ServedModel
 from shared.errors import BadRequest, ModelNotFound
 
 MOST_NAMED = 128  # characters of an unknown name, and names of known ones, that an error repeats
+MOST_NARROWED = 1024
 
 
 class Catalogue:
@@ -31,6 +32,7 @@ class Catalogue:
         # a name that two models' files share says nothing
         self._known = {model.card.name: model for model in models if own.count(model.card.name) == 1}
         self._known |= {alias: self._named[name] for alias, name in self.aliases.items()} | self._named
+        self._narrowed: dict[Collection[str], Catalogue] = {}
 
     def named(self, name: str | None, elsewhere: Sequence[str] = ()) -> ServedModel:
         """The model of this name; None means the only one. Raises ModelNotFound, BadRequest when several are meant.
@@ -51,6 +53,23 @@ class Catalogue:
                                 "it: start it with --models", param="model")
         raise ModelNotFound(f"the model {_shortened(name)!r} does not exist here: this gateway serves "
                             f"{_listed(self._named)}", param="model")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def only(self, names: tuple[str, ...] | None) -> "Catalogue":
+        """What is left for somebody who may use the models of these names or aliases; None: all."""
+        if names is None:
+            return self
+        found = self._narrowed.get(names)
+        if found is None:
+            if len(self._narrowed) >= MOST_NARROWED:
+                self._narrowed.clear()
+            models = [model for model in self.models if any(self._known.get(name) is model for name in names)]
+            kept = {model.name for model in models}
+            found = Catalogue(models, {alias: name for alias, name in self.aliases.items() if name in kept})
+            self._narrowed[names] = found
+        return found
 
     def names(self) -> list[tuple[str, ServedModel]]:
         """Every name to ask for, models first: what is listed."""

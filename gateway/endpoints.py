@@ -9,14 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from gateway.answer import Answer, ClientLeft
 from gateway.openai import chat, common, completions
-from gateway.openai.parameters import Options, Parameters
+from gateway.openai.parameters import Options, Parameters, names_tier
 from gateway.prompt import ServedModel
 from gateway.residency import policy_of
+from gateway.tenants import Tenant
 from shared.errors import TooLarge
 
 if TYPE_CHECKING:
@@ -95,19 +97,27 @@ class Generation:
         began_s = gateway.clock.now()
         raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
         body: Parameters = endpoint.decode(raw)
-        model = gateway.model_named(body.model)
-        residency = policy_of(gateway.residency, scope["headers"])
+        tenant: Tenant = scope["state"]["tenant"]
+        model = gateway.model_named(body.model, tenant)
+        residency = tenant.within(policy_of(gateway.residency, scope["headers"]))
         gateway.check_reachable(model, residency)
         options = endpoint.options(body)
+        if (tier := tenant.tier_of(options.tier, names_tier(body))) != options.tier:
+            options = msgspec.structs.replace(options, tier=tier)
         texts = endpoint.prompts(body, model, gateway.clock.wall())
-        with gateway.places(len(texts) * options.choices):
+        streams = len(texts) * options.choices
+        with gateway.access.under_way(tenant, streams) as use, gateway.places(streams):
             prompts, prediction = await gateway.aside(len(raw), lambda: ([
-                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, gateway.cache_salt,
+                model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, tenant.salt,
                              endpoint.source)
                 for tokens in texts], endpoint.prediction(body, model)))
+            use.reserve(sum(len(prompt.tokens) + options.choices * prompt.max_tokens for prompt in prompts))
             answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
-                            residency, prediction)
-            await answer.give(receive, send)
+                            tenant, residency, prediction)
+            try:
+                await answer.give(receive, send)
+            finally:
+                use.used_tokens = answer.used_tokens
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:

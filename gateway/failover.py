@@ -141,6 +141,11 @@ class StreamState:
         self._gap_s: float | None = None  # when waiting for the missing ends
         self._unheard_since_s: float | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether a worker has ever taken it."""
+        return self._accepted_once
+
     # --- inputs ------------------------------------------------------------------------------------------------------
 
     def start(self, now_s: float) -> list[Action]:

@@ -65,6 +65,8 @@ class Metrics:
         self.cancels = Counter("mill_gateway_cancels", "Cancels sent to workers, and to routers that hold requests.",
                                registry=own)
         self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
+        self.tenants_refused = Gauge("mill_gateway_tenants_refused", "1 while the tenants as they stand cannot be "
+                                     "used, and those read before hold.", registry=own)
         self.predicted_cached_tokens = Counter(
             "mill_gateway_predicted_cached_tokens", "Prompt tokens that routers said were cached, where what was there "
             "is known too.", registry=own)

@@ -2,7 +2,7 @@
 
 Rules: soft and bounded, the newest `MOST` requests of this gateway; no text and no tokens; a receipt is opened only
 when somebody asks, so a request costs two look-ups and the bytes. A request is found under its `x-request-id`, the id
-of its response, or the number that routers and workers log.
+of its response, or the number that routers and workers log, by its own tenant alone: for others it does not exist.
 Pure.
 
     Streams.hear --Note--> Stream.notes        the receipts that came with Accepted and Failed
@@ -106,6 +106,7 @@ class Kept(NamedTuple):
     model: str
     created: float  # unix seconds
     choices: tuple[Outcome, ...]
+    tenant: str
 
 
 class Receipts:
@@ -114,24 +115,26 @@ class Receipts:
     def __init__(self, most: int = MOST) -> None:
         self._most = most
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # by the bare id of the response
-        self._by_request_id: dict[str, str] = {}
+        # clients choose these: two tenants may choose alike
+        self._by_request_id: dict[tuple[str, str], str] = {}  # (tenant, request id) -> bare id
 
     def keep(self, kept: Kept) -> None:
         """Remember this one, and the newest of those before it."""
         bare = _bare(kept.response_id)
         self._kept[bare] = kept
         self._kept.move_to_end(bare)
-        self._by_request_id[kept.request_id] = bare
+        self._by_request_id[kept.tenant, kept.request_id] = bare
         while len(self._kept) > self._most:
             gone, old = self._kept.popitem(last=False)
-            if self._by_request_id.get(old.request_id) == gone:
-                del self._by_request_id[old.request_id]
+            if self._by_request_id.get((old.tenant, old.request_id)) == gone:
+                del self._by_request_id[old.tenant, old.request_id]
 
-    def find(self, name: str) -> Kept:
-        """By request id, response id or the number in the logs. Raises ReceiptNotFound."""
-        for key in (self._by_request_id.get(name, ""), _bare(name), _bare(name).rsplit("-", 1)[0]):
-            if key in self._kept:
-                return self._kept[key]
+    def find(self, name: str, tenant: str) -> Kept:
+        """One of `tenant`, by request id, response id or the number in the logs. Raises ReceiptNotFound."""
+        for key in (self._by_request_id.get((tenant, name), ""), _bare(name), _bare(name).rsplit("-", 1)[0]):
+            kept = self._kept.get(key)
+            if kept is not None and kept.tenant == tenant:
+                return kept
         raise ReceiptNotFound(f"no receipt of this request is kept here: a gateway keeps those of its last {self._most}"
                               " requests once they have ended, so ask the gateway that answered, and soon", param="id")
 

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 import uvicorn
 
+from gateway.access import Access, source_of
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.app import build_app
@@ -29,11 +30,11 @@ from gateway.prompt import ServedModel
 from gateway.receipts import Receipts
 from gateway.residency import check_reachable
 from gateway.streams import Streams
+from gateway.tenants import Tenant
 from shared import subjects, telemetry
-from shared.blocks import tenant_salt
 from shared.bus import Bus, BusUnavailable, Delivery
 from shared.clock import Clock
-from shared.errors import BadRequest, MeshUnavailable, Overloaded
+from shared.errors import BadRequest, MeshUnavailable, Overloaded, PermissionDenied
 from shared.fleet import Fleet
 from shared.ids import new_epoch, new_id
 from shared.messages import GatewayStatus, Residency, RouterStatus, Status, StepReplies, WorkerStatus, decode, encode
@@ -44,6 +45,7 @@ T = TypeVar("T")
 
 TICK_S = 0.1  # how finely deadlines and silence are noticed
 FORGET_S = 60.0
+FOLLOW_S = 1.0  # after so long a change of tenants holds here
 LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
 PROMPTS_PER_TURN = 4  # of the event loop: 1 to 2 ms
 CLOSE_S = 5.0  # for HTTP connections to end once nothing runs
@@ -56,7 +58,7 @@ class Gateway:
 
     def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock,
                  models: ServedModel | Sequence[ServedModel] | None) -> None:
-        """Raises ValueError for an id, an alias or a policy that is none."""
+        """Raises ValueError for an id, an alias or a policy that is none, and for tenants that cannot be read."""
         self.id = subjects.check_id(settings.id or new_id("gateway"))
         self.epoch = new_epoch(clock)
         self.bus = bus
@@ -70,7 +72,8 @@ class Gateway:
         self.admission = Admission(settings.max_active)
         limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics)
-        self.cache_salt = tenant_salt(settings.cache_secret.encode(), "default")
+        self.access = Access(source_of(settings), clock)
+        self.metrics.tenants_refused.set_function(lambda: self.access.refused)
         self.answers: set[Answer] = set()
         self.receipts = Receipts()
         self.draining = False
@@ -88,9 +91,24 @@ class Gateway:
         if self.draining:
             raise Overloaded("this gateway is leaving: send the request again", retry_after_s=1.0)
 
-    def model_named(self, name: str | None) -> ServedModel:
-        """The served model of this name; absent means the only one. Raises ModelNotFound, BadRequest."""
-        return self.catalogue.named(name, self.fleet.models())
+    def models_of(self, tenant: Tenant) -> Catalogue:
+        """What this tenant may ask for."""
+        return self.catalogue.only(tenant.models)
+
+    def model_named(self, name: str | None, tenant: Tenant) -> ServedModel:
+        """The model of this name for `tenant`; absent means the only one.
+
+        Raises ModelNotFound, PermissionDenied, BadRequest.
+        """
+        if tenant.models is None:
+            return self.catalogue.named(name, self.fleet.models())
+        offered = self.models_of(tenant)
+        if name is not None and name in self.catalogue and name not in offered:
+            raise PermissionDenied(f"this key's tenant may not use the model {name!r}: GET /v1/models lists those it "
+                                   "may", param="model")
+        if self.catalogue.models and not offered.models:
+            raise PermissionDenied("this key's tenant may use none of the models of this gateway", param="model")
+        return offered.named(name)
 
     def check_reachable(self, model: ServedModel, residency: Residency) -> None:
         """Raises NoEligibleWorker when no worker of `model` is where the policy allows, as far as it was heard."""
@@ -171,7 +189,7 @@ class Gateway:
                     for kind in ("worker", "router")]
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
-                     for loop in (self._send, self._keep_time, self._beat)]
+                     for loop in (self._send, self._keep_time, self._beat, self._follow)]
             try:
                 yield
             finally:
@@ -227,6 +245,11 @@ class Gateway:
                 async with asyncio.timeout(self.settings.heartbeat_s):
                     await self._changed.wait()
             self._changed.clear()
+
+    async def _follow(self) -> None:
+        while self.access.keyed:
+            await self.clock.sleep(FOLLOW_S)
+            await self.access.follow()
 
     def _on_replies(self, delivery: Delivery) -> None:
         message: StepReplies | None = self._decoded(delivery, StepReplies)

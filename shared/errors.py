@@ -3,7 +3,8 @@
     MillError
     ├── BadRequest           400  the client's: the message says which field and what to send instead
     │   └── ContextTooLong   400  code context_length_exceeded
-    ├── NotAuthorised        401
+    ├── NotAuthorised        401  no key, or one that opens nothing
+    ├── PermissionDenied     403  a key that may not do this
     ├── ModelNotFound        404  code model_not_found
     ├── TooLarge             413
     ├── RateLimited          429  retry after
@@ -44,6 +45,10 @@ class NotAuthorised(MillError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
 
 
+class PermissionDenied(MillError):
+    status, type, code = 403, "permission_error", "permission_denied"
+
+
 class ModelNotFound(MillError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
 
@@ -78,8 +83,8 @@ class WorkerFailed(MillError):
 
 _BY_CODE: dict[str, type[MillError]] = {
     kind.code: kind
-    for kind in (BadRequest, ContextTooLong, NotAuthorised, ModelNotFound, TooLarge, RateLimited, NoEligibleWorker,
-                 Overloaded, MeshUnavailable, DeadlineExceeded, WorkerFailed)
+    for kind in (BadRequest, ContextTooLong, NotAuthorised, PermissionDenied, ModelNotFound, TooLarge, RateLimited,
+                 NoEligibleWorker, Overloaded, MeshUnavailable, DeadlineExceeded, WorkerFailed)
 }
 
 

@@ -39,6 +39,8 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     models: str = ""  # further ones, by their names in the mesh: `a=FOLDER,b=FOLDER`
     aliases: str = ""  # other names for them: `fast=a,best=b`
     residency: str = ""  # zones that requests may use, split by commas; empty: any. A request may narrow it
+    # file of tenants, their keys and limits (`gateway/tenants_file.py`); empty: nobody needs a key
+    tenants: str = ""
     max_active: int = 1024  # streams at once; more is refused with Retry-After
     max_body_bytes: int = 4 << 20
     default_max_tokens: int = 512
@@ -47,7 +49,7 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     stall_s: float = 20.0  # no token for this long though its worker lives: sent again
     max_attempts: int = 4
     keep_alive_s: float = 15.0
-    cache_secret: str = "tokenmill"
+    cache_secret: str = "tokenmill"  # of cache salts, where there is no tenants file
 
 
 class RouterSettings(Settings, frozen=True, kw_only=True):

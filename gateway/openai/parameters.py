@@ -176,8 +176,12 @@ def _token_ids(ids: list[int] | None) -> tuple[int, ...]:
     return tuple(ids or ())
 
 
+def names_tier(body: Parameters) -> bool:
+    """Whether a tier is asked for; `auto` is what a request gets that does not ask."""
+    return body.service_tier not in (None, "auto")
+
+
 def _tier(name: str | None) -> Tier:
-    """`auto` is what a request gets that does not ask."""
     if name in (None, "auto"):
         return DEFAULT
     for tier in TIERS:

@@ -18,7 +18,7 @@ TOLD = Receipt("r1", "cost", 160, "w2", 64, 32, 96, "cost", "w1", ("queue", "pre
                (Weighed("w2", 64, 12_500, (0, 11_000)), Weighed("w1", 96, 20_000, (9_000, 7_250), 2, 300, 1.5)), 12,
                decision_us=310)
 RECEIPT = document(Kept("req 1", "chatcmpl-1", "tiny", 0.0, (
-    Outcome((Note(1, "w2", pack(TOLD)),), 160, "stop", "w2", 1, 48, "evicted"),)))
+    Outcome((Note(1, "w2", pack(TOLD)),), 160, "stop", "w2", 1, 48, "evicted"),), "default"))
 
 
 class _Gateway(BaseHTTPRequestHandler):

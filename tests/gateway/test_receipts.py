@@ -154,13 +154,13 @@ def test_what_is_missed_is_measured_against_what_was_wanted() -> None:
 def test_the_store_keeps_the_newest_and_finds_no_other() -> None:
     store = Receipts(most=3)
     for number in range(5):
-        store.keep(Kept(f"x{number % 4}", f"chatcmpl-{number}", "m", 0.0, ()))
+        store.keep(Kept(f"x{number % 4}", f"chatcmpl-{number}", "m", 0.0, (), "default"))
     assert len(store) == 3
-    assert store.find("x0").response_id == "chatcmpl-4"  # named twice: the newest
-    assert store.find("2").request_id == "x2"
+    assert store.find("x0", "default").response_id == "chatcmpl-4"  # named twice: the newest
+    assert store.find("2", "default").request_id == "x2"
     for gone in ("x1", "chatcmpl-0", "chatcmpl-1", "", "-"):
         with pytest.raises(ReceiptNotFound):
-            store.find(gone)
+            store.find(gone, "default")
 
 
 @given(st.integers(0, MOST_CANDIDATES), st.integers(0, 8), st.text(max_size=40))
@@ -173,11 +173,31 @@ def test_the_header_stays_small_and_plain(workers: int, walls: int, reason: str)
     assert len(line) <= HEADER_BYTES and line.isascii()
     if reason.isascii():
         assert json.loads(line)["predicted_cached_tokens"] == 64
-    assert json.loads(json.dumps(document(Kept("x", "chatcmpl-1", "m", 0.0, (outcome(told),)))))
+    assert json.loads(json.dumps(document(Kept("x", "chatcmpl-1", "m", 0.0, (outcome(told),), "a"))))
 
 
 def test_a_receipt_that_cannot_be_read_explains_nothing_and_breaks_nothing() -> None:
     for data in (b"", b"\xc1", b"\x93\x01\x02\x03", b"text"):
         broken = outcome(notes=(Note(1, "w1", data),))
         assert found(broken) is None and header([broken]) == ""
-        assert document(Kept("x", "chatcmpl-1", "m", 0.0, (broken,)))["choices"][0]["attempts"] == []
+        assert document(Kept("x", "chatcmpl-1", "m", 0.0, (broken,), "a"))["choices"][0]["attempts"] == []
+
+
+def test_a_receipt_is_found_by_its_own_tenant_alone_also_when_two_chose_the_same_request_id() -> None:
+    store = Receipts(most=3)
+    store.keep(Kept("mine", "chatcmpl-1", "m", 0.0, (), "acme"))
+    store.keep(Kept("mine", "cmpl-2", "m", 0.0, (), "other"))
+    assert store.find("mine", "acme").response_id == "chatcmpl-1"
+    assert store.find("mine", "other").response_id == "cmpl-2"
+    reasons = set()
+    for name, tenant in (("chatcmpl-1", "other"), ("1-0", "other"), ("cmpl-2", "acme"), ("mine", "third"),
+                         ("nothing", "third")):
+        with pytest.raises(ReceiptNotFound) as unknown:
+            store.find(name, tenant)
+        reasons.add(unknown.value.message)
+    assert len(reasons) == 1
+    for number in (3, 4, 5):
+        store.keep(Kept("mine", f"cmpl-{number}", "m", 0.0, (), "third"))
+    with pytest.raises(ReceiptNotFound):
+        store.find("mine", "acme")
+    assert store.find("mine", "third").response_id == "cmpl-5"

@@ -1,0 +1,146 @@
+"""Whose request it is, and whether there is room for it in its tenant's limits.
+
+Rules: what cannot be read at the start is an error; what goes bad later is refused, said once in the log, and what was
+read before stays. A key that is revoked opens nothing new; what runs ends. What a request took is given back once,
+however it ends. Neither keys nor digests reach a log.
+
+    headers --asking--> Tenant --counted--> one request more of this minute
+                               --under_way--> its streams, then the tokens they may come to, until it ends
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import structlog
+
+from gateway import tenants
+from gateway.limits import Headers, Meter
+from gateway.tenants import Tenant, Tenants
+from gateway.tenants_file import TenantsFile
+from shared.clock import Clock
+from shared.settings import GatewaySettings
+
+log = structlog.get_logger("gateway.access")
+
+
+class Source(Protocol):
+    """Where tenants are kept: a file, or one day a database."""
+
+    def changed(self) -> bool:
+        """Whether it is worth reading again. Must not wait."""
+
+    def read(self) -> Tenants:
+        """Everybody there is. May wait: it is called in a thread. Raises ValueError with a sentence for people."""
+
+
+class Everybody:
+    """The source where nobody needs a key."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def changed(self) -> bool:
+        return False
+
+    def read(self) -> Tenants:
+        return tenants.everybody(self._secret)
+
+
+def source_of(settings: GatewaySettings) -> Source:
+    """Where this gateway's tenants are."""
+    return TenantsFile(settings.tenants) if settings.tenants else Everybody(settings.cache_secret)
+
+
+class Use:
+    """What one request has of its tenant's limits."""
+
+    def __init__(self, tenant: Tenant, meter: Meter, clock: Clock) -> None:
+        self.used_tokens = 0  # to be told before it ends
+        self._limits = tenant.limits
+        self._meter = meter
+        self._clock = clock
+        self._reserved = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Set aside what it may come to, once. Raises RateLimited."""
+        self._meter.reserve(self._limits, tokens, self._clock.now())
+        self._reserved = tokens
+
+    def settle(self) -> None:
+        """Give back what was set aside and not used."""
+        self._meter.settle(self._limits, self._reserved, self.used_tokens if self._reserved else 0)
+
+
+class Access:
+    """The tenants of one gateway, and what each has used here."""
+
+    def __init__(self, source: Source, clock: Clock) -> None:
+        """Raises ValueError for a source that cannot be read."""
+        self._source = source
+        self._clock = clock
+        self._complaint = ""
+        self._meters: dict[str, Meter] = {}
+        self._tenants = source.read()
+
+    @property
+    def keyed(self) -> bool:
+        """Whether a request needs a key."""
+        return self._tenants.keyed
+
+    @property
+    def refused(self) -> bool:
+        """Whether what stands in the source now is not what holds here."""
+        return bool(self._complaint)
+
+    def tenants(self) -> list[Tenant]:
+        """Everybody who may ask."""
+        return list(self._tenants.named.values())
+
+    def asking(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
+        """Whose key came with a request. Raises NotAuthorised."""
+        return self._tenants.asking(headers, self._clock.wall())
+
+    def count(self, tenant: Tenant) -> None:
+        """One request more of this minute. Raises RateLimited."""
+        if tenant.limits:
+            self._meter(tenant).count(tenant.limits, self._clock.now())
+
+    @contextlib.contextmanager
+    def under_way(self, tenant: Tenant, streams: int) -> Iterator[Use]:
+        """So many streams of one request while the block runs. Raises RateLimited."""
+        meter = self._meter(tenant)
+        meter.enter(tenant.limits, streams)
+        use = Use(tenant, meter, self._clock)
+        try:
+            yield use
+        finally:
+            use.settle()
+            meter.leave(streams)
+
+    def headers(self, tenant: Tenant) -> Headers:
+        """What an answer to `tenant` says of its limits now; nothing where it has none."""
+        return self._meter(tenant).headers(tenant.limits, self._clock.now()) if tenant.limits else []
+
+    async def follow(self) -> None:
+        """Take in what changed in the source."""
+        if not self._source.changed():
+            return
+        try:
+            self._tenants = await asyncio.to_thread(self._source.read)
+        except ValueError as error:
+            if self._complaint != str(error):
+                self._complaint = str(error)
+                log.warning("tenants_refused", reason=str(error), kept=len(self._tenants.named))
+            return
+        self._complaint = ""
+        self._meters = {name: meter for name, meter in self._meters.items()
+                        if name in self._tenants.named or meter.streams}
+        log.info("tenants_read", tenants=len(self._tenants.named))
+
+    def _meter(self, tenant: Tenant) -> Meter:
+        meter = self._meters.get(tenant.name)
+        if meter is None:
+            meter = self._meters[tenant.name] = Meter(self._clock.now())
+        return meter

@@ -1,0 +1,125 @@
+"""The tenants file: who may ask, as people write it and `tokenmill keys` keeps it.
+
+Rules: all gateways of a mesh read the same file; what nobody knows is refused by name, so that no limit is lost to a
+slip of the pen; an error never repeats the secret or a digest.
+
+    secret = "..."                      # at least 32 characters, for cache salts: whoever changes it empties the caches
+
+    [tenants.acme]
+    weight = 4                          # share of a full mesh, 1 when left out
+    residency = "eu"                    # zones split by commas; left out: any
+    models = ["a"]                      # names or aliases of models; left out: all
+    tiers = ["default", "flex"]         # who asks for none gets default, else the first; left out: all
+    requests_per_minute = 600           # left out: no limit, as the next two
+    tokens_per_minute = 100000          # prompts and answers
+    concurrency = 16                    # streams under way
+
+    [[tenants.acme.keys]]
+    prefix = "tm-1a2b3c4d"
+    sha256 = "..."
+    created = 2026-01-01T00:00:00Z
+    expires = 2027-01-01T00:00:00Z      # left out: never
+    revoked = true                      # left out: false
+"""
+
+import tomllib
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from gateway.tenants import Key, Limits, Tenant, Tenants, check_name
+from shared.blocks import tenant_salt
+from shared.residency import parse
+from shared.tiers import LEAST_WEIGHT, MOST_WEIGHT, TIERS, Tier
+
+LEAST_SECRET = 32
+
+AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
+class _Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    weight: Annotated[float, Meta(ge=LEAST_WEIGHT, le=MOST_WEIGHT)] = 1.0
+    residency: str = ""
+    models: list[str] | None = None
+    tiers: Annotated[list[Tier], Meta(min_length=1)] | None = None
+    requests_per_minute: AtLeastOne | None = None
+    tokens_per_minute: AtLeastOne | None = None
+    concurrency: AtLeastOne | None = None
+    keys: list[Key] = []
+
+
+class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    secret: Annotated[str, Meta(min_length=LEAST_SECRET)]
+    tenants: dict[str, Any] = {}
+
+
+class TenantsFile:
+    """The file of one gateway, to be read again when its time, size or inode changed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._signature: tuple[int, ...] | None = None
+
+    def changed(self) -> bool:
+        """Whether it is another file than the one read last. One look at the folder, no waiting."""
+        return self._signature != _signature(self._path)
+
+    def read(self) -> Tenants:
+        """Everybody in it. Raises ValueError with a sentence that says what is wrong."""
+        # taken before: who writes while this reads is read again
+        self._signature = _signature(self._path)
+        try:
+            return read(self._path.read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read the tenants file {self._path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"the tenants file {self._path} is refused: {error}") from None
+
+
+def read(text: str) -> Tenants:
+    """The tenants of a file's text. Raises ValueError saying what is wrong where."""
+    try:
+        found = msgspec.convert(tomllib.loads(text), _File)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"it is no TOML: {error}") from None
+    except msgspec.ValidationError as error:
+        if "secret" in str(error):
+            raise ValueError(f"it needs a secret of {LEAST_SECRET} characters or more: let `tokenmill keys create` "
+                             "begin a file") from None
+        raise ValueError(_where(error, "")) from None
+    secret = sha256(found.secret.encode()).digest()  # a key of BLAKE2b has 64 bytes at most
+    return Tenants([_tenant(name, entry, secret) for name, entry in found.tenants.items()])
+
+
+def _tenant(name: str, table: Any, secret: bytes) -> Tenant:
+    check_name(name)
+    try:
+        entry = msgspec.convert(table, _Entry)
+        residency = parse(entry.residency)
+    except msgspec.ValidationError as error:
+        raise ValueError(_where(error, f"tenants.{name}")) from None
+    except ValueError as error:
+        raise ValueError(f"tenants.{name}.residency: {error}") from None
+    tiers = TIERS if entry.tiers is None else tuple(dict.fromkeys(entry.tiers))
+    return Tenant(name, tenant_salt(secret, name), entry.weight, residency,
+                  None if entry.models is None else tuple(entry.models), tiers,
+                  Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency), tuple(entry.keys))
+
+
+def _where(error: msgspec.ValidationError, table: str) -> str:
+    """msgspec's sentence, led by the path of what is wrong."""
+    what, _, path = str(error).partition(" - at `$")
+    where = table + path.rstrip("`")
+    return f"{where.lstrip('.')}: {what}" if where else what
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """Empty for a file that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
