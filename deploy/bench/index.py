@@ -126,8 +126,8 @@ def placements(blocks: int, workers: int, prompt_tokens: int, count: int) -> dic
 async def _placements(blocks: int, workers: int, prompt_tokens: int, count: int) -> dict[str, Any]:
     view, names = _view(blocks, workers)
     broker, clock = MemoryBroker(), LoopClock()
-    router = Router(MemoryBus(broker), RouterSettings(id="router-1", max_queue_s=1e9), clock)
-    router.view, router.state = view, "ready"
+    router = Router(MemoryBus(broker), RouterSettings(id="router-1", max_queue_s=1e9), clock, view)
+    router.desk.lose_patience()
     await router.listen()
     got = 0
     done = asyncio.Event()
@@ -144,7 +144,7 @@ async def _placements(blocks: int, workers: int, prompt_tokens: int, count: int)
     rng = random.Random(1)
     sent = [encode(_request(number, names, rng, prompt_tokens, clock.wall() + 1e6)) for number in range(count)]
     statuses = [encode(_status(number, 1)) for number in range(workers)]
-    sending = asyncio.create_task(router.send())
+    sending = asyncio.create_task(router.outbox.send())
     wall, cpu = time.perf_counter(), time.process_time()
     for number, data in enumerate(sent):
         await gateway.publish(subjects.generate("m"), data)
@@ -198,7 +198,7 @@ def _request(number: int, names: list[bytes], rng: random.Random, prompt_tokens:
 
 
 def _status(number: int, kv_seq: int) -> WorkerStatus:
-    return WorkerStatus(_name(number), 1, "m", max_running=256, prefill_tok_s=20_000.0, step_base_s=0.01,
+    return WorkerStatus(_name(number), 1, "m", max_running=256, prefill_tok_s=2_000_000.0, step_base_s=0.01,
                         step_row_s=0.0001, kv_seq=kv_seq, running=number % 8)
 
 

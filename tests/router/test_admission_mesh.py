@@ -146,14 +146,14 @@ def test_a_crowd_is_served_whole_and_waits_in_the_router_instead_of_in_workers()
         crowd, (held_by,) = world.crowd, world.routers
         asking = [asyncio.ensure_future(crowd.ask("red")) for _ in range(120)]
         await asyncio.sleep(1.0)
-        assert len(held_by.admission) > 60
+        assert len(held_by.desk.admission) > 60
         # full, and no fuller: about FULL_S of prompts
         assert all(status.queued_tokens < 3500 for status in world.statuses.values())
         await asyncio.gather(*asking)
         assert crowd.finished("red") == 120
         # 24,000 prompt tokens on two workers that take 1000 a second
         assert world.clock.now() < 1.5 + 1.25 * 12
-        assert len(held_by.admission) == 0
+        assert len(held_by.desk.admission) == 0
 
     play(scenario)
 
@@ -227,10 +227,10 @@ def test_a_full_queue_is_503_for_its_only_tenant_and_429_for_the_one_over_its_sh
         crowd, (held_by,) = world.crowd, world.routers
         asking = [asyncio.ensure_future(crowd.ask("big")) for _ in range(100)]
         await asyncio.sleep(0.5)
-        assert len(held_by.admission) <= 30
+        assert len(held_by.desk.admission) <= 30
         full = crowd.errors()
         assert full and {error.status for error in full} == {503}
-        while len(held_by.admission) < 30:
+        while len(held_by.desk.admission) < 30:
             asking.append(asyncio.ensure_future(crowd.ask("big")))
             await asyncio.sleep(0.01)
         asking += [asyncio.ensure_future(crowd.ask("small")) for _ in range(5)]
@@ -250,7 +250,7 @@ def test_what_a_dead_router_held_is_held_by_another_and_ends_well() -> None:
         crowd = world.crowd
         asking = [asyncio.ensure_future(crowd.ask("red")) for _ in range(100)]
         await asyncio.sleep(1.0)
-        assert all(len(found.admission) > 10 for found in world.routers)
+        assert all(len(found.desk.admission) > 10 for found in world.routers)
         world.router_buses[0].crash()
         world.router_tasks[0].cancel()
         await asyncio.gather(*asking)
@@ -266,8 +266,8 @@ def test_a_router_that_leaves_hands_on_what_it_holds() -> None:
         await asyncio.sleep(1.0)
         world.router_tasks[0].cancel()
         await asyncio.sleep(0.2)
-        assert len(world.routers[0].admission) == 0
-        assert len(world.routers[1].admission) > 20
+        assert len(world.routers[0].desk.admission) == 0
+        assert len(world.routers[1].desk.admission) > 20
         await asyncio.gather(*asking)
         assert crowd.errors() == [] and crowd.finished("red") == 100
 
@@ -279,16 +279,16 @@ def test_clients_that_leave_take_their_requests_out_of_the_queue() -> None:
         crowd, (held_by,) = world.crowd, world.routers
         streams = [crowd.send("red", "default", 500.0)[0] for _ in range(100)]
         await asyncio.sleep(1.0)
-        assert len(held_by.admission) > 40
+        assert len(held_by.desk.admission) > 40
         for stream in streams:
             crowd.streams.cancel(stream)
         await asyncio.sleep(0.01)
-        assert len(held_by.admission) == 0
+        assert len(held_by.desk.admission) == 0
         # one that left before anybody was told who holds it
         for _ in range(100):
             crowd.streams.cancel(crowd.send("red", "default", 500.0)[0])
         await asyncio.sleep(1.0)
-        assert len(held_by.admission) == 0
+        assert len(held_by.desk.admission) == 0
 
     play(scenario)
 
@@ -297,14 +297,14 @@ def test_an_idle_queue_is_idle() -> None:
     async def scenario(world: World) -> None:
         (held_by,) = world.routers
         looked = 0
-        look = held_by._let_in_some
+        look = held_by.desk._let_in_some
 
         def counted() -> int:
             nonlocal looked
             looked += 1
             return look()
 
-        held_by._let_in_some = counted  # type: ignore[method-assign]
+        held_by.desk._let_in_some = counted  # type: ignore[method-assign]
         await world.crowd.ask("red")
         await asyncio.sleep(5.0)
         assert looked == 0

@@ -44,7 +44,7 @@ def test_a_request_reaches_a_worker_with_its_placement_and_nothing_else_changed(
         (told,) = gateway.placed
         assert told.tokens == b"" and told.cache_salt == b""
         assert told.block_hashes == got.block_hashes
-        assert router.router.placed_total == 1
+        assert router.router.desk.placed_total == 1
 
     play(scenario)
 
@@ -195,7 +195,7 @@ def test_two_routers_share_the_load_place_each_request_once_and_spread_together(
         await asyncio.sleep(0.1)
         placed = Counter(got.request_id for worker in workers for got in worker.requests)
         assert len(placed) == 80 and set(placed.values()) == {1}
-        assert all(router.router.placed_total > 20 for router in routers)
+        assert all(router.router.desk.placed_total > 20 for router in routers)
         spread = [len(worker.requests) for worker in workers]
         assert max(spread) - min(spread) <= 8, spread
 
