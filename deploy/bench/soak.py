@@ -202,10 +202,10 @@ class Soak:
                 outcome = await send()
         except TimeoutError:
             outcome = "stuck"
-            self._record.wrong.append(f"{kind}: no end within {BOUND_S:.0f} s")
+            self._complain(f"{kind}: no end within {BOUND_S:.0f} s")
         except (Wrong, OSError, ValueError, LookupError, asyncio.IncompleteReadError) as error:
             outcome = "wrong"
-            self._record.wrong.append(f"{kind}: {error!r}")
+            self._complain(f"{kind}: {error!r}")
         finally:
             self._open -= 1
         self._record.ended(kind, outcome, time.monotonic() - started)
@@ -232,7 +232,7 @@ class Soak:
         deadline = time.monotonic() + IDLE_WITHIN_S
         while held := busy(await self._figures()):
             if time.monotonic() > deadline:
-                self._record.wrong.append(f"not idle {IDLE_WITHIN_S:.0f} s after the last request: {held}")
+                self._complain(f"not idle {IDLE_WITHIN_S:.0f} s after the last request: {held}")
                 break
             await asyncio.sleep(0.2)
         await asyncio.sleep(1.0)  # for sockets and threads that have just ended
@@ -246,6 +246,11 @@ class Soak:
 
     async def _figures(self) -> Figures:
         return {name: parse((await self._http.get(place)).text) for name, place in self._places.items()}
+
+    def _complain(self, what: str) -> None:
+        """At once: half an hour is long to wait for what went wrong in its first minute."""
+        self._record.wrong.append(what)
+        print(f"{time.monotonic() - self._began:6.0f} s  {what}", file=sys.stderr, flush=True)
 
     def _say(self, sample: Sample) -> None:
         worker = sample.figures["worker"]
