@@ -26,7 +26,11 @@ MOST_THREADS = 8  # more cores than memory channels can feed only spin
 _GROUP = 32
 _LANES = 16
 _KV_FORMATS = {"fp16": (0, 2, 0), "int8": (1, 1, 4), "fp8": (2, 1, 0)}  # number in C, bytes a number, bytes a step
-_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}  # as numbered in GGUF
+_TYPES = {  # as numbered in GGUF
+    "F32": 0, "F16": 1, "BF16": 30,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8,
+    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+}  # fmt: skip
 _LAYER = (
     "attention_norm",
     "attention.q",

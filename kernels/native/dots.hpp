@@ -1,6 +1,6 @@
 // Exact int32 products of one packed group of weights with rows of activations: what instruction sets differ in most.
 //
-// A group is the 64-byte lines of a panel (linear.hpp) for 16 outputs and 32 inputs: 4 of them for Q4, 8 for Q8. R rows go
+// A group is the 64-byte lines of a panel (linear.hpp) for 16 outputs and 32 inputs: 4 lines of nibbles, or 8 of bytes. R rows go
 // together, their sums in registers; a row's four inputs are broadcast, and meet the same four of all 16 outputs.
 //     AVX-512   vpdpbusd wants unsigned weights. Nibbles are; int8 weights become so by adding 128 (flipping their highest
 //               bit), and the sum of a row starts at -128 times the sum of its inputs.
@@ -21,8 +21,11 @@ constexpr int kGroup = 32;
 struct GroupRows {
   const int8_t* q;          // [R][32]
   const float *scale, *sum;  // [R]
-  const int32_t* offset;    // [R]  -128 * the sum of q
+  const int32_t *offset, *first_offset;  // [R]  -128 * the sum of q, and of its first half
 };
+
+// Where halves of a group have scales of their own (int8, Q6_K), the dot is scale * dot of the first half + scale * dot of
+// the second: below 2^24 (128 * 32 * 127 * 32), so float32 has it exactly.
 
 #if MILL_AVX512
 
@@ -74,6 +77,28 @@ MILL_INLINE void q8_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) dots[r] = {_mm512_cvtepi32_ps(sums[r])};
+}
+
+template <int R>
+MILL_INLINE void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes first_scale, Lanes second_scale, Lanes dots[R]) {
+  __m512i first[R], second[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    first[r] = _mm512_set1_epi32(rows.first_offset[r]);
+    second[r] = _mm512_set1_epi32(rows.offset[r] - rows.first_offset[r]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    const __m512i a = _mm512_xor_si512(line(lines + 64 * i), flip), b = _mm512_xor_si512(line(lines + 64 * (i + 4)), flip);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) first[r] = _mm512_dpbusd_epi32(first[r], a, four_inputs(rows.q + r * kGroup + 4 * i));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) second[r] = _mm512_dpbusd_epi32(second[r], b, four_inputs(rows.q + r * kGroup + 4 * (i + 4)));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+    dots[r] = fma(second_scale, Lanes{_mm512_cvtepi32_ps(second[r])}, first_scale * Lanes{_mm512_cvtepi32_ps(first[r])});
 }
 
 #elif MILL_AVX2
@@ -169,6 +194,19 @@ MILL_INLINE void q8_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots
   for (int r = 0; r < R; r++) dots[r] = sums.total(r);
 }
 
+template <int R>
+MILL_INLINE void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes first_scale, Lanes second_scale, Lanes dots[R]) {
+  Q8Dots<R> first, second;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) first.quad(i, lines, rows.q);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) dots[r] = first_scale * first.total(r);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) second.quad(i, lines + 4 * 64, rows.q + kGroup / 2);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) dots[r] = fma(second_scale, second.total(r), dots[r]);
+}
+
 #else
 
 constexpr int kRowsTogether = 4;
@@ -193,6 +231,17 @@ void q8_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots[R]) {
       int32_t dot = 0;
       for (int k = 0; k < kGroup; k++) dot += int32_t(int8_t(lines[k / 4 * 64 + 4 * n + k % 4])) * rows.q[r * kGroup + k];
       dots[r].at[n] = float(dot);
+    }
+}
+
+template <int R>
+void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes first_scale, Lanes second_scale, Lanes dots[R]) {
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < kLanes; n++) {
+      int32_t dot[2] = {0, 0};
+      for (int k = 0; k < kGroup; k++)
+        dot[k / (kGroup / 2)] += int32_t(int8_t(lines[k / 4 * 64 + 4 * n + k % 4])) * rows.q[r * kGroup + k];
+      dots[r].at[n] = first_scale.at[n] * float(dot[0]) + second_scale.at[n] * float(dot[1]);
     }
 }
 

@@ -6,12 +6,17 @@
 //          low nibble: input 8i+j, high nibble: input 8i+4+j (j = 0..3).   Q4_0 is Q4 with minimum -8 * scale.
 //     Q8   all scales first (16 fp16 per group, padded to 64 bytes), then per group 8 lines of 64 bytes:
 //          byte 4n+j of line i is output n, input 4i+j.
+//     Q5   per group: scales and minima as Q4, then lines as Q8.   Q5_0 is Q5 with minimum -16 * scale.
+//     Q4_K, Q5_K   per 8 groups: 16 fp16 factors of scales, 16 fp16 factors of minima (negated), per group 16 int8 scales and
+//          16 int8 minima, which they multiply; then lines as Q4 or Q8, group after group.
+//     Q6_K per 8 groups: 16 fp16 factors, per group two times 16 int8 scales of its halves, 32 bytes unused; then lines as Q8.
 //     F32, F16, BF16   per input 16 numbers.
 // Each thread's panels of all matrices lie in execution order in one region: a step is one stream per thread. A thread that
 // is done with its own panels takes over what is left of the others'.
 //
 // Arithmetic, per output and for every number of rows: groups in ascending order,
-//     acc = fma(scale * row_scale, float(exact int32 dot), acc), and for Q4   acc = fma(minimum, row_scale * sum(q), acc);
+//     acc = fma(scale * row_scale, float(exact int32 dot), acc), and with minima   acc = fma(minimum, row_scale * sum(q), acc);
+//     scales and minima of Q4_K and Q5_K are products that float32 has exactly, and so is the dot of Q6_K (dots.hpp);
 //     float kinds: inputs in ascending order, acc = fma(weight, x, acc).
 #pragma once
 
@@ -25,7 +30,9 @@ namespace mill {
 
 constexpr int kPassRows = 64;  // rows that go through the layers together; more rows go in several passes
 
-enum class Kind : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q8 = 8, BF16 = 30 };  // the numbers of GGUF
+enum class Kind : int32_t {  // the numbers of GGUF
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q5_0 = 6, Q5 = 7, Q8 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30
+};
 
 // Rows of activations: int8 with a scale per group of 32 for quantised weights, and as they were for float weights.
 struct Activations {
@@ -33,14 +40,14 @@ struct Activations {
   std::vector<int8_t> q;        // [inputs / 32][rows][32]
   std::vector<float> scale;     // [inputs / 32][rows]   largest magnitude / 127
   std::vector<float> sum;       // [inputs / 32][rows]   scale * sum of q
-  std::vector<int32_t> offset;  // [inputs / 32][rows]   -128 * sum of q
+  std::vector<int32_t> offset, first_offset;  // [inputs / 32][rows]   -128 * sum of q, and of its first half
   std::vector<float> plain;     // [rows][inputs], empty unless a float matrix reads it
 
   void reserve(int inputs, bool keep_plain);
   // The rows of one group from `row` on.
   GroupRows group(int index, int row) const {
     const size_t at = size_t(index) * size_t(rows) + size_t(row);
-    return {q.data() + at * kGroup, scale.data() + at, sum.data() + at, offset.data() + at};
+    return {q.data() + at * kGroup, scale.data() + at, sum.data() + at, offset.data() + at, first_offset.data() + at};
   }
   // Takes the 32 numbers of one group of one row.
   void set_group(int row, int group, int inputs, const float* values);
@@ -63,7 +70,7 @@ struct Matrix {
 
   void describe(int32_t ggml_type, int outputs, int inputs, int panels_per_unit);
   int panels() const { return (outputs + kLanes - 1) / kLanes; }
-  bool is_float() const { return kind != Kind::Q4 && kind != Kind::Q8; }
+  bool is_float() const { return kind == Kind::F32 || kind == Kind::F16 || kind == Kind::BF16; }
   uint8_t* panel(const Share& share, int index) const {
     const int ahead = index - share.first;
     return share.base + size_t(ahead / panels_per_unit) * unit_stride + size_t(ahead % panels_per_unit) * panel_bytes;

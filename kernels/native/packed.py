@@ -3,7 +3,7 @@
 A matrix lies in panels of outputs, inputs before outputs, in the checkpoint's own bits: 4 or 8 for a weight on a grid
 and fp16 for its scale and minimum, or the float format it came in. A panel is spread out to float32 only while in use.
 
-A dot product of 32 weights and 32 activations is an integer below 2^20, so a float32 product of matrices has it
+A dot product of 32 weights and 32 activations is an integer below 2^24, so a float32 product of matrices has it
 exactly, in whatever order torch adds. What follows, groups added in order, is `fused.chain`.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.checkpoint import Raw
 from kernels.native.fused import Doubles, Floats, chain
-from kernels.native.specification import GROUP
+from kernels.native.grids import BLOCK_BYTES, GROUP, SUPER_KINDS, taken_apart
 
 PANEL_OUTPUTS = 3072
 # Numbers that a step of a chain takes together. On a Zen 3 core with 512 KB of L2, 4,096 to 16,384 were alike.
@@ -26,8 +26,7 @@ TOGETHER = 8192
 FLOAT_INPUTS = 64  # terms of a chain over float weights that are made at once
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEAD_BYTES = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}
-KINDS = (*FLOATS, *_HEAD_BYTES)
+KINDS = (*FLOATS, *BLOCK_BYTES)
 
 
 class Activations(NamedTuple):
@@ -68,12 +67,13 @@ def stacked(parts: Iterable[Raw]) -> list[Matrix]:
 
 class _Panel(NamedTuple):
     q: Tensor  # [groups, 16, outputs] two in a byte, uint8, or [groups, 32, outputs] int8
-    scales: Tensor  # [groups, 1, outputs] fp16
+    scales: Tensor  # [groups, 1, outputs] fp16, or float32 where fp16 does not hold them
     minima: Tensor | None
+    halves: Tensor | None  # [groups, 2, outputs] int8, which multiply the halves of a group
 
 
 class Grid:
-    """scale * q + minimum per group of 32 inputs: Q4_0, Q4_1 or Q8_0."""
+    """scale * q + minimum per group of 32 inputs."""
 
     def __init__(self, kind: str, rows: NDArray[np.uint8]) -> None:
         self.outputs = len(rows)
@@ -82,7 +82,7 @@ class Grid:
     def times(self, x: Activations) -> Floats:
         out = np.empty((len(x.rows), self.outputs), np.float32)
         for panel, (first, last) in zip(self.panels, _spans(self.outputs, PANEL_OUTPUTS), strict=True):
-            dots = torch.bmm(x.q, _spread(panel.q)).numpy()  # [groups, R, outputs]
+            dots = torch.bmm(x.q, _spread(panel)).numpy()  # [groups, R, outputs]
             scales = panel.scales.float().numpy()
             minima = None if panel.minima is None else panel.minima.double().numpy()
             for row, end in _spans(len(x.rows), max(1, TOGETHER // (last - first))):
@@ -99,7 +99,8 @@ class Grid:
 
     def _row(self, output: int) -> Floats:
         panel, at = self.panels[output // PANEL_OUTPUTS], slice(output % PANEL_OUTPUTS, output % PANEL_OUTPUTS + 1)
-        scaled = _spread(panel.q[..., at]).double() * panel.scales[..., at].double()
+        column = _Panel(*(None if part is None else part[..., at] for part in panel))
+        scaled = _spread(column).double() * panel.scales[..., at].double()
         if panel.minima is not None:
             scaled += panel.minima[..., at].double()
         row: Floats = scaled.float().numpy().reshape(-1)
@@ -132,24 +133,29 @@ class Plain:
 
 
 def _panel(kind: str, rows: NDArray[np.uint8]) -> _Panel:
-    head_bytes = _HEAD_BYTES[kind]
-    blocks = rows.reshape(len(rows), -1, head_bytes + (GROUP if kind == "Q8_0" else GROUP // 2))
-    heads = np.ascontiguousarray(blocks[..., :head_bytes]).view(np.float16).transpose(1, 2, 0)
-    q = torch.from_numpy(np.ascontiguousarray(blocks[..., head_bytes:].transpose(1, 2, 0)))
-    scales = torch.from_numpy(np.ascontiguousarray(heads[:, :1]))
-    if kind == "Q8_0":
-        return _Panel(q.view(torch.int8), scales, None)
-    return _Panel(q, scales, torch.from_numpy(np.ascontiguousarray(heads[:, 1:])) if kind == "Q4_1" else -8 * scales)
+    grid = taken_apart(kind, rows)
+    codes = torch.from_numpy(np.ascontiguousarray(grid.codes.transpose(1, 2, 0)))
+    if kind.startswith("Q4"):
+        low, high = codes.view(torch.uint8).chunk(2, 1)
+        codes = low | high << 4
+    scales = torch.from_numpy(np.ascontiguousarray(grid.scales.T[:, None]))
+    minima = None if grid.minima is None else torch.from_numpy(np.ascontiguousarray(grid.minima.T[:, None]))
+    halves = None if grid.halves is None else torch.from_numpy(np.ascontiguousarray(grid.halves.transpose(1, 2, 0)))
+    if kind not in SUPER_KINDS:
+        scales, minima = scales.half(), None if minima is None else minima.half()
+    return _Panel(codes, scales, minima, halves)
 
 
-def _spread(q: Tensor) -> Tensor:
+def _spread(panel: _Panel) -> Tensor:
     """The integers [groups, 32, outputs] as float32."""
+    q = panel.q
     if q.dtype == torch.int8:
-        return q.float()
-    spread = torch.empty(len(q), GROUP, q.shape[-1])
-    spread[:, : GROUP // 2] = q & 15
-    spread[:, GROUP // 2 :] = q >> 4
-    return spread
+        spread = q.float()
+    else:
+        spread = torch.empty(len(q), GROUP, q.shape[-1])
+        spread[:, : GROUP // 2] = q & 15
+        spread[:, GROUP // 2 :] = q >> 4
+    return spread if panel.halves is None else spread * panel.halves.float().repeat_interleave(GROUP // 2, 1)
 
 
 def _spans(count: int, most: int) -> Iterator[tuple[int, int]]:

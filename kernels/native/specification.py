@@ -9,7 +9,8 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
     activations int8 per group of 32: step = largest magnitude / 127, q = x / step rounded to even; a group whose step
                 is below the smallest normal number is zero
     linear      groups ascending: acc = fma(scale * step, dot, acc), and with minima acc = fma(minimum, step * sum(q),
-                acc); Q4_0 is Q4_1 with the minimum -8 * scale
+                acc); Q4_0 is Q4_1 with the minimum -8 * scale, Q5_0 is Q5_1 with -16 * scale; Q6_K's scales of
+                halves of a group belong to its integers
                 float weights: inputs ascending, acc = fma(weight, x, acc)
     bias        added to the product
     heads       some families normalise each head of q and k, as the norm above, before it turns
@@ -42,11 +43,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.checkpoint import Checkpoint
+from kernels.native.grids import GROUP, taken_apart
 from kernels.step import StepInputs
 
 Floats = NDArray[np.float32]
 
-GROUP = 32
 LANES = 16
 BLOCK_SIZE_TOKENS = 16
 LARGEST_HALF = np.float32(65504)
@@ -171,15 +172,11 @@ def read_weights(kind: str, rows: NDArray[np.uint8]) -> Grid | Plain:
         return Plain(np.ascontiguousarray(rows).view(np.float32 if kind == "F32" else np.float16).astype(np.float32))
     if kind == "BF16":
         return Plain((np.ascontiguousarray(rows).view(np.uint16).astype(np.uint32) << 16).view(np.float32))
-    head_bytes = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}[kind]
-    blocks = rows.reshape(len(rows), -1, head_bytes + (GROUP if kind == "Q8_0" else GROUP // 2))
-    heads = np.ascontiguousarray(blocks[..., :head_bytes]).view(np.float16).astype(np.float32)
-    stored = np.ascontiguousarray(blocks[..., head_bytes:])
-    if kind == "Q8_0":
-        return Grid(stored.view(np.int8).astype(np.int32), heads[..., 0], None)
-    q = np.concatenate((stored & 15, stored >> 4), -1).astype(np.int32)
-    minimum = heads[..., 1] if kind == "Q4_1" else np.float32(-8) * heads[..., 0]
-    return Grid(q, heads[..., 0], minimum)
+    grid = taken_apart(kind, rows)
+    q = grid.codes.astype(np.int32)
+    if grid.halves is not None:
+        q *= np.repeat(grid.halves.astype(np.int32), GROUP // 2, -1)
+    return Grid(q, grid.scales, grid.minima)
 
 
 def quantised(values: Floats) -> tuple[NDArray[np.int32], np.float32]:

@@ -14,6 +14,7 @@ from kernels.checkpoint import open_checkpoint
 from kernels.native import build as building
 from kernels.native.decoder import NativeDecoder
 from kernels.native.specification import SpecifiedDecoder
+from tests.kernels.blocks import WIDE, stored_as
 from tests.kernels.test_native_step import BLOCKS, PROMPT, TABLE, same_bits, step_of, whole
 from tests.kernels.tiny import Tiny, write_tiny_gguf
 
@@ -80,6 +81,17 @@ def test_emulated_logits_are_the_specification_s_to_the_bit(
         before = tile_products(decoder)
         assert same_bits(whole(decoder), expected)
         assert (tile_products(decoder) > before) == (tiles and linear is not Kind.F32)
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_kinds_that_tiles_do_not_know_are_left_to_vnni(tmp_path: Path, emulated: Load, kind: str) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=stored_as(kind))
+    prompt = [token % WIDE.vocabulary for token in PROMPT[:20]]
+    inputs = step_of((prompt, 0, TABLE), samples=range(len(prompt)))
+    decoder = emulated(path)
+    before = tile_products(decoder)
+    assert same_bits(decoder.logits(inputs), specified(path).logits(inputs))
+    assert tile_products(decoder) == before
 
 
 @pytest.mark.parametrize("linear", [Kind.Q4_1, Kind.Q8_0])

@@ -17,6 +17,7 @@ from kernels.native.decoder import NativeDecoder
 from kernels.native.specification import SpecifiedDecoder
 from kernels.native.uncompiled import UncompiledDecoder
 from kernels.step import BlockStore, Decoder
+from tests.kernels.blocks import WIDE
 from tests.kernels.steps import generate, lay_out, mixed_sampling
 from tests.kernels.test_native_edges import BAD_INPUTS, GOOD
 from tests.kernels.test_native_step import BLOCKS, LOGITS_ROWS, PROMPT, TABLE, same_bits, step_of
@@ -239,8 +240,9 @@ def test_a_closed_decoder_says_so(load: Load) -> None:
 
 
 def test_what_the_recipe_does_not_know_is_refused(tmp_path: Path) -> None:
-    path = write_tiny_gguf(tmp_path / "model.gguf", linear=Kind.Q5_0)
-    with pytest.raises(ValueError, match=r"layers.0.attention.q.weight is stored as Q5_0"):
+    twos = {"blk.0.attn_q.weight": (np.zeros((256, 84), np.uint8), Kind.Q2_K)}
+    path = write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=twos)
+    with pytest.raises(ValueError, match=r"layers.0.attention.q.weight is stored as Q2_K"):
         UncompiledDecoder.load(path)
     path = write_tiny_gguf(tmp_path / "narrow.gguf", Tiny(heads=4, head_dim=8), linear=Kind.F32)
     with pytest.raises(ValueError, match="head_dim is 8"):
