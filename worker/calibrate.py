@@ -1,9 +1,9 @@
 """What steps of several sizes cost, measured before the first request comes.
 
 Rules: each size once, and again for about a second at most; of each size the quickest step counts, since a pause of a
-busy machine is no cost, and a router that took it for one would turn the first requests away. Speculation and routers then start from
-measurements instead of a guess, and what a decoder does once (paging weights in, choosing kernels) is done before
-anyone waits for it.
+busy machine is no cost, and a router that took it for one would turn the first requests away. Speculation and routers
+then start from measurements instead of a guess, and what a decoder does once (paging weights in, choosing kernels) is
+done before anyone waits for it.
 """
 
 import numpy as np
