@@ -145,6 +145,12 @@ class Finished(Wire, frozen=True, tag="finished"):
     prefill_s: float = 0.0
     decode_s: float = 0.0
     miss: str = ""  # why fewer tokens were cached than the router said: a `shared.receipts` class; empty: they were not
+    draft_steps: int = 0  # that verified drafts of this stream
+    accepted_counts: tuple[int, ...] = ()  # of these, in how many 0, 1, 2, ... drafts agreed
+    late_draft_tokens: int = 0  # proposed for places that were taken when they came
+    draft_saved_s: float = 0.0  # by drafts, the cost of verifying and waiting taken off; below 0: lost
+    drafter_s: float = 0.0  # of the drafter's time
+    drafter_usd: float = 0.0  # what that costs
 
 
 class Failed(Wire, frozen=True, tag="failed"):
@@ -325,6 +331,10 @@ class WorkerStatus(Wire, frozen=True, tag="worker"):
     steps_total: int = 0
     kv_digest: bytes = b""  # of all reusable blocks behind event `kv_seq` (`shared.blocks.fold`, 16 bytes)
     parity: bytes = b""  # this start's answer to the probe of `shared.parity`
+    # what becomes of drafts: on; full: none can pay in such a batch; slower, dear: the drafter does not pay and is left
+    # alone for a while; empty: there is no drafter
+    drafting: str = ""
+    draft_steps_total: int = 0  # verifications, one for each stream and step
 
 
 class RouterStatus(Wire, frozen=True, tag="router"):

@@ -13,7 +13,9 @@ from shared.clock import Clock
 from worker.runner import Runner
 from worker.step_cost import StepCost
 
+# those that lines are drawn through; the others show where rows come in blocks
 DECODE_ROWS = (1, 8, 32)
+TABLE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL_TOKENS = 128
 REPEATS = 3
 ENOUGH_S = 1.0
@@ -22,9 +24,10 @@ ENOUGH_S = 1.0
 async def calibrate(runner: Runner, cost: StepCost, clock: Clock, max_running: int, step_tokens: int) -> None:
     """Run steps with many rows and with few and let `cost` observe them. Raises what the decoder raises."""
     decoder = runner.decoder
-    rows = sorted({min(count, max_running, decoder.blocks) for count in DECODE_ROWS})
+    rows, table = (sorted({min(count, max_running, decoder.blocks) for count in counts})
+                   for counts in (DECODE_ROWS, TABLE_ROWS))
     prefill = min(PREFILL_TOKENS, step_tokens, decoder.blocks * decoder.block_size_tokens, decoder.context_length)
-    sizes = [(1, count) for count in rows] + [(prefill, 1)]
+    sizes = [(1, count) for count in table] + [(prefill, 1)]
     # the first does what is done once
     await runner.execute(_inputs(1, 1, decoder.block_size_tokens))
     begin = clock.now()
@@ -37,7 +40,10 @@ async def calibrate(runner: Runner, cost: StepCost, clock: Clock, max_running: i
         if ended - begin > ENOUGH_S and len(least_s) == len(sizes):
             break
     for (length, sequences), seconds in [*least_s.items()] * REPEATS:
-        cost.observe(sequences, (length - 1) * sequences, seconds)
+        if length > 1 or sequences in rows:
+            cost.observe(sequences, (length - 1) * sequences, seconds)
+    for count in table:
+        cost.table.measure(count, least_s[1, count])
 
 
 def _inputs(length: int, sequences: int, block_size: int) -> StepInputs:

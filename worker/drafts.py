@@ -5,26 +5,25 @@ never a token; how many drafted rows a step takes is one choice for the whole ba
 Pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
 from shared.messages import Proposal
 from shared.tokens import unpack
 from worker.sequence import Key
+from worker.survival import UNSAID
 
 PROPOSALS_PER_STREAM = 32
 LONGEST_PROPOSAL = 256
 # a condition less likely than this is waited for; guessing it too halves the share of drafts that agree (47 to 25 %)
 LEAST_CONDITION = 0.2
-# how fast a stream's measured acceptance follows what happens, in verified drafts
-ACCEPTANCE_MEMORY = 0.1
-# a stream whose drafts were left out drifts back by this much a step, so that it is tried again one day
-ACCEPTANCE_DRIFT = 0.02
-FIRST_ACCEPTANCE = 0.6
-# a batch whose step takes less than this many times what its rows cost is not speculated: of what a draft could save
-# there is so little that an error of the estimate, or the drafter's own work beside the step, would turn it into a loss
+# what drafts cost is taken for so much more, lest an error of the estimate turn a small gain into a loss
+CAUTION = 1.1
+# a batch whose drafts, all of them right, would save less than this is not speculated: of what a draft could save there
+# is so little that the drafter's own work beside the step would turn it into a loss. It is again from a little above
 LEAST_SAVING = 1.25
+AGAIN_SAVING = 1.35
 
 
 class Draft(NamedTuple):
@@ -33,7 +32,15 @@ class Draft(NamedTuple):
     base: int
     assumed: int
     tokens: list[int]
+    stated: list[int]  # of each of `tokens`, what the drafter says of it: 0 to 255, or UNSAID
     likely: float = 1.0  # that the condition comes true, as the drafter says
+
+
+class Found(NamedTuple):
+    """What a proposal has behind a text: tokens, and what its drafter says of each."""
+
+    tokens: list[int]
+    stated: list[int]
 
 
 class DraftBook:
@@ -44,7 +51,9 @@ class DraftBook:
         self._streams: dict[Key, list[Draft]] = {}
         self.wanted = 0  # times that a stream could take drafts
         self.used = 0  # drafts that fitted the stream when wanted
-        self.foreseen = 0  # of those, ones whose condition had come true: an outcome that the drafter was prepared for
+        self.foreseen = 0  # of those, ones whose condition had come true: another outcome than the likeliest
+        self.prepared = 0  # times that a stream went on and outcomes of that had been prepared for
+        self.hits = 0  # of those, the one that came was among them
         self.stale = 0  # proposals that fell out unused
 
     def open(self, key: Key) -> None:
@@ -65,12 +74,13 @@ class DraftBook:
             drafts.pop(0)
             self.stale += 1
         assumed = len(proposal.assumed) // 4
+        stated = list(proposal.confidence) if len(proposal.confidence) == len(tokens) else [UNSAID] * len(tokens)
         likely = prod(proposal.confidence[:assumed]) / 255 ** assumed if proposal.confidence else 1.0
-        drafts.append(Draft(proposal.base_length, assumed, tokens, likely))
+        drafts.append(Draft(proposal.base_length, assumed, tokens, stated, likely))
         return True
 
-    def best(self, key: Key, committed: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that a proposal has behind exactly `committed`. May be empty.
+    def best(self, key: Key, committed: Sequence[int], most: int) -> Found | None:
+        """Up to `most` tokens that a proposal has behind exactly `committed`, if one has.
 
         Of several the youngest; of one age, one whose condition came true before one that still guesses it. A condition
         that is unlikely is not guessed at all.
@@ -78,9 +88,11 @@ class DraftBook:
         self.wanted += 1
         drafts = self._streams.get(key)
         if not drafts:
-            return []
+            return None
         length = len(committed)
         kept = []
+        # those for this very text were made when all was known
+        prepared = any(draft.base < length for draft in drafts)
         chosen: Draft | None = None
         rank = (-1, False)
         for draft in drafts:
@@ -94,59 +106,44 @@ class DraftBook:
                     chosen, rank = draft, (draft.base, met)
         self.stale += len(drafts) - len(kept)
         self._streams[key] = kept
+        if prepared:
+            self.prepared += 1
+            self.hits += any(draft.base < length for draft in kept)
         if chosen is None:
-            return []
+            return None
         self.used += 1
         start = length - chosen.base
         self.foreseen += 0 < chosen.assumed <= start
-        return chosen.tokens[start:start + most]
+        return Found(chosen.tokens[start:start + most], chosen.stated[start:start + most])
 
 
-class Candidate(NamedTuple):
-    """One stream's draft, before it is decided how much of it runs."""
+def can_pay(streams: int, seconds: Callable[[int], float], now: bool = False) -> bool:
+    """Whether drafts that are all right would save enough; `seconds`: what a step of so many rows takes.
 
-    acceptance: float
-    length: int
-
-
-def updated_acceptance(acceptance: float, accepted: int, verified: int, memory: float = ACCEPTANCE_MEMORY) -> float:
-    """The measured probability after `verified` drafts of which the first `accepted` agreed.
-
-    Drafts behind the first difference were never tried: they say nothing.
+    `now`: they did so far. It takes more to begin than to go on, so that one stream more or less does not change it.
     """
-    for _ in range(accepted):
-        acceptance += memory * (1.0 - acceptance)
-    if accepted < verified:
-        acceptance -= memory * acceptance
-    return acceptance
+    least = LEAST_SAVING if now else AGAIN_SAVING
+    plain_s = seconds(streams)
+    return any((1 + drafts) * plain_s >= least * seconds(streams * (1 + drafts)) for drafts in (1, 2, 4, 8))
 
 
-def drifted_acceptance(acceptance: float) -> float:
-    """The estimate of a stream whose draft was not tried in this step."""
-    return acceptance + ACCEPTANCE_DRIFT * (FIRST_ACCEPTANCE - acceptance)
-
-
-def can_pay(streams: int, step_s: float, row_s: float) -> bool:
-    """Whether drafts that are all right would save enough: a plain step of so many streams takes `step_s`."""
-    return step_s >= LEAST_SAVING * streams * row_s
-
-
-def rows_worth_verifying(candidates: Sequence[Candidate], sure_tokens: int, step_s: float, row_s: float,
+def rows_worth_verifying(candidates: Sequence[Sequence[float]], sure_tokens: int, seconds: Callable[[int], float],
                          budget: int) -> list[int]:
     """How many drafts of each candidate to verify, so that expected tokens a second are highest.
 
-    `sure_tokens` come out of a step anyway, which without drafts takes `step_s`; each draft adds `row_s`.
-    Draft j of a stream counts only if all before it agree: its worth is acceptance ** j. The most promising row is
-    taken while it is worth more than its time at the present rate. Takes at most `budget` rows.
+    `candidates`: of each stream's draft, how likely the stream gets as far as each token. `sure_tokens` come out of a
+    step anyway; `seconds(n)`: what it takes with n drafts. Rows come in blocks, so that a row that does not pay may be
+    followed by one that does: of all numbers of rows the best is taken, of equals the smallest. At most `budget`.
     """
-    worth = sorted(((candidate.acceptance ** (place + 1), index)
-                    for index, candidate in enumerate(candidates) for place in range(candidate.length)), reverse=True)
-    taken = [0] * len(candidates)
-    tokens, seconds = float(sure_tokens), step_s
-    for survival, index in worth[:budget]:
-        if survival * seconds <= tokens * row_s:
-            break
+    worth = sorted(((survival, -place, -index) for index, candidate in enumerate(candidates)
+                    for place, survival in enumerate(candidate)), reverse=True)[:budget]
+    tokens, plain_s = float(sure_tokens), seconds(0)
+    best_rate, best = tokens / plain_s, 0
+    for count, (survival, _, _) in enumerate(worth, 1):
         tokens += survival
-        seconds += row_s
-        taken[index] += 1
+        if (rate := tokens / (plain_s + CAUTION * (seconds(count) - plain_s))) > best_rate:
+            best_rate, best = rate, count
+    taken = [0] * len(candidates)
+    for _, _, index in worth[:best]:
+        taken[-index] += 1
     return taken

@@ -20,8 +20,10 @@ from shared.errors import WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
+from worker.payback import Payback
 from worker.runner import Runner
-from worker.scheduler import Advanced, Event, Scheduler, Step, Work
+from worker.scheduler import Advanced, Event, Scheduler, Started, Step, Work
+from worker.sequence import Sequence
 
 # what may wait between two steps; a Generate beyond is refused, advice beyond is dropped
 INBOX_LIMIT = 4096
@@ -82,16 +84,23 @@ class TokenRate:
 
 
 class Engine:
-    """One decoder at work. `publish` is given the events of each step, in order; maybe none."""
+    """One decoder at work.
+
+    `publish` is given the events of each step, in order; maybe none. It says whether the drafter was told all of them.
+    """
 
     def __init__(self, scheduler: Scheduler, batch: Batch, runner: Runner, clock: Clock,
-                 publish: Callable[[list[Event]], Awaitable[None]]) -> None:
+                 publish: Callable[[list[Event]], Awaitable[bool]]) -> None:
         self.scheduler = scheduler
         self.steps = 0
         self.failed_steps = 0
         self.repairs = 0
         self.rate = TokenRate()
         self.draft_wait = DraftWait()
+        self.payback = Payback()
+        # whether a drafter may hear of a stream; the owner knows
+        self.heard_of: Callable[[Sequence], bool] = lambda sequence: False
+        self.usd_per_hour = 0.0  # of this worker
         self.idle = asyncio.Event()  # nothing lives and all is published
         self._batch = batch
         self._runner = runner
@@ -122,7 +131,7 @@ class Engine:
         """Until cancelled."""
         while True:
             started, tokens = self._clock.now(), self.rate.total
-            await self._wait_for_drafts()
+            held_s = await self._wait_for_drafts()
             self._take_inbox()
             step = self.scheduler.plan(self._clock.now())
             self._keep(self.scheduler.take_events())
@@ -135,25 +144,42 @@ class Engine:
             if chosen is None:
                 await self._run_one_by_one(step)
                 continue
-            self._keep(self.scheduler.commit(step, chosen, self._clock.now()))
-            if self.scheduler.speculates:
-                self.draft_wait.observe(len(step.works), self.rate.total - tokens, self._clock.now() - started)
+            self._keep(self.scheduler.commit(step, chosen, self._clock.now(), held_s))
+            self._learn(step, self.rate.total - tokens, self._clock.now() - started)
 
-    async def _wait_for_drafts(self) -> None:
-        """Hold the next step back where that has paid so far."""
+    def _learn(self, step: Step, tokens: int, seconds: float) -> None:
+        """What waiting and drafts bring: from steps that are not in the way of a prompt."""
+        scheduler, streams = self.scheduler, step.streams
+        if not streams or not any(self.heard_of(work.sequence) for work in step.works):
+            return
+        if scheduler.speculates:
+            self.draft_wait.observe(streams, tokens, seconds)
+        if step.rows == step.sampled and (scheduler.speculates or not scheduler.paying):
+            if self.payback.observe(streams, tokens, seconds, scheduler.cost.rows_s(streams), self.usd_per_hour):
+                _log.info("drafter_followed_again" if self.payback.following else "drafter_left_alone",
+                          drafter=scheduler.drafter, gain=round(self.payback.gain, 3), state=self.payback.state,
+                          why=self.payback.why)
+            scheduler.paying = self.payback.following
+
+    async def _wait_for_drafts(self) -> float:
+        """Hold the next step back where that has paid so far; for how many seconds it was."""
         scheduler = self.scheduler
         streams = len(scheduler.running)
-        if not scheduler.speculates:
-            return
-        seconds = self.draft_wait.seconds(streams, scheduler.cost.expected_s(streams))
-        if seconds:
-            self._fresh.clear()
-            await self._publish_kept()
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._fresh.wait()
-            except TimeoutError:
-                self.draft_wait.missed()
+        if not scheduler.speculates or not self.draft_wait.waiting:
+            return 0.0
+        seconds = self.draft_wait.seconds(streams, scheduler.cost.rows_s(streams))
+        if not seconds or not any(self.heard_of(sequence) for sequence in scheduler.running):
+            return 0.0
+        self._fresh.clear()
+        if not await self._publish_kept():
+            return 0.0
+        began = self._clock.now()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._fresh.wait()
+        except TimeoutError:
+            self.draft_wait.missed()
+        return self._clock.now() - began
 
     def _is_fresh(self, drafts: Drafts) -> bool:
         """Whether the drafter knew all that is committed. Its proposals of one message are of one age."""
@@ -171,9 +197,9 @@ class Engine:
                         sequence.traceparent = traceparent
                 case Cancel() as cancel:
                     scheduler.cancel(cancel, now)
-                case Drafts(proposals=proposals):
+                case Drafts(proposals=proposals, seconds=seconds):
                     for proposal in proposals:
-                        scheduler.drafts.offer(proposal)
+                        scheduler.offer(proposal, seconds / len(proposals))
                 case DropGateways(gateways):
                     scheduler.drop_gateways(gateways, now)
                 case CloseDoors(reason):
@@ -266,11 +292,15 @@ class Engine:
         self._urgent = self._urgent or any(not isinstance(event, Advanced) or not event.first for event in events)
         if tokens := sum(len(event.tokens) for event in events if isinstance(event, Advanced)):
             self.rate.count(tokens, self._clock.now())
+        if any(isinstance(event, Started) and self.heard_of(event.sequence) for event in events):
+            self.payback.new_stream()
 
-    async def _publish_kept(self) -> None:
+    async def _publish_kept(self) -> bool:
+        """Whether the drafter knows all of it now."""
         events, self._kept = self._kept, []
         self._urgent = False
         self._published_at = self._clock.now()
-        if events:
+        told = await self._publish(events)
+        if told:
             self._told_at = self._published_at
-        await self._publish(events)
+        return told

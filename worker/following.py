@@ -84,6 +84,11 @@ class Following:
         return self.chosen.id if self.chosen is not None else ""
 
     @property
+    def usd_per_hour(self) -> float:
+        """What the drafter that is followed costs."""
+        return self.chosen.price_usd_per_hour if self.chosen is not None else 0.0
+
+    @property
     def lead_tokens(self) -> int:
         """By so many tokens streams have gone on when an answer comes."""
         return math.ceil(self._lead - 0.25)
@@ -130,17 +135,17 @@ class Following:
         if self._reopen:
             self._reopen = False
             opening: list[Line] = [self._opening(sequence) for sequence in live
-                       if sequence.admitted_at is not None and self._may_hear(sequence)]
+                       if sequence.admitted_at is not None and self.may_hear(sequence)]
             # an epoch is also raised by a drafter that still knows the streams of before
             over: list[Line] = [Close(event.sequence.key.request_id, event.sequence.key.attempt)
-                                for event in events if isinstance(event, Ended) and self._may_hear(event.sequence)]
+                                for event in events if isinstance(event, Ended) and self.may_hear(event.sequence)]
             return told + self._pack(self.chosen, over + opening)
         lines: list[Line] = []
         for event in events:
             match event:
                 case Advanced(sequence, index, tokens) if sequence.key in self._open:
                     lines.append(self._commit(sequence.key, sequence.prompt_length + index, tokens))
-                case Started(sequence) if self._may_hear(sequence):
+                case Started(sequence) if self.may_hear(sequence):
                     lines.append(self._opening(sequence, sequence.resumed_length))
                 case Ended(sequence) if sequence.key in self._open:
                     del self._open[sequence.key]
@@ -157,7 +162,14 @@ class Following:
         proposals = tuple(proposal for proposal in drafts.proposals if self._is_ours(proposal, length_of))
         if not proposals:
             return None
-        return drafts if len(proposals) == len(drafts.proposals) else replace(drafts, proposals=proposals)
+        if len(proposals) == len(drafts.proposals):
+            return drafts
+        # of its time what it spent on these
+        return replace(drafts, proposals=proposals, seconds=drafts.seconds * len(proposals) / len(drafts.proposals))
+
+    def may_hear(self, sequence: Sequence) -> bool:
+        """Whether the drafter that is followed may be told of this stream."""
+        return self.chosen is not None and allows(sequence.request.residency, self.chosen.zone)
 
     def _is_ours(self, proposal: Proposal, length_of: Callable[[str], int | None]) -> bool:
         told = self._open.get(Key(proposal.request_id, proposal.attempt))
@@ -183,14 +195,11 @@ class Following:
     def _fits(self, status: DrafterStatus) -> bool:
         return status.state == "ready" and (not status.vocabulary or status.vocabulary == self._vocabulary)
 
-    def _may_hear(self, sequence: Sequence) -> bool:
-        return self.chosen is not None and allows(sequence.request.residency, self.chosen.zone)
-
     def _end(self, sequence: Sequence) -> list[Line]:
         """The last of a stream that is open: the rest of its text, which later streams may repeat, and its close."""
         if sequence.key not in self._open:
             # one that was told of another epoch of this drafter may still be known there
-            unsure = self._reopen and self._may_hear(sequence)
+            unsure = self._reopen and self.may_hear(sequence)
             return [Close(sequence.key.request_id, sequence.key.attempt)] if unsure else []
         rest = self._catch_up(sequence)
         del self._open[sequence.key]
@@ -200,7 +209,7 @@ class Following:
         """What the drafter does not know of a stream that was admitted."""
         told = self._open.get(sequence.key)
         if told is None:
-            admitted = sequence.admitted_at is not None and self._may_hear(sequence)
+            admitted = sequence.admitted_at is not None and self.may_hear(sequence)
             return [self._opening(sequence)] if admitted else []
         if told.length == len(sequence.tokens):
             return []

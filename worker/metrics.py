@@ -25,6 +25,12 @@ COUNTERS = {
     "drafts_wanted": "Times that a stream could take drafts in a step.",
     "drafts_ready": "Of those, a proposal that fitted was there.",
     "drafts_foreseen": "Of those, one whose condition had come true.",
+    "outcomes_prepared": "Times that a stream went on and outcomes of that had been prepared for.",
+    "outcomes_hit": "Of those, the one that came was among them.",
+    "verified_drafts": "Verifications, one for each stream and step.",
+    "late_draft_tokens": "Tokens proposed for places that were taken when they came.",
+    "drafter_seconds": "Time that drafters worked for this worker.",
+    "drafter_left": "Times that a drafter was left alone because it did not pay.",
     "alien_proposals": "Proposals of drafters that are not followed, or for streams that are not open.",
     "strange_proposals": "Proposals for a text that is not the one here.",
     "repeated_proposals": "Proposals that came twice.",
@@ -47,6 +53,9 @@ GAUGES = {
     "step_base_seconds": "Learned cost of a step.",
     "step_row_seconds": "Learned cost of a row.",
     "draft_wait": "1 while steps are held back for drafts.",
+    "draft_saved_seconds": "Stream time that drafts saved, their cost taken off; below 0 when they lost.",
+    "drafter_left_alone": "1 while the drafter does not pay and is told nothing.",
+    "drafter_gain": "Speed with the drafter over that without, as measured last; 0 while unknown.",
     "draft_lead_tokens": "Tokens by which streams had gone on when proposals came, lately.",
 }
 

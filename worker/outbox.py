@@ -54,8 +54,8 @@ class Outbox:
         self._block_size_tokens = block_size_tokens
         self.replies_sent: dict[str, int] = {}
 
-    def replies(self, events: list[Event], drafter: str) -> list[Outgoing]:
-        """All replies of a step, one message per gateway."""
+    def replies(self, events: list[Event], drafter: str, drafter_usd_per_hour: float = 0.0) -> list[Outgoing]:
+        """All replies of a step, one message per gateway. `drafter`: whose drafts come now, and what it costs."""
         per_gateway: dict[str, list[Reply]] = {}
         for event in events:
             match event:
@@ -71,7 +71,8 @@ class Outbox:
                     gateway = sequence.request.gateway
                 case Ended(sequence, last):
                     miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
-                    reply = self._signed(last, drafter if sequence.drafted else "", miss)
+                    reply = self._signed(last, drafter if sequence.drafter_s or sequence.drafted else "", miss,
+                                         sequence.drafter_s * drafter_usd_per_hour / 3600)
                     gateway = sequence.request.gateway
                 case Refused(request, last):
                     reply, gateway = self._signed(last, ""), request.gateway
@@ -125,5 +126,7 @@ class Outbox:
         return Outgoing(subjects.replies(gateway), StepReplies(self.worker, self.epoch, seq, tuple(replies),
                                                               self.recipe))
 
-    def _signed(self, last: Reply, drafter: str, miss: str = "") -> Reply:
-        return replace(last, worker=self.worker, drafter=drafter, miss=miss) if isinstance(last, Finished) else last
+    def _signed(self, last: Reply, drafter: str, miss: str = "", drafter_usd: float = 0.0) -> Reply:
+        if not isinstance(last, Finished):
+            return last
+        return replace(last, worker=self.worker, drafter=drafter, miss=miss, drafter_usd=drafter_usd)

@@ -23,21 +23,14 @@ from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
 from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
-from shared.messages import Cancel, Failed, Finished, Generate
+from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
-from worker.drafts import (
-    FIRST_ACCEPTANCE,
-    Candidate,
-    DraftBook,
-    can_pay,
-    drifted_acceptance,
-    rows_worth_verifying,
-    updated_acceptance,
-)
+from worker.drafts import DraftBook, Found, can_pay, rows_worth_verifying
 from worker.kv_blocks import Audit, BlockPool
 from worker.kv_tier import Copy
 from worker.sequence import Sequence, from_request
 from worker.step_cost import StepCost
+from worker.survival import Survival
 from worker.waiting import WaitingQueue
 
 # while streams run, prompts get at most this share of a step, and no more than makes it this long (or takes as long as
@@ -45,8 +38,6 @@ from worker.waiting import WaitingQueue
 PREFILL_SHARE = 0.5
 PROMPT_STEP_S = 0.075
 REMEMBERED_REQUESTS = 8192
-# how fast the acceptance that a new stream starts with follows all streams, in verified drafts
-SHARED_ACCEPTANCE_MEMORY = 0.02
 
 
 class Limits(NamedTuple):
@@ -64,7 +55,7 @@ class Limits(NamedTuple):
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("drafts", "rows", "samples", "sequence", "start")
+    __slots__ = ("drafts", "rows", "samples", "sequence", "start", "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
@@ -72,6 +63,7 @@ class Work:
         self.rows = rows
         self.samples = samples  # the next token is wanted: of the last committed row and of every draft
         self.drafts: list[int] = []
+        self.stated: list[int] = []  # of each of them, what its drafter says of it
 
 
 class Step(NamedTuple):
@@ -88,6 +80,11 @@ class Step(NamedTuple):
     def sampled(self) -> int:
         """Rows whose next token is wanted."""
         return sum(1 + len(work.drafts) for work in self.works if work.samples)
+
+    @property
+    def streams(self) -> int:
+        """Sequences whose next token is wanted."""
+        return sum(work.samples for work in self.works)
 
 
 class Registered(NamedTuple):
@@ -145,7 +142,13 @@ class Scheduler:
         self.preemptions = 0
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
-        self.acceptance = FIRST_ACCEPTANCE  # over all sequences
+        self.late_draft_tokens = 0  # proposed for places that were taken when they came
+        self.accepted_by_place = [0] * limits.max_draft_tokens
+        self.verified_steps = 0  # drafts of a stream in a step
+        self.saved_s = 0.0  # by accepted drafts, the rows and waits of all drafts taken off
+        self.survival = Survival()
+        self.drafter = ""  # whose drafts come
+        self.paying = True  # whether the drafter pays for itself; the owner says so
         self.speculates = limits.max_draft_tokens > 0  # whether drafts can pay for the streams there are now
         self.closed_because: str | None = None  # set while draining
         self._live: dict[str, Sequence] = {}
@@ -158,6 +161,7 @@ class Scheduler:
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and the blocks that were not enough
         self._works: list[Work] = []
         self._events: list[Event] = []
+        self._plain_s = 0.0  # of the step under way, without its drafts
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 
@@ -270,10 +274,9 @@ class Scheduler:
         if self.limits.max_draft_tokens:
             # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
             streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
-            step_s = self.cost.expected_s(streams)
-            self.speculates = can_pay(streams, step_s, self.cost.row_s)
+            self.speculates = self.paying and can_pay(streams, self.cost.rows_s, self.speculates)
             if self.speculates:
-                self._add_drafts(streams, step_s)
+                self._add_drafts(streams)
         for work in works:
             sequence = work.sequence
             sequence.steps += 1
@@ -282,8 +285,23 @@ class Scheduler:
                 sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
         return Step(works, self.pool.take_copies()) if works else None
 
-    def commit(self, step: Step, chosen: list[int], now: float) -> list[Event]:
-        """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams."""
+    def offer(self, proposal: Proposal, seconds: float = 0.0) -> None:
+        """Keep a drafter's proposal, on which it spent `seconds`."""
+        sequence = self._live.get(proposal.request_id)
+        if sequence is None or sequence.key.attempt != proposal.attempt:
+            return
+        sequence.drafter_s += seconds
+        if self.drafts.offer(proposal) and not proposal.assumed:
+            late = min(len(proposal.tokens) // 4, max(0, len(sequence.tokens) - proposal.base_length))
+            sequence.late_drafts += late
+            self.late_draft_tokens += late
+
+    def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0) -> list[Event]:
+        """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams.
+
+        `held_s`: so long was the step held back for drafts.
+        """
+        self._count_savings(step, held_s)
         offset = 0
         for work in step.works:
             sequence = work.sequence
@@ -295,7 +313,7 @@ class Scheduler:
             tokens = chosen[offset:offset + count]
             offset += count
             if work.drafts:
-                tokens = tokens[:self._judge(sequence, work.drafts, tokens) + 1]
+                tokens = tokens[:self._judge(work, tokens) + 1]
                 sequence.verified_until = now
             self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now)
         return self.take_events()
@@ -417,33 +435,29 @@ class Scheduler:
         self._leave(victim)
         self.waiting.push_back(victim)
 
-    def _add_drafts(self, streams: int, step_s: float) -> None:
-        """Fill what is left of the budget with the drafts that are worth it to so many streams.
-
-        `step_s`: their step without prompts, whose time an accepted draft does not save.
-        """
+    def _add_drafts(self, streams: int) -> None:
+        """Fill what is left of the budget with the drafts that are worth it to so many streams."""
         budget = self.limits.step_tokens - sum(work.rows for work in self._works)
-        drafted: list[tuple[Work, list[int]]] = []
+        drafted: list[tuple[Work, Found]] = []
         for work in self._works:
             if not work.samples:
                 continue
             sequence = work.sequence
             most = min(self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
-            draft = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 else []
-            if draft:
-                drafted.append((work, draft))
+            found = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 else None
+            if found is not None:
+                drafted.append((work, found))
         if not drafted or budget <= 0:
             return
-        candidates = [Candidate(self._acceptance(work.sequence), len(draft)) for work, draft in drafted]
-        worth = rows_worth_verifying(candidates, streams, step_s or 1.0, self.cost.row_s, budget)
-        for (work, draft), taken in zip(drafted, worth, strict=True):
+        reach = [self.survival.reach(self.drafter, found.stated, work.sequence.luck) for work, found in drafted]
+        worth = rows_worth_verifying(reach, streams, lambda drafts: self.cost.rows_s(streams + drafts) or 1.0, budget)
+        for (work, found), taken in zip(drafted, worth, strict=True):
             sequence = work.sequence
             taken = self._draft_room(sequence, taken)
             if taken:
-                work.drafts = draft[:taken]
+                work.drafts, work.stated = found.tokens[:taken], found.stated[:taken]
                 work.rows += taken
-            else:
-                sequence.acceptance = drifted_acceptance(self._acceptance(sequence))
+            sequence.luck = self.survival.pass_by(self.drafter, found.stated, taken, sequence.luck)
 
     def _draft_room(self, sequence: Sequence, drafts: int) -> int:
         """How many of `drafts` rows have a block. Drafts take only blocks that nobody holds."""
@@ -455,21 +469,35 @@ class Scheduler:
             length = min(length, len(sequence.blocks) * self.limits.block_size)
         return length - len(sequence.tokens)
 
-    def _acceptance(self, sequence: Sequence) -> float:
-        """The sequence's own measure, or what all of them had so far."""
-        return sequence.acceptance if sequence.acceptance >= 0.0 else self.acceptance
-
     # --- parts of commit ---------------------------------------------------------------------------------------------
 
-    def _judge(self, sequence: Sequence, drafts: list[int], chosen: list[int]) -> int:
+    def _count_savings(self, step: Step, held_s: float) -> None:
+        """What the step cost beyond a plain one falls on all its streams; what drafts save is added when they agree."""
+        drafts = sum(len(work.drafts) for work in step.works)
+        if not drafts and not held_s:
+            return
+        streams = step.streams
+        extra_s = held_s + self.cost.rows_s(streams + drafts) - self.cost.rows_s(streams)
+        for work in step.works:
+            if work.samples:
+                work.sequence.saved_s -= extra_s
+        self.saved_s -= extra_s * streams
+        self._plain_s = self.cost.rows_s(streams)
+
+    def _judge(self, work: Work, chosen: list[int]) -> int:
         """How many drafts agree with what was chosen in their place."""
+        sequence, drafts = work.sequence, work.drafts
         agreed = 0
         while agreed < len(drafts) and drafts[agreed] == chosen[agreed]:
+            self.accepted_by_place[agreed] += 1
             agreed += 1
-        sequence.acceptance = updated_acceptance(self._acceptance(sequence), agreed, len(drafts))
-        self.acceptance = updated_acceptance(self.acceptance, agreed, len(drafts), SHARED_ACCEPTANCE_MEMORY)
+        sequence.luck = self.survival.learn(self.drafter, work.stated, agreed, sequence.luck)
         sequence.drafted += len(drafts)
         sequence.accepted_drafts += agreed
+        sequence.accepted_counts[agreed] = sequence.accepted_counts.get(agreed, 0) + 1
+        sequence.saved_s += agreed * self._plain_s
+        self.saved_s += agreed * self._plain_s
+        self.verified_steps += 1
         self.draft_tokens += len(drafts)
         self.accepted_draft_tokens += agreed
         return agreed
@@ -556,7 +584,10 @@ class Scheduler:
             prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached_tokens,
             completion_tokens=sequence.delivered, draft_tokens=sequence.drafted,
             accepted_draft_tokens=sequence.accepted_drafts, queue_s=admitted - sequence.arrived_at,
-            prefill_s=first - admitted, decode_s=now - first)
+            prefill_s=first - admitted, decode_s=now - first, draft_steps=sequence.verifying_steps,
+            accepted_counts=tuple(sequence.accepted_counts.get(count, 0)
+                                  for count in range(max(sequence.accepted_counts, default=-1) + 1)),
+            late_draft_tokens=sequence.late_drafts, draft_saved_s=sequence.saved_s, drafter_s=sequence.drafter_s)
 
     def _blocks_for(self, length: int) -> int:
         return -(-length // self.limits.block_size)

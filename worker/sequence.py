@@ -23,10 +23,11 @@ class Sequence:
     """Mutable state of one attempt. Times are monotonic seconds, lengths are tokens."""
 
     __slots__ = (
-        "acceptance", "accepted_drafts", "admitted_at", "arrived_at", "blocks", "cached_tokens", "computed", "deadline",
-        "drafted", "end_length", "ended", "first_token_at", "hashes", "key", "lease", "order", "preemptions",
-        "prompt_length", "rank", "request", "resumed_length", "slot", "steps", "stop_ids", "stored", "tokens",
-        "traceparent", "verified_from", "verified_until", "verifying_steps",
+        "accepted_counts", "accepted_drafts", "admitted_at", "arrived_at", "blocks", "cached_tokens", "computed",
+        "deadline", "drafted", "drafter_s", "end_length", "ended", "first_token_at", "hashes", "key", "late_drafts",
+        "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length", "saved_s",
+        "slot", "steps", "stop_ids", "stored", "tokens", "traceparent", "verified_from", "verified_until",
+        "verifying_steps",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -53,7 +54,11 @@ class Sequence:
         self.cached_tokens = 0
         self.drafted = 0
         self.accepted_drafts = 0
-        self.acceptance = -1.0  # probability that a draft agrees; below 0 while unmeasured
+        self.accepted_counts: dict[int, int] = {}  # drafts that agreed in a step -> how many steps
+        self.late_drafts = 0
+        self.luck = 1.0  # how much better or worse its drafts do than its drafter's others (`worker.survival`)
+        self.saved_s = 0.0  # by drafts; below 0 when they cost more
+        self.drafter_s = 0.0  # that drafters worked on it
         self.preemptions = 0
         self.steps = 0
         self.verifying_steps = 0  # steps that had drafts of this stream in them

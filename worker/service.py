@@ -49,9 +49,10 @@ from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, TierMemory
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
+from worker.pace import Pace
 from worker.probe import probe_answer
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_of
-from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, failed
+from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, Started, failed
 from worker.trace import record_stream
 
 # a gateway unheard for so many times the usual silence has lost its clients long ago
@@ -150,8 +151,12 @@ class Worker:
         self._parity = probe_answer(name, epoch, decoder.block_size_tokens)
         self._following = Following(name, epoch, settings.zone, self._vocabulary, max_draft_tokens,
                                     settings.silence_s)
+        self._engine.heard_of = self._following.may_hear
+        self._engine.usd_per_hour = settings.price_usd_per_hour
+        self._pace = Pace()
         self.metrics = Metrics(self.figures)
         self._speculates = max_draft_tokens > 0
+        self._drafter_s = 0.0  # that drafters worked for this worker
         self._gateways: dict[str, float] = {}  # last heard
         self._routers: dict[str, int] = {}  # the last start of each that was answered
         self._turned_away: list[Event] = []  # refused at the door, not yet told
@@ -248,8 +253,11 @@ class Worker:
         self._engine.submit(decode(delivery.data, Cancel))
 
     def _on_drafts(self, delivery: Delivery) -> None:
-        ours = self._following.admit(decode(delivery.data, Drafts), self._scheduler.length_of)
+        drafts = decode(delivery.data, Drafts)
+        ours = self._following.admit(drafts, self._scheduler.length_of)
         if ours is not None:
+            self._drafter_s += ours.seconds
+            self._engine.payback.spend(ours.seconds * self._following.usd_per_hour / 3600)
             self._engine.submit(ours)
 
     def _on_snapshot_request(self, delivery: Delivery) -> None:
@@ -263,7 +271,7 @@ class Worker:
                 before = self._following.name
                 self._following.hear(status, self._clock.now())
                 if self._following.name != before:
-                    self._status_wanted.set()
+                    self._meet_drafter()
             case GatewayStatus(id=gateway):
                 self._gateways[gateway] = self._clock.now()
             case RouterStatus(id=router, epoch=epoch, state="starting") if self._routers.get(router) != epoch:
@@ -273,18 +281,28 @@ class Worker:
                 if len(self._routers) > REMEMBERED_ROUTERS:
                     del self._routers[next(iter(self._routers))]
 
+    def _meet_drafter(self) -> None:
+        """Another one is followed, or none."""
+        self._scheduler.drafter = self._following.name
+        self._scheduler.paying = True
+        self._engine.payback.new_drafter()
+        self._status_wanted.set()
+
     def _turn_away(self, refused: Refused) -> None:
         self._turned_away.append(refused)
         self._refusals_wanted.set()
 
     # --- what leaves -------------------------------------------------------------------------------------------------
 
-    async def _publish(self, events: list[Event]) -> None:
-        """Everything one step has to say."""
-        replies = self._outbox.replies(events, self._following.name)
-        told = []
+    async def _publish(self, events: list[Event]) -> bool:
+        """Everything one step has to say. Whether the drafter was told all of it."""
+        replies = self._outbox.replies(events, self._following.name, self._following.usd_per_hour)
+        told: list[Outgoing] = []
+        tells = False
         if self._speculates:
-            told = self._following.follow(events, self._scheduler.live, self._scheduler.speculates)
+            tells = self._scheduler.speculates and bool(events) and self._pace.tell(
+                self._scheduler.accepted_draft_tokens, any(isinstance(event, Started) for event in events))
+            told = self._following.follow(events, self._scheduler.live, tells)
         await self._sender.send(replies + told)
         now = self._clock.now()
         if now - self._kv_told_at >= KV_PAUSE_S or not self._scheduler.live:
@@ -292,6 +310,7 @@ class Worker:
             async with self._kv_order:
                 await self._sender.send(self._outbox.kv_events(self._pool, self._clock.now()))
         self._record(events)
+        return tells and bool(told)
 
     def _record(self, events: list[Event]) -> None:
         """What telemetry keeps of streams that have ended."""
@@ -327,7 +346,11 @@ class Worker:
                     await self._status_wanted.wait()
             self._status_wanted.clear()
             now = self._clock.now()
+            before = self._following.name
             self._following.choose(now)
+            if self._following.name != before:
+                self._meet_drafter()
+                self._status_wanted.clear()
             self._drop_silent_gateways(now)
             await self._sender.send([_status_of(self.status())])
 
@@ -347,7 +370,16 @@ class Worker:
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
             draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
             drafter=self._following.name, steps_total=self._engine.steps, kv_digest=self._outbox.kv_digest,
-            parity=self._parity)
+            parity=self._parity, drafting=self._drafting, draft_steps_total=scheduler.verified_steps)
+
+    @property
+    def _drafting(self) -> str:
+        """What becomes of drafts, in a word."""
+        if not self._following.name:
+            return ""
+        if not self._scheduler.paying:
+            return self._engine.payback.why or "on"
+        return "on" if self._scheduler.speculates else "full"
 
     def figures(self) -> Figures:
         """What Prometheus reads."""
@@ -356,7 +388,12 @@ class Worker:
             "tokens": engine.rate.total, "steps": engine.steps, "failed_steps": engine.failed_steps,
             "draft_tokens": scheduler.draft_tokens, "accepted_draft_tokens": scheduler.accepted_draft_tokens,
             "drafts_wanted": scheduler.drafts.wanted, "drafts_ready": scheduler.drafts.used,
-            "drafts_foreseen": scheduler.drafts.foreseen, "alien_proposals": self._following.alien,
+            "drafts_foreseen": scheduler.drafts.foreseen, "outcomes_prepared": scheduler.drafts.prepared,
+            "outcomes_hit": scheduler.drafts.hits, "late_draft_tokens": scheduler.late_draft_tokens,
+            "verified_drafts": scheduler.verified_steps, "draft_saved_seconds": scheduler.saved_s,
+            "drafter_seconds": self._drafter_s, "drafter_left": self._engine.payback.times_left,
+            "drafter_left_alone": float(not scheduler.paying), "drafter_gain": self._engine.payback.gain,
+            "alien_proposals": self._following.alien,
             "strange_proposals": self._following.strange, "repeated_proposals": self._following.repeated,
             "draft_lead_tokens": self._following.lead_tokens,
             "preemptions": scheduler.preemptions, "kv_repairs": engine.repairs, "lost_messages": self._sender.lost,

@@ -10,6 +10,8 @@ machine would be taken for it.
 Pure.
 """
 
+from worker.row_cost import RowCost
+
 FORGETTING = 0.98
 # a prior row weighs as much as this many observations: enough to survive a stream that always has one row
 PRIOR_WEIGHT = 0.5
@@ -25,9 +27,10 @@ SHORTEST_GROWTH = 1.0005
 
 
 class StepCost:
-    """`observe` each step; read `base_s`, `row_s`, `token_s`."""
+    """`observe` each step; read `base_s`, `row_s`, `token_s`, and `rows_s` where a line is not good enough."""
 
     def __init__(self) -> None:
+        self.table = RowCost()
         self.steps = 0
         self.prefill_tokens = 0
         self.base_s = 0.0
@@ -43,6 +46,8 @@ class StepCost:
         """Learn from one step."""
         if self.steps >= WARM_STEPS:
             seconds = min(seconds, OUTLIER * self.expected_s(rows, prefill_tokens))
+        if not prefill_tokens:
+            self.table.observe(rows, seconds)
         self._shortest_s = min(SHORTEST_GROWTH * self._shortest_s, seconds)
         self.steps += 1
         self.prefill_tokens += prefill_tokens
@@ -55,6 +60,10 @@ class StepCost:
 
     def expected_s(self, rows: int, prefill_tokens: int = 0) -> float:
         return self.base_s + rows * self.row_s + prefill_tokens * self.token_s
+
+    def rows_s(self, rows: int) -> float:
+        """What a step of so many rows and no prompt takes: by the table if there is one."""
+        return self.table.seconds(rows) if self.table.known else self.expected_s(rows)
 
     def prefill_tok_s(self, step_tokens: int) -> float:
         """Prompt tokens a second when steps are full of them; 0 while no prompt was seen."""

@@ -51,7 +51,8 @@ queued = Queued(request_id="r-1", attempt=2)
 tokens = Tokens(request_id="r-1", attempt=2, index=3, tokens=pack([1, 2**32 - 1]))
 finished = Finished(request_id="r-1", attempt=2, reason="stop", worker="worker-a", prompt_tokens=40, cached_tokens=32,
                     completion_tokens=7, draft_tokens=6, accepted_draft_tokens=4, drafter="drafter-a", queue_s=0.5,
-                    prefill_s=0.25, decode_s=1.5, miss="evicted")
+                    prefill_s=0.25, decode_s=1.5, miss="evicted", draft_steps=3, accepted_counts=(1, 0, 2),
+                    late_draft_tokens=5, draft_saved_s=0.5, drafter_s=0.125, drafter_usd=0.0625)
 failed = Failed(request_id="r-1", attempt=2, code="overloaded", message="full", retryable=True, retry_after_s=1.5,
                 receipt=b"why not")
 stored, removed, cleared = Stored(hashes=HASH), Removed(hashes=HASH * 2), Cleared()
@@ -88,7 +89,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
                  queued_tokens=500, max_running=64, prefill_tok_s=1000.0, step_base_s=0.005, step_row_s=0.0005,
                  decode_tok_s=300.0, kv_seq=77, replies_sent={"gateway-a": 5}, tokens_total=10000,
                  draft_tokens_total=600, accepted_draft_tokens_total=400, drafter="drafter-a", steps_total=5000,
-                 kv_digest=HASH, parity=HASH),
+                 kv_digest=HASH, parity=HASH, drafting="on", draft_steps_total=300),
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
                  indexed_blocks=500, held=3),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",

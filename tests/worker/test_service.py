@@ -542,3 +542,47 @@ def test_a_step_waits_for_a_quick_drafter_and_not_for_a_slow_or_silent_one() -> 
     assert quick_steps < 1000 / 6
     assert quick_s < alone_s / 5
     assert slow_s < 1.02 * alone_s
+
+
+def stream_with_priced_drafter(usd_per_hour: float, seconds_each: float) -> tuple[Finished, Mesh]:
+    """A long stream on a worker of a dollar an hour, with a drafter that is right and says what time it took."""
+    one = request(deadline=DEADLINE, max_tokens=6000)
+    whole = plain(one, mock_decoder(2000, 8000))
+    ends: list[Finished] = []
+
+    async def scenario(mesh: Mesh) -> None:
+        def answer(follow: Follow) -> None:
+            for event in follow.events:
+                if isinstance(event, Commit | Open):
+                    base = (event.base_length if isinstance(event, Commit) else 0) + len(event.tokens) // 4
+                    tokens = whole[base - 3:base + 15]
+                    drafts = Drafts("d1", 1, (Proposal("r", 1, base, pack(tokens)),), 0, seconds_each)
+                    tasks.append(asyncio.ensure_future(mesh.send(drafts)))
+
+        tasks: list[asyncio.Future[None]] = []
+        mesh.on_follow = answer
+        async def beat() -> None:
+            while True:
+                await mesh.send(mesh.drafter(price_usd_per_hour=usd_per_hour))
+                await asyncio.sleep(0.5)
+        beating = asyncio.ensure_future(beat())
+        await mesh.send(one)
+        end = await mesh.ended("r")
+        beating.cancel()
+        assert isinstance(end, Finished) and mesh.stream("r") == whole
+        ends.append(end)
+        await asyncio.sleep(1.0)
+
+    mesh = play(scenario, Mesh(mock_decoder(2000, 8000), price_usd_per_hour=1.0))
+    return ends[0], mesh
+
+
+def test_a_drafter_that_costs_more_than_it_saves_is_left_alone_and_the_status_says_why() -> None:
+    cheap, mesh = stream_with_priced_drafter(1.0, 0.001)
+    assert {status.drafting for status in mesh.statuses if status.running} == {"on"}
+    assert cheap.drafter == "d1" and cheap.drafter_s > 0.1
+    assert cheap.drafter_usd == pytest.approx(cheap.drafter_s / 3600)
+    assert cheap.draft_saved_s > 5 * cheap.decode_s
+    dear, mesh = stream_with_priced_drafter(200.0, 0.001)
+    assert "dear" in {status.drafting for status in mesh.statuses}
+    assert dear.draft_tokens < 0.9 * cheap.draft_tokens
