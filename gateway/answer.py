@@ -30,7 +30,7 @@ from gateway.tenants import Tenant
 from shared import telemetry
 from shared import trace_names as names
 from shared.errors import MillError
-from shared.messages import Finished, Generate, Residency
+from shared.messages import Adjust, Finished, Generate, Residency
 from shared.noise import choice_seed
 from shared.tiers import priority
 from shared.tokens import count, pack
@@ -63,7 +63,8 @@ class Answer:
 
     def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
                  model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
-                 tenant: Tenant, residency: Residency, prediction: list[int]) -> None:
+                 tenant: Tenant, residency: Residency, prediction: list[int],
+                 adjust: Adjust | None = None) -> None:
         """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds;
         `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects."""
         self._gateway = gateway
@@ -76,6 +77,7 @@ class Answer:
         self._tenant = tenant
         self._residency = residency
         self._prediction = pack(prediction)
+        self._adjust = adjust
         self._changed = asyncio.Event()
         self._direct = direct_body(scope)
         self._resting = False  # the task waits for more of a stream whose headers are out, and all is written
@@ -153,7 +155,7 @@ class Answer:
                 block_hashes=prompt.block_hashes, stop_token_ids=self._model.end_tokens(options),
                 priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
                 vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
-                prediction=self._prediction)
+                prediction=self._prediction, adjust=self._adjust)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 

@@ -107,13 +107,13 @@ class Generation:
         texts = endpoint.prompts(body, model, gateway.clock.wall())
         streams = len(texts) * options.choices
         with gateway.access.under_way(tenant, streams) as use, gateway.places(streams):
-            prompts, prediction = await gateway.aside(len(raw), lambda: ([
+            prompts, prediction, adjust = await gateway.aside(len(raw), lambda: ([
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, tenant.salt,
                              endpoint.source)
-                for tokens in texts], endpoint.prediction(body, model)))
+                for tokens in texts], endpoint.prediction(body, model), model.adjust(options)))
             use.reserve(sum(len(prompt.tokens) + options.choices * prompt.max_tokens for prompt in prompts))
             answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
-                            tenant, residency, prediction)
+                            tenant, residency, prediction, adjust)
             try:
                 await answer.give(receive, send)
             finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from gateway.detokenize import Detokenizer
 from gateway.model_files import ModelCard, load_card
@@ -19,7 +20,8 @@ from gateway.template import ChatTemplate
 from gateway.tokenizer import Tokenizer
 from shared.blocks import hash_chain, join_hashes
 from shared.errors import BadRequest, ContextTooLong
-from shared.tokens import pack
+from shared.messages import Adjust
+from shared.tokens import pack, unpack
 
 
 class Prompt(Struct, frozen=True):
@@ -82,7 +84,25 @@ class ServedModel:
         own: Sequence[int] = () if options.ignore_eos else self.card.stop_token_ids
         return tuple(dict.fromkeys((*own, *options.stop_token_ids)))
 
+    def adjust(self, options: Options) -> Adjust | None:
+        """What shifts or masks logits, with the bad words as tokens; slow, for a thread. Raises BadRequest."""
+        size = self.card.vocabulary_size
+        adjust = options.adjust or Adjust()
+        for param, ids in (("logit_bias", unpack(adjust.biased)), ("allowed_token_ids", unpack(adjust.allowed)),
+                           ("stop_token_ids", options.stop_token_ids)):
+            if ids and max(ids) >= size:
+                raise BadRequest(f"{param} names token id {max(ids)}: this model has ids 0..{size - 1}", param=param)
+        if options.bad_words:
+            adjust = replace(adjust, bad_words=self._bad_words(options.bad_words))
+        return None if adjust == Adjust() else adjust
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[bytes, ...]:
+        """Each word as it stands, and as it stands behind a space."""
+        spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(pack(self.text(spelling, add_special=False)) for spelling in spellings))
+
     def choice(self, options: Options) -> Choice:
         """The text side of one stream."""
         stops = StopMatcher(options.stop, options.include_stop) if options.stop else None
-        return Choice(Detokenizer(self.tokenizer, options.skip_special), stops, self.end_tokens(options))
+        return Choice(Detokenizer(self.tokenizer, options.skip_special), stops, self.end_tokens(options),
+                      options.adjust.min_tokens if options.adjust is not None else 0)

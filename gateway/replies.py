@@ -1,7 +1,8 @@
 """One choice of an answer: tokens in, text out, and the reason why it ended.
 
 Rules: a stop token counts and shows no text; a stop string ends the choice at the token that completes it, so that
-neither text nor count depends on how tokens were batched into messages.
+neither text nor count depends on how tokens were batched into messages. Text of the first `min_tokens` tokens is no
+part of a stop string.
 Pure.
 """
 
@@ -24,11 +25,13 @@ class Piece(Struct, frozen=True):
 class Choice:
     """The text side of one stream."""
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher | None, end_tokens: Collection[int]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stops: StopMatcher | None, end_tokens: Collection[int],
+                 min_tokens: int = 0) -> None:
         self.completion_tokens = 0
         self._detokenizer = detokenizer
         self._stops = stops
         self._end_tokens = end_tokens
+        self._min_tokens = min_tokens
 
     def push(self, tokens: Sequence[int]) -> Piece:
         """The text these tokens complete. What could begin a stop string or is half a character is held back."""
@@ -40,7 +43,11 @@ class Choice:
             return Piece(self._detokenizer.push(shown) if shown else "", list(tokens))
         texts = []
         for number, token in enumerate(shown, 1):
-            text, stopped = self._stops.push(self._detokenizer.push([token]))
+            text = self._detokenizer.push([token])
+            if self.completion_tokens + number <= self._min_tokens:
+                texts.append(text)
+                continue
+            text, stopped = self._stops.push(text)
             texts.append(text)
             if stopped:
                 self.completion_tokens += number

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.ops import Ops, table
 from kernels.reference import race, rotary_tables, widened
@@ -162,6 +163,8 @@ class TorchDecoder:
         )
         seeds = torch.from_numpy(inputs.seeds.view(np.int64)).to(self.device)
         new_positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1).to(self.device)
+        if inputs.adjustments is not None:
+            logits = self.ops.adjust_logits(logits, inputs.adjustments)
         return self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p), temperatures, seeds, new_positions
 
     def _logits(self, inputs: StepInputs) -> Tensor:
@@ -262,6 +265,8 @@ def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
     wanted = inputs.sample_rows
     if ((wanted < 0) | (wanted >= rows)).any() or len(inputs.temperature) != len(wanted):
         raise ValueError(f"sample rows {wanted.tolist()} are not rows of the step, each with its sampling parameters")
+    if inputs.adjustments is not None:
+        check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
     if ((inputs.tokens < 0) | (inputs.tokens >= decoder.vocabulary_size)).any():
         raise ValueError(f"a token id lies outside 0..{decoder.vocabulary_size - 1}")
     if ((inputs.positions < 0) | (inputs.positions >= decoder.context_length)).any():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.step import Adjustments
 
 
 class Ops(NamedTuple):
@@ -24,6 +25,7 @@ class Ops(NamedTuple):
     swiglu: Callable[[Tensor, Tensor], Tensor]
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, int], Tensor]
+    adjust_logits: Callable[[Tensor, Adjustments], Tensor]
     mask_logits: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     count_accepted: Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -38,6 +40,7 @@ REFERENCE = Ops(
     swiglu=reference.swiglu,
     write_kv=reference.write_kv,
     paged_attention=reference.paged_attention,
+    adjust_logits=reference.adjust_logits,
     mask_logits=reference.mask_logits,
     sample=reference.sample,
     count_accepted=reference.count_accepted,

@@ -11,9 +11,13 @@ slot `p % block size`; table entries beyond a sequence's end are -1. A row at po
 for it and its attention is 0.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+from kernels.step import Adjustments
 
 GREEDY_BELOW = 1e-5
 LARGEST_V = 1 - 2**-24
@@ -213,6 +217,46 @@ def _attend(
     output = torch.where(total.unsqueeze(-1) > 0.0, output / total.unsqueeze(-1), 0.0)
     output = output.view(kv_heads, runs, count, group, head_dim).permute(1, 2, 0, 3, 4)
     return output.reshape(runs, count, heads, head_dim).to(queries.dtype)
+
+
+def adjust_logits(logits: Tensor, adjustments: Adjustments) -> Tensor:
+    """Logits [L, V] in float32 with some rows shifted and masked as `kernels.step.Adjustments` says."""
+    result = logits.float().clone()
+    device, vocabulary = result.device, result.shape[1]
+    count_rows, shift_rows = (
+        torch.from_numpy(np.repeat(adjustments.samples, np.diff(starts)).astype(np.int64)).to(device)
+        for starts in (adjustments.count_starts, adjustments.shift_starts)
+    )
+
+    def of_row(values: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(np.repeat(values, np.diff(adjustments.count_starts))).to(device)
+
+    # 1. penalties
+    if len(count_rows):
+        ids, counts = (
+            torch.from_numpy(values.astype(np.int64)).to(device) for values in (adjustments.counted, adjustments.counts)
+        )
+        x, repetition = result[count_rows, ids], of_row(adjustments.repetition)
+        x = torch.where(x > 0, x / repetition, x * repetition)
+        x = torch.where(counts > 0, x - of_row(adjustments.frequency) * counts.float(), x)
+        result[count_rows, ids] = torch.where(counts > 0, x - of_row(adjustments.presence), x)
+
+    # 2. shifts
+    if len(shift_rows):
+        ids = torch.from_numpy(adjustments.shifted.astype(np.int64)).to(device)
+        result[shift_rows, ids] += torch.from_numpy(adjustments.shifts).to(device)
+
+    # 3. masks
+    masked = np.flatnonzero(adjustments.mask_of >= 0)
+    if masked.size:
+        words = torch.from_numpy(adjustments.masks[adjustments.mask_of[masked]].view(np.int32)).to(device)  # [K, W]
+        bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+        allowed = bits.flatten(1)[:, :vocabulary].bool()
+        if allowed.shape[1] < vocabulary:
+            allowed = torch.nn.functional.pad(allowed, (0, vocabulary - allowed.shape[1]))
+        rows = torch.from_numpy(adjustments.samples[masked].astype(np.int64)).to(device)
+        result[rows] = result[rows].masked_fill(~allowed, -torch.inf)
+    return result
 
 
 def mask_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

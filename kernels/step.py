@@ -18,6 +18,33 @@ from numpy.typing import NDArray
 
 
 @dataclass(slots=True)
+class Adjustments:
+    """What is done to the logits of some sample rows before a token is chosen, in the order of the fields.
+
+    A adjusted rows, C counted ids, N shifted ids, M masks of W words. The ids of one row lie between two entries of
+    `..._starts`, each once. Every operation is one float32 operation, correctly rounded:
+
+        x > 0 ? x / repetition : x * repetition         of counted ids
+        x - frequency * count,  then  x - presence      of counted ids whose count is above 0
+        x + shift                                       of shifted ids; minus infinity: never chosen
+        minus infinity                                  of ids whose bit of the mask is 0, or that have none
+    """
+
+    samples: NDArray[np.int32]  # [A] ascending; which of the L sample rows these are
+    repetition: NDArray[np.float32]  # [A] 1: off
+    frequency: NDArray[np.float32]  # [A] 0: off
+    presence: NDArray[np.float32]  # [A] 0: off
+    count_starts: NDArray[np.int32]  # [A + 1]
+    counted: NDArray[np.int32]  # [C] ids that stand before the token to choose
+    counts: NDArray[np.int32]  # [C] how often each was generated; 0: it stands in the prompt alone
+    shift_starts: NDArray[np.int32]  # [A + 1]
+    shifted: NDArray[np.int32]  # [N] ids
+    shifts: NDArray[np.float32]  # [N]
+    mask_of: NDArray[np.int32]  # [A] row of `masks`; -1: none
+    masks: NDArray[np.uint32]  # [M, W] bit i % 32 of word i // 32: id i may be chosen
+
+
+@dataclass(slots=True)
 class StepInputs:
     tokens: NDArray[np.int32]  # [R] token ids
     positions: NDArray[np.int32]  # [R] absolute positions, from 0
@@ -29,6 +56,7 @@ class StepInputs:
     top_p: NDArray[np.float32]  # [L] 1: off
     min_p: NDArray[np.float32]  # [L] 0: off
     seeds: NDArray[np.uint64]  # [L]
+    adjustments: Adjustments | None = None  # None: no row has any
 
     # The noise of a sampled token is keyed by the position it will have: positions[sample_rows] + 1.
 

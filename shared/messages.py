@@ -40,6 +40,19 @@ class Sampling(Wire, frozen=True):
     seed: int = 0  # unsigned 64 bit
 
 
+class Adjust(Wire, frozen=True):
+    """What shifts or masks logits before a token is chosen (`shared.adjust`). As it is by default it does nothing."""
+
+    repetition_penalty: float = 1.0  # on ids of prompt and answer
+    frequency_penalty: float = 0.0  # on ids of the answer, for each time
+    presence_penalty: float = 0.0  # on ids of the answer, once
+    biased: bytes = b""  # packed ids, each once
+    biases: bytes = b""  # one little-endian float32 for each of them
+    min_tokens: int = 0  # no stop token before the answer has so many
+    bad_words: tuple[bytes, ...] = ()  # packed ids: the last is not chosen behind the others
+    allowed: bytes = b""  # packed ids; empty: all
+
+
 class Residency(Wire, frozen=True):
     """Where a request's tokens may be. Empty `zones`: anywhere. A zone `eu` allows `eu` and `eu-north1`."""
 
@@ -87,6 +100,7 @@ class Generate(Wire, frozen=True, tag="generate"):
     tier: str = "default"  # a `shared.tiers` name
     prediction: bytes = b""  # tokens that the client expects the answer to hold
     weight: float = 1.0  # of its tenant, where tenants share what there is
+    adjust: Adjust | None = None
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):

@@ -7,6 +7,7 @@ an index into those rows. The arrays handed out are copies, so nothing in flight
 import numpy as np
 
 from kernels.step import StepInputs
+from worker.adjust import Builder
 from worker.scheduler import Step
 from worker.sequence import Sequence
 
@@ -16,7 +17,8 @@ SEED_MASK = (1 << 64) - 1
 class Batch:
     """The device tables of `slots` sequences with up to `blocks_per_sequence` blocks each."""
 
-    def __init__(self, slots: int, blocks_per_sequence: int) -> None:
+    def __init__(self, slots: int, blocks_per_sequence: int, vocabulary_size: int) -> None:
+        self._vocabulary_size = vocabulary_size
         self._tables = np.full((slots, blocks_per_sequence), -1, np.int32)
         self._temperature = np.zeros(slots, np.float32)
         self._top_k = np.zeros(slots, np.int32)
@@ -35,6 +37,7 @@ class Batch:
         sample_rows: list[int] = []
         sample_slots: list[int] = []
         longest = 1
+        adjusted: Builder | None = None
         for work in step.works:
             sequence = work.sequence
             slot = sequence.slot
@@ -53,6 +56,10 @@ class Batch:
                 positions += range(work.start, end)
             if work.samples:
                 wanted = 1 + len(work.drafts)
+                if sequence.adjuster is not None:
+                    adjusted = adjusted or Builder(self._vocabulary_size)
+                    for row in range(wanted):
+                        adjusted.add(len(sample_rows) + row, sequence.adjuster, sequence.tokens, work.drafts[:row])
                 sample_rows += range(len(tokens) - wanted, len(tokens))
                 sample_slots += [slot] * wanted
             starts.append(len(tokens))
@@ -68,6 +75,7 @@ class Batch:
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
             seeds=self._seeds[rows],
+            adjustments=adjusted.build() if adjusted is not None else None,
         )
 
     def _write(self, sequence: Sequence) -> None:

@@ -9,9 +9,12 @@ Rule: one pass of numpy for a step of any size. The hash of position p is the su
 modulo 2**64, so rows of one step follow from each other by a running sum.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.adjust import adjusted
 from kernels.step import StepInputs
 
 ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -82,8 +85,20 @@ class MockDecoder:
         seeded = mix(state ^ mix(inputs.seeds + ODD) * sampled if sampled.any() else state)
         word = (inputs.tokens[rows] - self._first).astype(np.int64) % self._words
         fresh = (seeded >> np.uint64(16)) % np.uint64(self._words)
-        chosen = np.where(seeded % PHRASE == 0, fresh, self._follows[word])
-        return (chosen + np.uint64(self._first)).astype(np.int32)
+        words = np.where(seeded % PHRASE == 0, fresh, self._follows[word])
+        chosen = (words + np.uint64(self._first)).astype(np.int32)
+        # 5. what is shifted or masked is chosen from logits that every shift can change
+        if inputs.adjustments is not None:
+            these = inputs.adjustments.samples
+            adjustments = replace(inputs.adjustments, samples=np.arange(len(these), dtype=np.int32))
+            chosen[these] = adjusted(self._flat(seeded[these], chosen[these]), adjustments).argmax(1)
+        return chosen
+
+    def _flat(self, seeded: Hashes, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits [n, V] between 0 and 4 whose largest is 4.5, of the chosen one."""
+        logits = (mix(seeded[:, None] ^ self._mixed) >> np.uint64(40)).astype(np.float32) * np.float32(2**-22)
+        logits[np.arange(len(chosen)), chosen] = 4.5
+        return logits
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """One where the chosen token is, zero elsewhere."""

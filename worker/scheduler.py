@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
 from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
+from worker import adjust
 from worker.drafts import DraftBook, Found, can_pay, rows_worth_verifying
 from worker.kv_blocks import Audit, BlockPool
 from worker.kv_tier import Copy
@@ -179,7 +180,8 @@ class Scheduler:
             self._events.append(Refused(request, failed(request, refusal)))
             return None
         self._arrivals += 1
-        sequence = from_request(request, self._arrivals, now, deadline, self.length_limit)
+        sequence = from_request(request, self._arrivals, now, deadline, self.length_limit,
+                                self.limits.vocabulary_size)
         self._live[request.request_id] = sequence
         self._events.append(Registered(sequence, self._lookup(sequence)))
         if (reason := _end_reason(sequence)) is not None:
@@ -538,6 +540,9 @@ class Scheduler:
                                   f"{self.length_limit} with the answer: send a shorter one")
         if max(max(unpack(request.tokens)), max(unpack(request.generated), default=0)) >= self.limits.vocabulary_size:
             return BadRequest(f"token ids must be below {self.limits.vocabulary_size}, the model's vocabulary")
+        if request.adjust is not None \
+                and (wrong := adjust.refusal(request.adjust, self.limits.vocabulary_size)) is not None:
+            return wrong
         if now >= deadline:
             return DeadlineExceeded("the deadline had passed when the request reached the worker")
         if self.closed_because is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from shared.blocks import block_hash
 from shared.messages import Generate
 from shared.tokens import pack, unpack
+from worker.adjust import Adjuster
 
 
 class Key(NamedTuple):
@@ -23,9 +24,9 @@ class Sequence:
     """Mutable state of one attempt. Times are monotonic seconds, lengths are tokens."""
 
     __slots__ = (
-        "accepted_counts", "accepted_drafts", "admitted_at", "arrived_at", "blocks", "cached_tokens", "computed",
-        "deadline", "drafted", "drafter_s", "end_length", "ended", "first_token_at", "hashes", "key", "late_drafts",
-        "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length", "saved_s",
+        "accepted_counts", "accepted_drafts", "adjuster", "admitted_at", "arrived_at", "blocks", "cached_tokens",
+        "computed", "deadline", "drafted", "drafter_s", "end_length", "ended", "first_token_at", "hashes", "key",
+        "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length", "saved_s",
         "slot", "steps", "stop_ids", "stored", "tokens", "traceparent", "verified_from", "verified_until",
         "verifying_steps",
     )
@@ -39,6 +40,7 @@ class Sequence:
         self.resumed_length = len(tokens)  # prompt and the tokens of earlier attempts
         self.end_length = min(prompt_length + request.max_tokens, length_limit)
         self.stop_ids = frozenset(request.stop_token_ids)
+        self.adjuster: Adjuster | None = None
         self.order = order
         self.rank = (-request.priority, order)  # smaller goes first
         self.deadline = deadline
@@ -93,7 +95,14 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
-def from_request(request: Generate, order: int, now: float, deadline: float, length_limit: int) -> Sequence:
-    """The sequence a request asks for. Raises ValueError when its packed tokens are damaged."""
+def from_request(request: Generate, order: int, now: float, deadline: float, length_limit: int,
+                 vocabulary_size: int = 0) -> Sequence:
+    """The sequence a request asks for; `vocabulary_size` matters where it adjusts logits.
+
+    Raises ValueError when its packed tokens are damaged.
+    """
     prompt = unpack(request.tokens)
-    return Sequence(request, prompt + unpack(request.generated), len(prompt), order, now, deadline, length_limit)
+    sequence = Sequence(request, prompt + unpack(request.generated), len(prompt), order, now, deadline, length_limit)
+    if request.adjust is not None:
+        sequence.adjuster = Adjuster(request, len(prompt), vocabulary_size)
+    return sequence

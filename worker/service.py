@@ -145,7 +145,8 @@ class Worker:
             decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,
             settings.max_running, settings.max_waiting, max_draft_tokens), self._pool)
         blocks_per_sequence = -(-self._scheduler.length_limit // decoder.block_size_tokens)
-        self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence), runner, clock,
+        self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence,
+                                                     decoder.vocabulary_size), runner, clock,
                               self._publish)
         self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens)
         self._parity = probe_answer(name, epoch, decoder.block_size_tokens)

@@ -2,7 +2,8 @@
 
     python -m deploy.bench.exactness [--requests 500] [--seed 1] [--jobs 1] [--json FILE]
 
-Random requests (plain English, 5 to 300 tokens in, 8 to 48 out, greedy and sampled, some with a common beginning) go
+Random requests (plain English, 5 to 300 tokens in, 8 to 48 out, greedy and sampled, some with a common beginning, a
+third with penalties, bias, bad words, allowed ids or a least length) go
 through the worker's scheduler, block pool and batch onto the default model in a loop without bus and without time.
 
     alone            one request at a time, no drafts, nothing cached: the truth
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from deploy import pull
 from deploy.bench import machine, prompts
@@ -46,7 +48,7 @@ from gateway.model_files import load_card
 from gateway.tokenizer import Tokenizer
 from kernels.native.decoder import NativeDecoder
 from kernels.step import Decoder
-from shared.messages import Cancel, Failed, Generate, Proposal, Sampling
+from shared.messages import Adjust, Cancel, Failed, Generate, Proposal, Sampling
 from shared.tokens import pack, unpack
 from worker.batch import Batch
 from worker.kv_blocks import BlockPool
@@ -186,6 +188,7 @@ def make_requests(tokenizer: Tokenizer, stop_ids: tuple[int, ...], count: int, s
         return prompts.tokens(lambda words: tokenizer.encode(words, add_special=False), number, length)
 
     least, most = PROMPT_TOKENS
+    words = text(0, 400)
     made = []
     for number in range(count):
         length = round(math.exp(chooser.uniform(math.log(least), math.log(most))))
@@ -209,9 +212,28 @@ def make_requests(tokenizer: Tokenizer, stop_ids: tuple[int, ...], count: int, s
                 ),
                 stop_token_ids=chooser.choice([(), stop_ids]),
                 priority=chooser.randrange(3),
+                adjust=_adjust(random.Random(f"{seed} {number}"), words),
             )
         )
     return made
+
+
+def _adjust(chooser: random.Random, words: list[int]) -> Adjust | None:
+    """What shifts or masks the logits of a third of the requests; `words`: tokens that answers are made of."""
+    if chooser.random() < 2 / 3:
+        return None
+    biased = sorted(set(chooser.sample(words, 4)))
+    phrase = chooser.randrange(len(words) - 1)
+    return Adjust(
+        repetition_penalty=chooser.choice([1.0, 1.2]),
+        frequency_penalty=chooser.choice([0.0, 0.5]),
+        presence_penalty=chooser.choice([0.0, 0.8]),
+        biased=pack(biased),
+        biases=np.array([chooser.uniform(-3, 3) for _ in biased], "<f4").tobytes(),
+        min_tokens=chooser.choice([0, 8]),
+        bad_words=(pack([words[phrase]]), pack(words[phrase : phrase + 2])),
+        allowed=chooser.choice([b"", pack(sorted(set(words)))]),
+    )
 
 
 def alone(decoder: Decoder, requests: Sequence[Generate]) -> Truth:
@@ -410,7 +432,8 @@ class Engine:
         self._cancels = cancels
         self._taken: list[int] = []
         self._scheduler = Scheduler(sizes._replace(**limits), BlockPool(blocks or decoder.blocks))
-        self._batch = Batch(limits["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens))
+        self._batch = Batch(limits["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens),
+                            decoder.vocabulary_size)
         self._said: Truth = {}
         self._open: dict[str, Generate] = {}
 

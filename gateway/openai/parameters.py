@@ -7,15 +7,19 @@ Pure.
 
 from typing import Any
 
+import numpy as np
 from msgspec import Struct
 
 from shared.errors import BadRequest
-from shared.messages import Sampling
+from shared.messages import Adjust, Sampling
 from shared.tiers import DEFAULT, TIERS, Tier
+from shared.tokens import pack
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_PRIORITY = 100
+MAX_BIASED = 1024
+MAX_BAD_WORDS = 128
 
 
 class StreamOptions(Struct):
@@ -52,15 +56,15 @@ class Parameters(Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: int | None = None  # as in vLLM, a smaller number goes first
-    # known, not supported: refused unless they leave the answer as it is
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    logprobs: bool | int | None = None
-    prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    # known, not supported: refused unless they leave the answer as it is
+    logprobs: bool | int | None = None
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Any = None
@@ -90,6 +94,8 @@ class Options(Struct, frozen=True):
     cache_hint: str
     tier: Tier = DEFAULT
     show_tier: bool = False  # it was asked for, so the answer names it
+    adjust: Adjust | None = None  # but for the bad words, which are text until a tokenizer has seen them
+    bad_words: tuple[str, ...] = ()
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
@@ -107,6 +113,7 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
     if max_tokens is not None and max_tokens < 1:
         raise BadRequest(f"{max_tokens_name} must be 1 or more, got {max_tokens}", param=max_tokens_name)
     _check_min_tokens(body.min_tokens, max_tokens)
+    adjust = _adjust(body)
     stream_options = body.stream_options or StreamOptions()
     return Options(
         sampling=Sampling(temperature=_or(body.temperature, 1.0), top_p=_or(body.top_p, 1.0),
@@ -115,8 +122,8 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         choices=body.n or 1,
         max_tokens=max_tokens,
         stop=_stops(body.stop),
-        stop_token_ids=_token_ids(body.stop_token_ids),
-        ignore_eos=bool(body.ignore_eos) or bool(body.min_tokens),
+        stop_token_ids=tuple(_token_ids("stop_token_ids", body.stop_token_ids)),
+        ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special=body.skip_special_tokens is not False,
         stream=bool(body.stream),
@@ -127,6 +134,8 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         cache_hint=(body.prompt_cache_key or "")[:256],
         tier=_tier(body.service_tier),
         show_tier=body.service_tier is not None,
+        adjust=None if adjust == Adjust() else adjust,
+        bad_words=_bad_words(body.bad_words),
     )
 
 
@@ -136,8 +145,7 @@ def refuse(param: str, instead: str = "leave it out") -> BadRequest:
 
 
 def _refuse_unsupported(body: Parameters) -> None:
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "allowed_token_ids", "bad_words",
-                 "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+    for name in ("logprobs", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         value = getattr(body, name)
         # logprobs=0 asks for the chosen token's own
         if value or (name == "logprobs" and value is not None and value is not False):
@@ -145,20 +153,50 @@ def _refuse_unsupported(body: Parameters) -> None:
     for name in ("prompt_logprobs", "truncate_prompt_tokens"):
         if getattr(body, name) is not None:
             raise refuse(name)
-    if body.repetition_penalty not in (None, 1.0):
-        raise refuse("repetition_penalty", "leave it out or send 1")
     if body.response_format is not None and body.response_format.type != "text":
         raise refuse("response_format", 'send {"type": "text"} or leave it out')
 
 
 def _check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
-    """With max_tokens as large it says "exactly so many", which `ignore_eos` gives; in between is not supported."""
-    if not min_tokens:
-        return
-    if max_tokens is None or min_tokens < max_tokens:
-        raise refuse("min_tokens", "send 0, or the value of max_tokens for an answer of exactly that length")
-    if min_tokens > max_tokens:
+    _within("min_tokens", min_tokens, 0, 1 << 31)
+    if min_tokens and max_tokens is not None and min_tokens > max_tokens:
         raise BadRequest(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
+
+
+def _adjust(body: Parameters) -> Adjust:
+    """What shifts or masks logits; ids are still to be compared with a vocabulary."""
+    _within("presence_penalty", body.presence_penalty, -2, 2)
+    _within("frequency_penalty", body.frequency_penalty, -2, 2)
+    _within("repetition_penalty", body.repetition_penalty, 0.01, 100)
+    bias = _bias(body.logit_bias or {})
+    if body.allowed_token_ids == []:
+        raise BadRequest("allowed_token_ids is empty, so no token could be chosen: name some, or leave it out",
+                         param="allowed_token_ids")
+    return Adjust(
+        repetition_penalty=_or(body.repetition_penalty, 1.0), frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0, biased=pack(bias),
+        biases=np.array([*bias.values()], "<f4").tobytes(), min_tokens=body.min_tokens or 0,
+        allowed=pack(sorted({*_token_ids("allowed_token_ids", body.allowed_token_ids)})))
+
+
+def _bias(bias: dict[str, float]) -> dict[int, float]:
+    """By token id, ascending; what adds nothing left out."""
+    if len(bias) > MAX_BIASED:
+        raise BadRequest(f"logit_bias takes at most {MAX_BIASED} tokens, got {len(bias)}", param="logit_bias")
+    for id, value in bias.items():
+        if not (id.isascii() and id.isdecimal() and int(id) < 1 << 32):
+            raise BadRequest(f"logit_bias has a key that is no token id: {id[:32]!r}", param="logit_bias")
+        _within(f"logit_bias[{id}]", value, -100, 100)
+    return dict(sorted((int(id), value) for id, value in bias.items() if value))
+
+
+def _bad_words(words: list[str] | None) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(words or ()))
+    if len(found) > MAX_BAD_WORDS:
+        raise BadRequest(f"bad_words takes at most {MAX_BAD_WORDS} strings, got {len(found)}", param="bad_words")
+    if not all(word.strip() for word in found):
+        raise BadRequest("bad_words must not hold an empty string", param="bad_words")
+    return found
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -170,10 +208,10 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return found
 
 
-def _token_ids(ids: list[int] | None) -> tuple[int, ...]:
+def _token_ids(param: str, ids: list[int] | None) -> list[int]:
     if any(not 0 <= token < 1 << 32 for token in ids or ()):
-        raise BadRequest("stop_token_ids must hold token ids of 0 or more", param="stop_token_ids")
-    return tuple(ids or ())
+        raise BadRequest(f"{param} must hold token ids of 0 or more", param=param)
+    return ids or []
 
 
 def names_tier(body: Parameters) -> bool:

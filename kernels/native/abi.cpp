@@ -59,7 +59,7 @@ MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, const mill
       return 1;
     }
     if (decoder.step(*inputs, *wanted)) return 0;
-    tell("no token can be chosen: some logits are not finite, so the weights are broken", message, capacity);
+    tell("no token can be chosen: some logits are not finite, so the weights are broken, or every id of a row is masked", message, capacity);
   } catch (const std::exception& error) {
     tell(error.what(), message, capacity);
   }

@@ -8,16 +8,18 @@ which bits.
 import ctypes
 import os
 import threading
+from dataclasses import fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
 from kernels.native.build import build
-from kernels.step import Race, StepInputs, check_places
+from kernels.step import Adjustments, Race, StepInputs, check_places
 
 RECIPE = "int8-g32/1"
 BLOCK_SIZE_TOKENS = 16
@@ -87,6 +89,12 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+class _Adjustments(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_int32), ("mask_words", ctypes.c_int32)] + [
+        (field.name, ctypes.c_void_p) for field in fields(Adjustments)
+    ]
+
+
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "samples")] + [
         (name, ctypes.c_void_p)
@@ -101,6 +109,7 @@ class _Inputs(ctypes.Structure):
             "top_p",
             "min_p",
             "seeds",
+            "adjustments",
         )
     ]
 
@@ -153,6 +162,7 @@ class NativeDecoder:
         described, kept = _describe(checkpoint)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         windows = np.array([config.window(layer) for layer in range(config.layers)], np.int32)
+        self._trimmed = config.head_ids is not None
         head_ids = None if config.head_ids is None else np.array(config.head_ids, np.int32)
         native = _Config(
             config.layers,
@@ -272,7 +282,9 @@ class NativeDecoder:
         logits: NDArray[np.float32] | None = None,
         places: int = 1,
     ) -> None:
-        native, kept = _native_inputs(inputs)
+        if self._trimmed and inputs.adjustments is not None:
+            raise ValueError("a trimmed head has no logits for some ids: its decoder adjusts none")
+        native, kept = _native_inputs(inputs, self.vocabulary_size)
         wanted = _Wanted(_address(tokens), _address(scores), _address(logits), places)
         with self._busy:
             self._check_open()
@@ -340,8 +352,8 @@ def _address(array: NDArray[np.generic] | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic]]]:
-    """The C view of `inputs`, and the arrays it points into. Lengths are checked here, contents in C++."""
+def _native_inputs(inputs: StepInputs, vocabulary_size: int) -> tuple[_Inputs, list[Any]]:
+    """The C view of `inputs`, and what it points into. Lengths are checked here, contents in C++."""
 
     def array(name: str, kind: DTypeLike, *shape: int | None) -> NDArray[np.generic]:
         given = np.asarray(getattr(inputs, name))
@@ -359,7 +371,7 @@ def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic
     if sequences < 0:
         raise ValueError("sequence_starts needs one entry more than there are sequences")
     tables = array("block_tables", np.int32, sequences, None)
-    kept = [
+    kept: list[Any] = [
         array("tokens", np.int32, rows),
         array("positions", np.int32, rows),
         starts,
@@ -371,7 +383,18 @@ def _native_inputs(inputs: StepInputs) -> tuple[_Inputs, list[NDArray[np.generic
         array("min_p", np.float32, samples),
         array("seeds", np.uint64, samples),
     ]
-    return _Inputs(rows, sequences, tables.shape[1], samples, *(each.ctypes.data for each in kept)), kept
+    native = _Inputs(rows, sequences, tables.shape[1], samples, *(each.ctypes.data for each in kept))
+    if inputs.adjustments is not None:
+        check_adjustments(inputs.adjustments, samples, vocabulary_size)
+        adjustments, arrays = _native_adjustments(inputs.adjustments)
+        native.adjustments = ctypes.addressof(adjustments)
+        kept += [adjustments, *arrays]
+    return native, kept
+
+
+def _native_adjustments(given: Adjustments) -> tuple[_Adjustments, list[NDArray[np.generic]]]:
+    arrays = [np.ascontiguousarray(getattr(given, field.name)) for field in fields(given)]
+    return _Adjustments(len(given.samples), given.masks.shape[1], *(each.ctypes.data for each in arrays)), arrays
 
 
 def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:

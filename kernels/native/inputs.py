@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels.adjust import check_adjustments
 from kernels.step import Decoder, StepInputs
 
 _KINDS = {"temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "seeds": np.uint64}
@@ -42,6 +43,8 @@ def checked(inputs: StepInputs, decoder: Decoder) -> StepInputs:
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if (bad := np.flatnonzero(~(getattr(inputs, name) >= 0))).size:
             raise ValueError(f"sample {bad[0]}: {name} must not be negative or NaN")
+    if inputs.adjustments is not None:
+        check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
     return inputs
 
 
@@ -50,6 +53,7 @@ def _typed(inputs: StepInputs) -> StepInputs:
         raise ValueError("sequence_starts needs one entry more than there are sequences")
     rows, samples = len(inputs.tokens), len(inputs.sample_rows)
     shapes: dict[str, tuple[int | None, ...]] = {field.name: (samples,) for field in fields(inputs)}
+    del shapes["adjustments"]
     shapes |= {"tokens": (rows,), "positions": (rows,), "sequence_starts": (None,)}
     shapes["block_tables"] = (len(inputs.sequence_starts) - 1, None)
     arrays: dict[str, Any] = {}

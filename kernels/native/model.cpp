@@ -465,6 +465,14 @@ void Model::sample(Pass& pass, int thread) {
   const auto logits = [&](int sample) { return pass.logits + size_t(sample) * size_t(head_rows); };
   const auto choices = [&](int of, int sample) { return pass.choices.data() + size_t(of * pass.samples + sample) * size_t(places); };
   bool finite = true;
+  if (const mill_adjustments* const all = pass.inputs.adjustments)
+    for (int row = 0; row < all->rows; row++) {
+      const int sample = all->samples[row] - pass.first_sample;
+      if (sample < 0 || sample >= pass.samples) continue;
+      const int begin = first * kLanes, end = std::min(last * kLanes, head_rows);
+      if (!all_finite(logits(sample), begin, end)) finite = false;
+      adjust(*all, row, logits(sample), begin, end);
+    }
   for (int sample = 0; sample < pass.samples; sample++) {
     const Sampling sampling = pass.sampling(sample);
     if (sampling.masked()) continue;

@@ -33,7 +33,7 @@ struct mill_tensor {
   int32_t outputs, inputs;
 };
 
-// Every row as kernels/step.py describes it.
+// Every row as kernels/step.py describes it; what it says of adjustments has been checked there.
 struct mill_inputs {
   int32_t rows, sequences, table_width, samples;
   const int32_t *tokens, *positions, *sequence_starts, *block_tables, *sample_rows;
@@ -41,6 +41,7 @@ struct mill_inputs {
   const int32_t* top_k;
   const float *top_p, *min_p;
   const uint64_t* seeds;
+  const mill_adjustments* adjustments;  // null: no row has any
 };
 
 // What a step is run for: `logits`, or the best `places` ids of each sample in order, with their scores where wanted.

@@ -149,13 +149,6 @@ Choice choose_noisy(const float* logits, const int32_t* ids, int first, int last
   return choice;
 }
 
-// False for NaN and plus infinity; minus infinity marks an id that may not be chosen.
-bool all_finite(const float* values, int first, int last) {
-  uint32_t special = 0;
-  for (int i = first; i < last; i++) special |= uint32_t((float_to_bits(values[i]) & 0x7F800000) == 0x7F800000);
-  return !special || std::all_of(values + first, values + last, [](float x) { return x < INFINITY; });
-}
-
 // The scaled logits that top_k, top_p and min_p leave, minus infinity for others; empty when there are none.
 std::vector<float> masked(const float* logits, int count, const Sampling& sampling) {
   std::vector<float> scaled(static_cast<size_t>(count));
@@ -204,6 +197,39 @@ std::vector<float> masked(const float* logits, int count, const Sampling& sampli
 }
 
 }  // namespace
+
+bool all_finite(const float* values, int first, int last) {
+  uint32_t special = 0;
+  for (int i = first; i < last; i++) special |= uint32_t((float_to_bits(values[i]) & 0x7F800000) == 0x7F800000);
+  return !special || std::all_of(values + first, values + last, [](float x) { return x < INFINITY; });
+}
+
+void adjust(const mill_adjustments& all, int row, float* logits, int first, int last) {
+  const float repetition = all.repetition[row], frequency = all.frequency[row], presence = all.presence[row];
+  for (int at = all.count_starts[row]; at < all.count_starts[row + 1]; at++) {
+    const int id = all.counted[at];
+    if (id < first || id >= last) continue;
+    float x = logits[id];
+    x = x > 0 ? x / repetition : x * repetition;
+    if (all.counts[at] > 0) x = x - frequency * float(all.counts[at]) - presence;
+    logits[id] = x;
+  }
+  for (int at = all.shift_starts[row]; at < all.shift_starts[row + 1]; at++) {
+    const int id = all.shifted[at];
+    if (id >= first && id < last) logits[id] += all.shifts[at];
+  }
+  if (all.mask_of[row] < 0) return;
+  const uint32_t* const mask = all.masks + size_t(all.mask_of[row]) * size_t(all.mask_words);
+  for (int id = first; id < last;) {
+    const int word = id / 32, end = std::min(last, (word + 1) * 32);
+    const uint32_t bits = word < all.mask_words ? mask[word] : 0;
+    if (bits == ~0u)
+      id = end;
+    else
+      for (; id < end; id++)
+        if (!(bits >> (id % 32) & 1)) logits[id] = -INFINITY;
+  }
+}
 
 Choice choose(const float* logits, const int32_t* ids, int first, int last, const Sampling& sampling, bool& finite) {
   if (!all_finite(logits, first, last)) finite = false;

@@ -10,6 +10,17 @@
 #include <cstdint>
 #include <vector>
 
+// Mirrored in decoder.py; described in kernels/step.py.
+extern "C" struct mill_adjustments {
+  int32_t rows, mask_words;
+  const int32_t* samples;
+  const float *repetition, *frequency, *presence;
+  const int32_t *count_starts, *counted, *counts, *shift_starts, *shifted;
+  const float* shifts;
+  const int32_t* mask_of;
+  const uint32_t* masks;
+};
+
 namespace mill {
 
 constexpr float kGreedyBelow = 1e-5f;
@@ -37,6 +48,12 @@ struct Sampling {
   bool greedy() const { return temperature < kGreedyBelow; }
   bool masked() const { return !greedy() && (top_k > 0 || top_p < 1.0f || min_p > 0.0f); }
 };
+
+// False for NaN and plus infinity; minus infinity marks an id that may not be chosen.
+bool all_finite(const float* values, int first, int last);
+
+// Shifts and masks the logits of ids first..last-1 of one row, as `row` of the adjustments says. Every operation rounded.
+void adjust(const mill_adjustments& all, int row, float* logits, int first, int last);
 
 // The best of rows first..last-1 of a head, masks ignored; `finite` becomes false when one of their logits is NaN or
 // infinite above. `ids`: the token id of each row, ascending; null: row i is id i.

@@ -34,7 +34,8 @@ Two more recipes store a number of the KV cache in a byte, "int8-g32/1+kv-int8" 
                 rounded to even, and a step below the smallest normal number counts as 0
     fp8         e4m3, clamped to +-448, rounded to even; the number is taken as 1 / 256 of its value and its step as 256
 
-Tokens are chosen from the logits as `shared/noise.py` says.
+Some rows' logits are shifted and masked as `kernels/adjust.py` says; then tokens are chosen as `shared/noise.py`
+says.
 """
 
 import math

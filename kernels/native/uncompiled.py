@@ -24,10 +24,13 @@ from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
 from kernels.native.packed import FLOATS, KINDS, Activations, Matrix, Plain, quantised, stacked
 from kernels.native.specification import LARGEST_HALF
-from kernels.reference import mask_logits, race, sample, widened
+from kernels.reference import adjust_logits, mask_logits, race, sample, widened
 from kernels.step import Race, StepInputs, check_places
 
 PASS_ROWS = 64
+NOTHING_TO_CHOOSE = (
+    "no token can be chosen: some logits are not finite, so the weights are broken, or every id of a row is masked"
+)
 # Scores of one head that are made at once: rows times tokens. Their terms take 9 MB for 9 heads of 64 dimensions.
 TOGETHER = 2048
 VALUES_TOGETHER = 64  # tokens of a chain over values whose terms are made at once
@@ -147,7 +150,7 @@ class UncompiledDecoder:
         logits = torch.from_numpy(self._logits(inputs))
         peaks = logits.amax(-1)  # NaN where there is one
         if not torch.isfinite(peaks).all():
-            raise RuntimeError("no token can be chosen: some logits are not finite, so the weights are broken")
+            raise RuntimeError(NOTHING_TO_CHOOSE)
         temperature, top_k, top_p, min_p = (
             torch.from_numpy(np.ascontiguousarray(values))
             for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
@@ -155,6 +158,10 @@ class UncompiledDecoder:
         seeds = torch.from_numpy(inputs.seeds.astype(np.uint64).view(np.int64))
         positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1)
         wide = widened(logits, self.config.head_ids, self.vocabulary_size)
+        if inputs.adjustments is not None:
+            wide = adjust_logits(wide, inputs.adjustments)
+            if (wide.amax(-1) == -torch.inf).any():
+                raise RuntimeError(NOTHING_TO_CHOOSE)
         return mask_logits(wide, temperature, top_k, top_p, min_p), temperature, seeds, positions
 
     def _logits(self, inputs: StepInputs) -> Floats:

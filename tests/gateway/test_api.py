@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,7 +14,7 @@ from gateway.catalogue import Catalogue
 from gateway.service import Gateway
 from shared import subjects
 from shared.blocks import hash_chain, join_hashes, tenant_salt
-from shared.messages import Accepted, Failed, Finished, GatewayStatus, Generate, Reply, Tokens, decode
+from shared.messages import Accepted, Adjust, Failed, Finished, GatewayStatus, Generate, Reply, Tokens, decode
 from shared.noise import choice_seed
 from shared.tokens import pack, unpack
 from tests.gateway.fake_mesh import END, MODEL, START, FakeMesh, gateway_and_mesh, refusal, tiny_model
@@ -150,10 +151,33 @@ async def test_a_request_id_of_the_client_gives_the_same_seed_and_none_gives_ano
 
 async def test_ignore_eos_asks_for_exactly_so_many_tokens() -> None:
     async with gateway_and_mesh() as (client, mesh, _):
-        for more in ({"ignore_eos": True}, {"min_tokens": 20}):
-            body = (await client.post(CHAT, json=chat(max_tokens=20, **more))).json()
-            assert mesh.requests[-1].stop_token_ids == ()
-            assert body["choices"][0]["finish_reason"] == "length"
+        body = (await client.post(CHAT, json=chat(max_tokens=20, ignore_eos=True))).json()
+        assert mesh.requests[-1].stop_token_ids == ()
+        assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_what_shifts_or_masks_logits_travels_as_ids_and_numbers() -> None:
+    async with gateway_and_mesh() as (client, mesh, _):
+        await client.post(CHAT, json=chat(
+            presence_penalty=0.5, frequency_penalty=-0.25, repetition_penalty=1.5, min_tokens=3, stop_token_ids=[9],
+            logit_bias={"70": -100, "65": 2.5, "66": 0}, allowed_token_ids=[70, 65, 65], bad_words=["no", " yes"]))
+        assert mesh.requests[-1].adjust == Adjust(
+            repetition_penalty=1.5, frequency_penalty=-0.25, presence_penalty=0.5, biased=pack([65, 70]),
+            biases=np.array([2.5, -100], "<f4").tobytes(), min_tokens=3, allowed=pack([65, 70]),
+            bad_words=tuple(pack([*word]) for word in (b"no", b" no", b" yes")))
+        assert mesh.requests[-1].stop_token_ids == (END, 9)
+        await client.post(CHAT, json=chat(presence_penalty=0, repetition_penalty=1, logit_bias={}, min_tokens=0))
+        assert mesh.requests[-1].adjust is None
+
+
+async def test_a_stop_string_counts_only_behind_min_tokens() -> None:
+    async with gateway_and_mesh() as (client, mesh, _):
+        mesh.says = b"no no no"
+        for batch in (1, 3, 100):
+            mesh.batch = batch
+            body = (await client.post(CHAT, json=chat(stop=["no"], min_tokens=4))).json()
+            assert body["choices"][0]["message"]["content"] == "no no "
+            assert body["usage"]["completion_tokens"] == 8
 
 
 async def test_without_max_tokens_the_answer_fits_what_is_left_of_the_context() -> None:
@@ -213,12 +237,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
     ({"seed": 1 << 70}, "seed"), ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"priority": 1000}, "priority"),
-    ({"min_tokens": 3}, "min_tokens"), ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
-    ({"logprobs": True}, "logprobs"), ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"min_tokens": -3}, "min_tokens"), ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+    ({"logprobs": True}, "logprobs"), ({"logit_bias": {"five": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias[5]"), ({"logit_bias": {"258": 1}}, "logit_bias"),
+    ({"logit_bias": {str(id): 1 for id in range(1025)}}, "logit_bias"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"), ({"allowed_token_ids": [258]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids"), ({"stop_token_ids": [258]}, "stop_token_ids"),
+    ({"bad_words": ["a", " "]}, "bad_words"), ({"bad_words": [str(i) for i in range(129)]}, "bad_words"),
     ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"presence_penalty": 0.5}, "presence_penalty"), ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty"), ({"audio": {"voice": "x"}}, "audio"),
+    ({"presence_penalty": 2.5}, "presence_penalty"), ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"), ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"), ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
     ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": "hi"}, "messages"),

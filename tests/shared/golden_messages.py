@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared.messages import (
     Accepted,
+    Adjust,
     Cancel,
     Cleared,
     Close,
@@ -43,6 +44,8 @@ FOLDER = Path(__file__).parent / "golden"
 HASH = bytes(range(16))
 
 sampling = Sampling(temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, seed=2**64 - 1)
+adjust = Adjust(repetition_penalty=1.25, frequency_penalty=0.5, presence_penalty=-0.5, biased=pack([7]),
+                biases=b"\x00\x00\x80\xbf", min_tokens=4, bad_words=(pack([8, 9]), pack([3])), allowed=pack([3, 7]))
 residency = Residency(zones=("eu", "us-east1"))
 placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, estimate_s=0.25, policy="prefix",
                       certain_tokens=16, receipt=b"why")
@@ -65,13 +68,14 @@ proposal = Proposal(request_id="r-1", attempt=2, base_length=3, tokens=pack([4, 
                     digest=2**32 - 1, confidence=bytes([50, 255, 100]))
 
 EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
-    sampling, residency, placement, accepted, tokens, finished, failed, stored, removed, cleared, opened, commit, close,
-    proposal,
+    sampling, adjust, residency, placement, accepted, tokens, finished, failed, stored, removed, cleared, opened,
+    commit, close, proposal,
     Generate(request_id="r-1", attempt=2, gateway="gateway-a", model="SmolLM2", tokens=pack([1, 2, 3]), max_tokens=9,
              deadline=1_700_000_000.5, sampling=sampling, tenant="acme", cache_salt=HASH, block_hashes=HASH * 2,
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
-             recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6]), weight=2.5),
+             recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6]), weight=2.5,
+             adjust=adjust),
     queued,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),

@@ -36,7 +36,8 @@ def make_scheduler(decoder: Decoder, **limits: int) -> Scheduler:
 
 
 def make_batch(scheduler: Scheduler) -> Batch:
-    return Batch(scheduler.limits.max_running, -(-scheduler.length_limit // scheduler.limits.block_size))
+    return Batch(scheduler.limits.max_running, -(-scheduler.length_limit // scheduler.limits.block_size),
+                 scheduler.limits.vocabulary_size)
 
 
 class Bench:
