@@ -54,8 +54,8 @@ class Adjuster:
         self._repeats = adjust.repetition_penalty != 1.0
         self._counts_answer = self._repeats or bool(adjust.frequency_penalty or adjust.presence_penalty)
         self._places: dict[int, int] = {}  # of each counted id in the arrays
-        self._ids = np.zeros(64, np.int32)
-        self._counts = np.zeros(64, np.int32)
+        self._ids = np.zeros(16, np.int32)
+        self._counts = np.zeros(16, np.int32)
         self._counted = 0  # tokens of the stream that are in the counts
 
     def counts(self, tokens: Sequence[int], drafts: Sequence[int]) -> tuple[Ids, Ids]:
@@ -64,7 +64,8 @@ class Adjuster:
             return _NOTHING, _NOTHING
         for index in range(self._counted, len(tokens)):
             if index >= self._prompt_length:
-                self._counts[self._place(tokens[index])] += 1
+                place = self._place(tokens[index])
+                self._counts[place] += 1
             elif self._repeats:
                 self._place(tokens[index])
         self._counted = len(tokens)
