@@ -26,8 +26,8 @@ class Sequence:
     __slots__ = (
         "accepted_counts", "accepted_drafts", "adjuster", "admitted_at", "arrived_at", "blocks", "cached_tokens",
         "computed", "deadline", "drafted", "drafter_s", "end_length", "ended", "first_token_at", "hashes", "key",
-        "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length", "saved_s",
-        "slot", "steps", "stop_ids", "stored", "tokens", "traceparent", "verified_from", "verified_until",
+        "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length",
+        "saved_s", "slot", "steps", "stop_ids", "stored", "tokens", "traceparent", "verified_from", "verified_until",
         "verifying_steps",
     )
 
