@@ -72,7 +72,7 @@ def _choice(choice: dict[str, Any], several: bool) -> list[str]:
         lines += _attempt(attempt)
     if not choice["attempts"]:
         lines.append("no receipt came with it: its messages got lost, or its router is of an older version")
-    lines += ["", _cache(choice)]
+    lines += ["", _cache(choice), *_drafts(choice)]
     return lines
 
 
@@ -123,6 +123,22 @@ def _cache(choice: dict[str, Any]) -> str:
     why = MISSES.get(choice["miss"], choice["miss"])
     missed = f", {choice['missed_tokens']} fewer" if choice["missed_tokens"] else ""
     return f"{choice['actual_cached_tokens']} tokens were cached{missed} ({choice['miss']}: {why})"
+
+
+def _drafts(choice: dict[str, Any]) -> list[str]:
+    """What drafts brought, if a drafter worked on it."""
+    said = choice.get("speculation")
+    if not said:
+        return []
+    steps = said["num_spec_steps"]
+    verified = (f"{said['num_accepted_draft_tokens']} of {said['num_draft_tokens']} drafts agreed, in "
+                f"{_plural(steps, 'step')} of {said['mean_acceptance_length']:.2f} tokens" if steps
+                else "no draft was verified")
+    late = f", {said['late_draft_tokens']} came too late" if said["late_draft_tokens"] else ""
+    saved_ms = said["time_saved_ms"]
+    return [f"{said['drafter']}: {verified}{late}",
+            f"{'saved' if saved_ms >= 0 else 'lost'} {abs(saved_ms):.0f} ms for {said['drafter_ms']:.1f} ms of the "
+            f"drafter's time (${said['drafter_usd']:.2g})"]
 
 
 def _plural(count: int, noun: str) -> str:

@@ -25,6 +25,7 @@ from gateway.openai.parameters import Options
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Kept, Outcome, found, header, outcome_of
+from gateway.speculation import RequestMetrics, metrics_of
 from gateway.streams import Stream
 from gateway.tenants import Tenant
 from shared import telemetry
@@ -263,7 +264,8 @@ class Answer:
         ids = self._options.return_token_ids
         document = self._reply.whole(
             [("".join(texts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
-              self._prompt_of(i).tokens if ids else None) for i in range(len(self._choices))], self._usage())
+              self._prompt_of(i).tokens if ids else None) for i in range(len(self._choices))], self._usage(),
+            self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),
                                       (b"content-length", str(len(document)).encode())])
         await self._write(send, document, last=True)
@@ -284,7 +286,7 @@ class Answer:
                 return
             if None not in self._reasons:
                 if self._options.include_usage:
-                    documents.append(self._reply.totals(self._usage()))
+                    documents.append(self._reply.totals(self._usage(), self._metrics()))
                 await self._write(send, sse.events(documents) + sse.DONE, last=True)
                 return
             if documents:
@@ -385,6 +387,11 @@ class Answer:
                 attempts=max(stream.state.attempt for stream in self._streams)), accepted,
             count(self._prediction) * len(self._matches) - accepted)
 
+    def _metrics(self) -> RequestMetrics | None:
+        """What one stream took and drafts brought it; None of several, and where its worker said nothing of drafts."""
+        ended = self._streams[0].ended
+        return metrics_of(ended) if len(self._streams) == 1 and isinstance(ended, Finished) else None
+
     def _open_span(self) -> telemetry.OpenSpan:
         options, sampling = self._options, self._options.sampling
         carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._scope["headers"]
@@ -413,6 +420,8 @@ class Answer:
         metrics.completion_tokens.inc(usage.completion_tokens)
         metrics.draft_tokens.inc(mill.draft_tokens)
         metrics.accepted_draft_tokens.inc(mill.accepted_draft_tokens)
+        for end in self._ends():
+            metrics.drafted(model, end)
         if not error:
             metrics.prompt_tokens.inc(usage.prompt_tokens)
             metrics.cached_tokens.inc(cached)
@@ -434,6 +443,12 @@ class Answer:
                 metrics.stream_ended(operation, model, stream.first_token_s - self._began_s,
                                      stream.last_token_s - self._began_s, choice.completion_tokens)
         if ends := self._ends():
+            if mill.drafter:
+                attributes |= {names.DRAFTER: mill.drafter,
+                               names.DRAFT_LATE_TOKENS: sum(end.late_draft_tokens for end in ends),
+                               names.DRAFT_SAVED_S: sum(end.draft_saved_s for end in ends),
+                               names.DRAFTER_S: sum(end.drafter_s for end in ends),
+                               names.DRAFTER_USD: sum(end.drafter_usd for end in ends)}
             attributes |= {names.LATENCY_IN_QUEUE: ends[0].queue_s, names.LATENCY_PREFILL: ends[0].prefill_s,
                            names.LATENCY_DECODE: ends[0].decode_s}
         outcomes = self._outcomes()

@@ -14,7 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gateway.receipts import Found
-from shared.messages import WorkerStatus
+from gateway.speculation import accepted_at
+from shared.messages import Finished, WorkerStatus
 from shared.receipts import MISSES
 from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
@@ -59,6 +60,21 @@ class Metrics:
         self.draft_tokens = Counter("mill_gateway_draft_tokens", "Draft tokens verified.", registry=own)
         self.accepted_draft_tokens = Counter("mill_gateway_accepted_draft_tokens", "Draft tokens accepted.",
                                              registry=own)
+        self.late_draft_tokens = Counter("mill_gateway_late_draft_tokens", "Tokens proposed too late.", registry=own)
+        self.draft_saved = Gauge("mill_gateway_draft_saved_seconds", "Stream time that drafts saved so far, their cost "
+                                 "taken off; below 0 when they lost.", registry=own)
+        self.drafter_seconds = Counter("mill_gateway_drafter_seconds", "Time that drafters worked on finished streams.",
+                                       registry=own)
+        self.drafter_usd = Counter("mill_gateway_drafter_usd", "What that time cost.", registry=own)
+        # vLLM's names for the same, which benchmark tools read
+        self._drafts = Counter("vllm:spec_decode_num_drafts", "Verifications, one for each stream and step.",
+                               ["model_name"], registry=own)
+        self._draft_tokens = Counter("vllm:spec_decode_num_draft_tokens", "Draft tokens verified.", ["model_name"],
+                                     registry=own)
+        self._accepted = Counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", ["model_name"],
+                                 registry=own)
+        self._accepted_at = Counter("vllm:spec_decode_num_accepted_tokens_per_pos", "The same by place in the draft.",
+                                    ["model_name", "position"], registry=own)
         self.resubmissions = Counter("mill_gateway_resubmissions", "Attempts after the first, by cause.", ["cause"],
                                      registry=own)
         self.lost_messages = Counter("mill_gateway_lost_messages", "Gaps in the numbering of replies.", registry=own)
@@ -104,6 +120,18 @@ class Metrics:
             per_token_s = (last_token_s - first_token_s) / (tokens - 1)
             self._per_token.labels(operation, model).observe(per_token_s)
             self._fine_per_token.observe(per_token_s)
+
+    def drafted(self, model: str, end: Finished) -> None:
+        """Note what drafts brought one stream."""
+        self.late_draft_tokens.inc(end.late_draft_tokens)
+        self.draft_saved.inc(end.draft_saved_s)
+        self.drafter_seconds.inc(end.drafter_s)
+        self.drafter_usd.inc(end.drafter_usd)
+        self._drafts.labels(model).inc(end.draft_steps)
+        self._draft_tokens.labels(model).inc(end.draft_tokens)
+        self._accepted.labels(model).inc(end.accepted_draft_tokens)
+        for place, accepted in enumerate(accepted_at(end)):
+            self._accepted_at.labels(model, str(place)).inc(accepted)
 
     def placed(self, known: Found) -> None:
         """Note what was predicted of one stream, and what was there."""

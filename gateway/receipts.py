@@ -14,7 +14,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from msgspec.structs import asdict
+
 from gateway.openai.common import encode
+from gateway.speculation import Speculation, speculation_of
 from shared import receipts
 from shared.errors import MillError
 from shared.messages import Finished
@@ -49,6 +52,7 @@ class Outcome(NamedTuple):
     attempts: int
     cached_tokens: int | None  # what the last attempt's worker found
     worker_says: str = ""  # a class of miss
+    speculation: Speculation | None = None  # of the last attempt, where a drafter worked on it
 
     @property
     def last(self) -> Receipt | None:
@@ -76,7 +80,8 @@ def outcome_of(notes: Sequence[Note], prompt_tokens: int, ended: Finished | Mill
     """
     told = tuple(notes)
     if isinstance(ended, Finished) and ended.attempt == attempts and ended.reason != "cancelled":
-        return Outcome(told, prompt_tokens, ended.reason, worker, attempts, ended.cached_tokens, ended.miss)
+        return Outcome(told, prompt_tokens, ended.reason, worker, attempts, ended.cached_tokens, ended.miss,
+                       speculation_of(ended))
     how = ended.code if isinstance(ended, MillError) else "cancelled" if ended is not None else ""
     outcome = Outcome(told, prompt_tokens, how, worker, attempts, None)
     receipt = outcome.last
@@ -174,7 +179,8 @@ def _choice(index: int, outcome: Outcome) -> dict[str, Any]:
         if receipt is not None:
             attempts.append({"attempt": note.attempt, **_placed(receipt)})
     return {"index": index, "ended": outcome.ended, "worker": outcome.worker, "attempts_made": outcome.attempts,
-            "prompt_tokens": outcome.prompt_tokens, **_truth(outcome), "attempts": attempts}
+            "prompt_tokens": outcome.prompt_tokens, **_truth(outcome), "attempts": attempts,
+            "speculation": None if outcome.speculation is None else asdict(outcome.speculation)}
 
 
 def _truth(outcome: Outcome) -> dict[str, Any]:

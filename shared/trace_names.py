@@ -56,6 +56,10 @@ CACHED_TOKENS = "mill.cached_tokens"  # what the worker had
 CACHE_MISS = "mill.cache_miss"  # a class of shared.receipts
 DRAFT_TOKENS = "mill.draft.tokens"
 DRAFT_ACCEPTED_TOKENS = "mill.draft.accepted_tokens"
+DRAFT_LATE_TOKENS = "mill.draft.late_tokens"  # proposed for places that were taken when they came
+DRAFT_SAVED_S = "mill.draft.saved_s"  # verification and waits taken off; below 0: lost
+DRAFTER_S = "mill.drafter.seconds"  # that it worked on this request
+DRAFTER_USD = "mill.drafter.usd"
 
 # Histograms in seconds. The first three sets of buckets belong to the convention; its time per token ends at 10 ms, too
 # coarse where speculation works, hence the last.

@@ -54,8 +54,8 @@ class Outbox:
         self._block_size_tokens = block_size_tokens
         self.replies_sent: dict[str, int] = {}
 
-    def replies(self, events: list[Event], drafter: str, drafter_usd_per_hour: float = 0.0) -> list[Outgoing]:
-        """All replies of a step, one message per gateway. `drafter`: whose drafts come now, and what it costs."""
+    def replies(self, events: list[Event]) -> list[Outgoing]:
+        """All replies of a step, one message per gateway."""
         per_gateway: dict[str, list[Reply]] = {}
         for event in events:
             match event:
@@ -71,11 +71,10 @@ class Outbox:
                     gateway = sequence.request.gateway
                 case Ended(sequence, last):
                     miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
-                    reply = self._signed(last, drafter if sequence.drafter_s or sequence.drafted else "", miss,
-                                         sequence.drafter_s * drafter_usd_per_hour / 3600)
+                    reply = self._signed(last, miss)
                     gateway = sequence.request.gateway
                 case Refused(request, last):
-                    reply, gateway = self._signed(last, ""), request.gateway
+                    reply, gateway = self._signed(last), request.gateway
                 case _:
                     continue
             per_gateway.setdefault(gateway, []).append(reply)
@@ -126,7 +125,5 @@ class Outbox:
         return Outgoing(subjects.replies(gateway), StepReplies(self.worker, self.epoch, seq, tuple(replies),
                                                               self.recipe))
 
-    def _signed(self, last: Reply, drafter: str, miss: str = "", drafter_usd: float = 0.0) -> Reply:
-        if not isinstance(last, Finished):
-            return last
-        return replace(last, worker=self.worker, drafter=drafter, miss=miss, drafter_usd=drafter_usd)
+    def _signed(self, last: Reply, miss: str = "") -> Reply:
+        return replace(last, worker=self.worker, miss=miss) if isinstance(last, Finished) else last

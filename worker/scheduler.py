@@ -149,6 +149,7 @@ class Scheduler:
         self.saved_s = 0.0  # by accepted drafts, the rows and waits of all drafts taken off
         self.survival = Survival()
         self.drafter = ""  # whose drafts come
+        self.drafter_usd_per_hour = 0.0
         self.paying = True  # whether the drafter pays for itself; the owner says so
         self.speculates = limits.max_draft_tokens > 0  # whether drafts can pay for the streams there are now
         self.closed_because: str | None = None  # set while draining
@@ -292,7 +293,9 @@ class Scheduler:
         sequence = self._live.get(proposal.request_id)
         if sequence is None or sequence.key.attempt != proposal.attempt:
             return
+        sequence.drafter = self.drafter
         sequence.drafter_s += seconds
+        sequence.drafter_usd += seconds * self.drafter_usd_per_hour / 3600
         if self.drafts.offer(proposal) and not proposal.assumed:
             late = min(len(proposal.tokens) // 4, max(0, len(sequence.tokens) - proposal.base_length))
             sequence.late_drafts += late
@@ -591,8 +594,9 @@ class Scheduler:
             accepted_draft_tokens=sequence.accepted_drafts, queue_s=admitted - sequence.arrived_at,
             prefill_s=first - admitted, decode_s=now - first, draft_steps=sequence.verifying_steps,
             accepted_counts=tuple(sequence.accepted_counts.get(count, 0)
-                                  for count in range(max(sequence.accepted_counts, default=-1) + 1)),
-            late_draft_tokens=sequence.late_drafts, draft_saved_s=sequence.saved_s, drafter_s=sequence.drafter_s)
+                                  for count in range(self.limits.max_draft_tokens + 1)) if sequence.drafter else (),
+            late_draft_tokens=sequence.late_drafts, draft_saved_s=sequence.saved_s, drafter=sequence.drafter,
+            drafter_s=sequence.drafter_s, drafter_usd=sequence.drafter_usd)
 
     def _blocks_for(self, length: int) -> int:
         return -(-length // self.limits.block_size)

@@ -25,10 +25,10 @@ class Sequence:
 
     __slots__ = (
         "accepted_counts", "accepted_drafts", "adjuster", "admitted_at", "arrived_at", "blocks", "cached_tokens",
-        "computed", "deadline", "drafted", "drafter_s", "end_length", "ended", "first_token_at", "hashes", "key",
-        "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length", "rank", "request", "resumed_length",
-        "saved_s", "slot", "steps", "stop_ids", "stored", "tokens", "traceparent", "verified_from", "verified_until",
-        "verifying_steps",
+        "computed", "deadline", "drafted", "drafter", "drafter_s", "drafter_usd", "end_length", "ended",
+        "first_token_at", "hashes", "key", "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length",
+        "rank", "request", "resumed_length", "saved_s", "slot", "steps", "stop_ids", "stored", "tokens", "traceparent",
+        "verified_from", "verified_until", "verifying_steps",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -60,7 +60,9 @@ class Sequence:
         self.late_drafts = 0
         self.luck = 1.0  # how much better or worse its drafts do than its drafter's others (`worker.survival`)
         self.saved_s = 0.0  # by drafts; below 0 when they cost more
+        self.drafter = ""  # whose proposals came last
         self.drafter_s = 0.0  # that drafters worked on it
+        self.drafter_usd = 0.0  # what that costs
         self.preemptions = 0
         self.steps = 0
         self.verifying_steps = 0  # steps that had drafts of this stream in them

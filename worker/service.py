@@ -285,6 +285,7 @@ class Worker:
     def _meet_drafter(self) -> None:
         """Another one is followed, or none."""
         self._scheduler.drafter = self._following.name
+        self._scheduler.drafter_usd_per_hour = self._following.usd_per_hour
         self._scheduler.paying = True
         self._engine.payback.new_drafter()
         self._status_wanted.set()
@@ -297,7 +298,7 @@ class Worker:
 
     async def _publish(self, events: list[Event]) -> bool:
         """Everything one step has to say. Whether the drafter was told all of it."""
-        replies = self._outbox.replies(events, self._following.name, self._following.usd_per_hour)
+        replies = self._outbox.replies(events)
         told: list[Outgoing] = []
         tells = False
         if self._speculates:
@@ -327,7 +328,7 @@ class Worker:
             await self._refusals_wanted.wait()
             self._refusals_wanted.clear()
             refused, self._turned_away = self._turned_away, []
-            await self._sender.send(self._outbox.replies(refused, ""))
+            await self._sender.send(self._outbox.replies(refused))
 
     async def _send_snapshots(self) -> None:
         while True:

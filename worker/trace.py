@@ -41,4 +41,6 @@ def record_stream(sequence: Sequence, last: Finished | Failed, worker: str, draf
             span_at("verify", unix(sequence.verified_from), unix(sequence.verified_until), decode, {
                 "mill.steps": sequence.verifying_steps, trace_names.DRAFTER: drafter,
                 trace_names.DRAFT_TOKENS: sequence.drafted,
-                trace_names.DRAFT_ACCEPTED_TOKENS: sequence.accepted_drafts})
+                trace_names.DRAFT_ACCEPTED_TOKENS: sequence.accepted_drafts,
+                trace_names.DRAFT_LATE_TOKENS: sequence.late_drafts, trace_names.DRAFT_SAVED_S: sequence.saved_s,
+                trace_names.DRAFTER_S: sequence.drafter_s, trace_names.DRAFTER_USD: sequence.drafter_usd})

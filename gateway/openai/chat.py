@@ -11,6 +11,7 @@ from msgspec import UNSET, Struct, UnsetType, structs
 
 from gateway.openai.common import Usage, WithText, encode
 from gateway.openai.parameters import Options, Parameters, options, refuse
+from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -122,6 +123,7 @@ class Chunk(Struct):
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
 
 
 class AssistantMessage(Struct):
@@ -148,6 +150,7 @@ class ChatCompletion(Struct):
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
 
 
 class ChatReply:
@@ -183,10 +186,11 @@ class ChatReply:
         return encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage,
                             service_tier=self._tier))
 
-    def totals(self, usage: Usage) -> bytes:
-        return encode(Chunk(*self._head, [], usage, service_tier=self._tier))
+    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
+        return encode(Chunk(*self._head, [], usage, service_tier=self._tier, metrics=metrics or UNSET))
 
-    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage) -> bytes:
+    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage,
+              metrics: RequestMetrics | None = None) -> bytes:
         """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
         id, _, created, model, fingerprint = self._head
         prompt = choices[0][3]
@@ -194,4 +198,4 @@ class ChatReply:
             id, "chat.completion", created, model, fingerprint,
             [ChatChoice(i, AssistantMessage("assistant", text), reason, None, UNSET if tokens is None else tokens)
              for i, (text, reason, tokens, _) in enumerate(choices)],
-            usage, UNSET if prompt is None else prompt, self._tier))
+            usage, UNSET if prompt is None else prompt, self._tier, metrics or UNSET))

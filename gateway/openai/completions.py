@@ -8,6 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from gateway.openai.common import Usage, WithText, encode
 from gateway.openai.parameters import MAX_CHOICES, Options, Parameters, options, refuse
+from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
 
@@ -68,6 +69,7 @@ class Completion(Struct):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     service_tier: str | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
 
 
 class CompletionReply:
@@ -104,13 +106,14 @@ class CompletionReply:
         return encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage,
                                  self._tier))
 
-    def totals(self, usage: Usage) -> bytes:
-        return encode(Completion(*self._head, [], usage, self._tier))
+    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
+        return encode(Completion(*self._head, [], usage, self._tier, metrics or UNSET))
 
-    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage) -> bytes:
+    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage,
+              metrics: RequestMetrics | None = None) -> bytes:
         """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
         return encode(Completion(
             *self._head,
             [CompletionChoice(text, i, None, reason, UNSET if tokens is None else tokens,
                               UNSET if prompt is None else prompt)
-             for i, (text, reason, tokens, prompt) in enumerate(choices)], usage, self._tier))
+             for i, (text, reason, tokens, prompt) in enumerate(choices)], usage, self._tier, metrics or UNSET))

@@ -7,11 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from typer.testing import CliRunner, Result
 
 from deploy import cli
 from deploy.explain import page
 from gateway.receipts import Kept, Note, Outcome, document
+from gateway.speculation import speculation_of
+from shared.messages import Finished
 from shared.receipts import Receipt, Weighed, pack
 
 TOLD = Receipt("r1", "cost", 160, "w2", 64, 32, 96, "cost", "w1", ("queue", "prefill"),
@@ -67,6 +70,21 @@ def test_the_page_names_choice_terms_and_miss(gateway: str) -> None:
         "",
         "48 tokens were cached, 16 fewer (evicted: the rest gave way while the request waited at the worker)",
     ]
+
+
+def test_what_drafts_brought_and_cost_is_on_the_page() -> None:
+    def said(**more: Any) -> list[str]:
+        end = Finished("r", 1, "stop", drafter="suffix-1", draft_tokens=12, accepted_draft_tokens=9, draft_steps=3,
+                       accepted_counts=(0, 1, 0, 0, 2), late_draft_tokens=5, draft_saved_s=0.0421, drafter_s=0.0032,
+                       drafter_usd=2.5e-7)
+        outcome = Outcome((), 160, "stop", "w2", 1, 48, "", speculation_of(replace(end, **more)))
+        return page(document(Kept("req", "chatcmpl-1", "tiny", 0.0, (outcome,), "default")))[-2:]
+
+    assert said() == ["suffix-1: 9 of 12 drafts agreed, in 3 steps of 4.00 tokens, 5 came too late",
+                      "saved 42 ms for 3.2 ms of the drafter's time ($2.5e-07)"]
+    assert said(draft_saved_s=-0.007)[1].startswith("lost 7 ms")
+    assert said(draft_steps=0, late_draft_tokens=0)[0] == "suffix-1: no draft was verified"
+    assert "suffix" not in "".join(said(drafter=""))
 
 
 def test_several_gateways_are_asked_in_turn(gateway: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+import drafter.service
 import router.service
 import worker.service
 from gateway.app import build_app
@@ -14,7 +15,7 @@ from gateway.prompt import ServedModel
 from gateway.service import Gateway
 from shared.clock import LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.settings import GatewaySettings, RouterSettings, WorkerSettings
+from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, WorkerSettings
 from tests.gateway.fake_mesh import tiny_model
 from tests.virtual_time import run_virtual
 from worker.mock_decoder import MockDecoder
@@ -57,7 +58,7 @@ def virtual(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 @contextlib.asynccontextmanager
 async def world(zones: tuple[str, ...] = ("eu", "us"), blocks: int = 64,
                 heartbeat_s: float = 0.05, recipes: tuple[str, ...] = ("same",) * 4,
-                serving: tuple[str, ...] = ("tiny",) * 4, offers: tuple[ServedModel, ...] = (),
+                serving: tuple[str, ...] = ("tiny",) * 4, offers: tuple[ServedModel, ...] = (), drafters: int = 0,
                 **settings: Any) -> AsyncIterator[World]:
     """One worker for each of `zones`, with the model that `serving` names; `offers`: the gateway's, else `tiny`."""
     broker, clock = MemoryBroker(), LoopClock()
@@ -74,9 +75,14 @@ async def world(zones: tuple[str, ...] = ("eu", "us"), blocks: int = 64,
                                  heartbeat_s=heartbeat_s, mock_step_s=0.0005, mock_row_s=0.0,
                                  mock_token_s=0.0005, max_running=8, drain_s=0.0)
             running.append(tasks.create_task(worker.service.serve(bus, its, clock, None, decoder)))
+        for number in range(drafters):
+            its_drafter = DrafterSettings(id=f"d{number + 1}", zone="eu", heartbeat_s=0.05)
+            running.append(tasks.create_task(drafter.service.serve(MemoryBus(broker), its_drafter, clock)))
         async with gateway.running():
             while gateway.not_ready():
                 await asyncio.sleep(0.01)
+            if drafters:
+                await asyncio.sleep(0.2)
             transport = httpx.ASGITransport(build_app(gateway))
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
                 yield World(gateway, client, buses)

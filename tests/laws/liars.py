@@ -30,12 +30,13 @@ class Liar:
 
     kind, vocabulary, threaded = "suffix", "", False
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, vocabulary: int = VOCABULARY) -> None:
         self._rng = rng
+        self._size = vocabulary
         self._honest = SuffixDraftsman()
         self._truth: dict[Key, list[int]] = {}
         self._length: dict[Key, int] = {}
-        self._decoder = MockDecoder(blocks=64, vocabulary_size=VOCABULARY)
+        self._decoder = MockDecoder(blocks=64, vocabulary_size=vocabulary)
 
     @property
     def behind(self) -> Collection[Key]:
@@ -62,7 +63,7 @@ class Liar:
         return said
 
     def _noise(self, ask: Ask) -> Continuation:
-        tokens = [self._rng.randrange(VOCABULARY) for _ in range(self._rng.randint(1, 20))]
+        tokens = [self._rng.randrange(self._size) for _ in range(self._rng.randint(1, 20))]
         return self._continuation(ask, tokens)
 
     def _trap(self, ask: Ask) -> Continuation:
@@ -70,7 +71,7 @@ class Liar:
         tokens = self._truth[ask.key][at:at + self._rng.randint(1, 20)] or [1]
         if self._rng.random() < 0.8:
             wrong = self._rng.randrange(len(tokens))
-            tokens[wrong] = (tokens[wrong] + self._rng.randint(1, VOCABULARY - 1)) % VOCABULARY
+            tokens[wrong] = (tokens[wrong] + self._rng.randint(1, self._size - 1)) % self._size
         return self._continuation(ask, tokens)
 
     def _continuation(self, ask: Ask, tokens: list[int]) -> Continuation:
@@ -80,8 +81,8 @@ class Liar:
 
 
 @contextlib.contextmanager
-def lying(seed: int) -> Iterator[None]:
-    """Every drafter that starts in this block lies."""
+def lying(seed: int, vocabulary: int = VOCABULARY) -> Iterator[None]:
+    """Every drafter that starts in this block lies, to workers with a mock of so many token ids."""
     rng = random.Random(f"{seed} lies")
     honest = drafter.service._proposal
 
@@ -97,16 +98,16 @@ def lying(seed: int) -> Iterator[None]:
             case 1:
                 digest = rng.choice((0, 1, digest ^ 1))
             case 2:
-                tokens = pack([rng.choice((VOCABULARY, 2**32 - 1)) for _ in range(3)])
+                tokens = pack([rng.choice((vocabulary, 2**32 - 1)) for _ in range(3)])
             case 3:
                 tokens, assumed = rng.choice(((tokens[:-1], assumed), (b"", assumed), (tokens, b"odd"), (b"", b"")))
             case 4:
                 base, digest = base + rng.choice((-1, 1)), 0
             case 5:
-                assumed = pack([rng.randrange(VOCABULARY)]) * rng.randint(0, 200)
+                assumed = pack([rng.randrange(vocabulary)]) * rng.randint(0, 200)
                 confidence = b"\0\xff" * rng.randint(0, 9)
         return Proposal(proposal.request_id, proposal.attempt, base, tokens, assumed, digest, confidence)
 
-    with (mock.patch.object(drafter.kinds, "draftsman_of", lambda settings: Liar(rng)),
+    with (mock.patch.object(drafter.kinds, "draftsman_of", lambda settings: Liar(rng, vocabulary)),
           mock.patch.object(drafter.service, "_proposal", forged)):
         yield

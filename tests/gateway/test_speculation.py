@@ -1,0 +1,142 @@
+"""What drafts brought a request, in the shapes that tools read; and that nothing else of an answer shows them."""
+
+import json
+from typing import Any
+
+import pytest
+
+from gateway.speculation import accepted_at
+from shared.messages import Accepted, Finished, Generate, Reply, Tokens
+from shared.tokens import pack
+from tests.gateway.fake_mesh import END, gateway_and_mesh
+from tests.gateway.world import virtual, world
+from tests.laws.liars import lying
+
+VLLM = {"mean_acceptance_length": 3.0, "draft_acceptance_rate": 0.75, "acceptance_histogram": [0, 1, 0, 1],
+        "num_spec_steps": 2, "num_accepted_draft_tokens": 4, "num_draft_tokens": 6, "num_spec_tokens": 3}
+VLLM["draft_acceptance_rate"] = 4 / 6
+OURS = {"late_draft_tokens": 5, "time_saved_ms": 12.5, "drafter_ms": 2.0, "drafter_usd": 1e-6, "drafter": "d1"}
+
+
+def script(request: Generate) -> list[Reply]:
+    """A stream of seven tokens in which drafts took part."""
+    name = request.request_id
+    tokens = [*b"Hello!", END]
+    return [Accepted(name, 1, "w1"), Tokens(name, 1, 0, pack(tokens)),
+            Finished(name, 1, "stop", "w1", 5, 0, len(tokens), 6, 4, "d1", 0.25, 0.5, 1.5, draft_steps=2,
+                     accepted_counts=(0, 1, 0, 1), late_draft_tokens=5, draft_saved_s=0.0125, drafter_s=0.002,
+                     drafter_usd=1e-6)]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_what_drafts_brought_as_vllm_does(path: str, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "stream": stream,
+                            "stream_options": {"include_usage": True}}
+    async with gateway_and_mesh() as (client, mesh, _):
+        mesh.script = script
+        response = await client.post(path, json=body)
+        if stream:
+            events = [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
+            assert all("metrics" not in event for event in events[:-1])
+            document = events[-1]
+            assert document["choices"] == []
+        else:
+            document = response.json()
+    assert document["metrics"] == {
+        "time_to_first_token_ms": 500.0, "generation_time_ms": 1500.0, "queue_time_ms": 250.0, "mean_itl_ms": 250.0,
+        "tokens_per_second": pytest.approx(7 / 1.5, abs=1e-3), "speculative_decoding": VLLM | OURS}
+
+
+async def test_of_several_streams_and_of_one_without_a_drafter_nothing_is_said() -> None:
+    async with gateway_and_mesh() as (client, mesh, _):
+        mesh.script = script
+        several = await client.post("/v1/completions", json={"prompt": "Hi", "n": 2})
+        mesh.script = lambda request: None  # what comes then says nothing of steps, as an older worker
+        older = await client.post("/v1/completions", json={"prompt": "Hi"})
+    assert "metrics" not in several.json() and "metrics" not in older.json()
+
+
+async def test_prometheus_has_it_under_vllms_names_and_ours() -> None:
+    async with gateway_and_mesh() as (client, mesh, _):
+        mesh.script = script
+        for _ in range(2):
+            await client.post("/v1/completions", json={"prompt": "Hi"})
+        text = (await client.get("/metrics")).text
+    for line in ('vllm:spec_decode_num_drafts_total{model_name="tiny"} 4.0',
+                 'vllm:spec_decode_num_draft_tokens_total{model_name="tiny"} 12.0',
+                 'vllm:spec_decode_num_accepted_tokens_total{model_name="tiny"} 8.0',
+                 'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="0"} 4.0',
+                 'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="2"} 2.0',
+                 "mill_gateway_late_draft_tokens_total 10.0", "mill_gateway_draft_saved_seconds 0.025",
+                 "mill_gateway_drafter_seconds_total 0.004", "mill_gateway_drafter_usd_total 2e-06"):
+        assert line in text, line
+
+
+def test_what_was_accepted_at_each_place_follows_from_how_many_each_step_accepted() -> None:
+    counts = (3, 2, 0, 1)
+    end = Finished("r", 1, "stop", accepted_counts=counts)
+    assert accepted_at(end) == [3, 1, 1]
+    assert sum(accepted_at(end)) == sum(accepted * steps for accepted, steps in enumerate(counts))
+
+
+# whatever a request may ask for: with drafts it gets what it gets without
+ASKS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 0.8, "seed": 7, "n": 4},
+    {"temperature": 1.3, "seed": 8, "top_k": 20, "n": 2},
+    {"temperature": 1.0, "seed": 9, "top_p": 0.6, "min_p": 0.02},
+    {"temperature": 0.8, "seed": 10, "ignore_eos": True, "return_token_ids": True},
+    {"temperature": 0.8, "seed": 11, "max_tokens": 1},
+    {"temperature": 0.8, "seed": 12, "n": 3, "stop_token_ids": list(range(40, 60)), "return_token_ids": True},
+    {"temperature": 0, "prompt": ["The mill turns. " * 8, "The wheel stands. " * 8], "n": 2},
+)
+
+
+async def answers(drafters: int, asks: tuple[dict[str, Any], ...], stream: bool) -> tuple[list[Any], int]:
+    """What clients get, and how many drafts were accepted."""
+    found: list[Any] = []
+    accepted = 0
+    async with world(zones=("eu",), drafters=drafters) as mesh:
+        for ask in asks:
+            body = {"max_tokens": 60, "stream": stream, "stream_options": {"include_usage": True}} | ask
+            response = await mesh.ask(**body)
+            documents = ([json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
+                         if stream else [response.json()])
+            texts: dict[int, list[Any]] = {}
+            for document in documents:
+                for choice in document["choices"]:
+                    text, ids, reason = texts.setdefault(choice["index"], ["", [], None])
+                    texts[choice["index"]] = [text + choice["text"], ids + choice.get("token_ids", []),
+                                              reason or choice["finish_reason"]]
+            usage = documents[-1]["usage"]
+            accepted += usage["mill"]["accepted_draft_tokens"]
+            found.append((texts, usage["completion_tokens"]))
+    return found, accepted
+
+
+@virtual
+async def test_whatever_a_request_asks_for_it_gets_the_same_with_drafts_and_without() -> None:
+    for stream in (False, True):
+        plain, _ = await answers(0, ASKS, stream)
+        with lying(5, vocabulary=258):
+            drafted, accepted = await answers(1, ASKS, stream)
+        assert drafted == plain
+        assert accepted > 100
+
+
+@virtual
+async def test_a_stop_string_ends_an_answer_at_the_same_place_with_drafts_and_without() -> None:
+    plain, _ = await answers(0, ASKS[:2], False)
+    # pieces of what will be said, each of which ends it somewhere else
+    stops = [[text[at:at + length]] for texts, _ in plain for text, _, _ in texts.values()
+             for at in (3, 17, 30) for length in (1, 2, 3) if text[at:at + length]]
+    asks = tuple({"temperature": 0, "stop": stop, "include_stop_str_in_output": bool(number % 2)}
+                 for number, stop in enumerate(stops))
+    assert len(asks) > 8
+    without, _ = await answers(0, asks, False)
+    with lying(6, vocabulary=258):
+        drafted, _ = await answers(1, asks, False)
+    assert drafted == without
+    assert any(reason == "stop" for texts, _ in without for _, _, reason in texts.values())
