@@ -4,6 +4,7 @@ tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
+tokenmill keys    the keys of tenants
 """
 
 import importlib.util
@@ -24,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from deploy import keys_command
+
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -35,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="An inference mesh for open-weight language models.",
 )
+app.add_typer(keys_command.app, name="keys")
 
 
 def main() -> None:
@@ -89,6 +93,11 @@ def up(
                      help="port of the first router's figures; drafters' and workers' follow; 0: none"),
     ] = 0,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error")] = "info",
+    tenants: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="TOKENMILL_TENANTS", show_envvar=False,
+                     help="who may use it, as `tokenmill keys` writes it; default: everybody, without a key"),
+    ] = None,
     drain_s: Annotated[float, typer.Option(min=0.0, metavar="S", help="seconds running streams get at the end")] = 30.0,
 ) -> None:
     """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
@@ -106,6 +115,8 @@ def up(
         _leave("--all-in-one needs no NATS: leave out --nats")
     if all_in_one and metrics_port:
         _leave("--metrics-port is for services that are processes: leave out --all-in-one")
+    if tenants is not None:
+        _check_tenants(tenants)
     if engine == "cuda":
         _check_cuda()
     folder = _pull(model)
@@ -129,6 +140,7 @@ def up(
         metrics_port=metrics_port,
         log_level=log_level,
         drain_s=drain_s,
+        tenants=tenants,
     )
     try:
         uvloop.run(bring_up.run(options, Console(), one_process=all_in_one, quiet=quiet))
@@ -193,6 +205,8 @@ def explain(
     url: Annotated[list[str] | None, typer.Option(metavar="URL", help="address of a gateway; several are asked in "
                                                   "turn; default: http://127.0.0.1:8000")] = None,
     json: Annotated[bool, typer.Option("--json", help="the receipt as JSON")] = False,
+    key: Annotated[str, typer.Option(metavar="KEY", envvar="TOKENMILL_API_KEY", show_envvar=False,
+                                     help="of the tenant that asked, where keys are needed")] = "",
 ) -> None:
     """Say why a request went where it went, what it cost there and elsewhere, and what the cache gave."""
     import msgspec
@@ -200,7 +214,7 @@ def explain(
     from deploy import explain as explaining
 
     try:
-        receipt = explaining.fetch(url or ["http://127.0.0.1:8000"], request_id)
+        receipt = explaining.fetch(url or ["http://127.0.0.1:8000"], request_id, key)
     except explaining.ExplainFailed as error:
         _leave(str(error))
     typer.echo(msgspec.json.format(msgspec.json.encode(receipt)).decode() if json
@@ -246,6 +260,15 @@ def _compile() -> None:
     if reason:
         warning = Text(f"no fast CPU step: {reason}; the torch path serves, slowly", "yellow")
         console.print(warning, soft_wrap=True)
+
+
+def _check_tenants(path: Path) -> None:
+    from gateway.tenants_file import TenantsFile
+
+    try:
+        TenantsFile(path).read()
+    except ValueError as error:
+        _leave(f"{error}. `tokenmill keys create NAME --tenants {path}` makes a file, or adds to it")
 
 
 def _check_cuda() -> None:

@@ -31,13 +31,14 @@ class ExplainFailed(Exception):
     """There is nothing to show; the message says why."""
 
 
-def fetch(urls: Sequence[str], request_id: str) -> dict[str, Any]:
-    """The receipt from the first gateway that has it. Raises ExplainFailed."""
+def fetch(urls: Sequence[str], request_id: str, key: str = "") -> dict[str, Any]:
+    """The receipt from the first gateway that has it; `key`: of who asked. Raises ExplainFailed."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     reasons = []
     for url in urls:
         address = f"{url.rstrip('/')}/v1/requests/{quote(request_id, safe='')}/receipt"
         try:
-            response = httpx.get(address, timeout=TIMEOUT_S)
+            response = httpx.get(address, headers=headers, timeout=TIMEOUT_S)
             body = response.json()
         except httpx.HTTPError as error:
             reasons.append(f"{url}: {error or type(error).__name__}: is this a gateway's address?")

@@ -33,9 +33,12 @@ class Answer:
 
 
 async def ask(
-    url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64
+    url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64, key: str = ""
 ) -> Answer:
-    """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises AnswerFailed."""
+    """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises AnswerFailed.
+
+    `key`: of a tenant, where keys are needed.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -45,17 +48,18 @@ async def ask(
         "stream_options": {"include_usage": True},
     }
     try:
-        return await _stream(f"{url}/v1/chat/completions", body, show)
+        return await _stream(f"{url}/v1/chat/completions", body, show, key)
     except httpx.HTTPError as error:
         raise AnswerFailed(str(error) or type(error).__name__) from error
 
 
-async def _stream(address: str, body: dict[str, Any], show: Callable[[str], None]) -> Answer:
+async def _stream(address: str, body: dict[str, Any], show: Callable[[str], None], key: str) -> Answer:
     answer = Answer()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     start = time.perf_counter()
     async with (
         httpx.AsyncClient(timeout=120.0, trust_env=False) as client,
-        client.stream("POST", address, json=body) as response,
+        client.stream("POST", address, json=body, headers=headers) as response,
     ):
         if response.status_code != 200:
             raise AnswerFailed(_message(await response.aread()) or f"HTTP status {response.status_code}")

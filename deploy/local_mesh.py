@@ -61,6 +61,7 @@ class Options:
     metrics_port: int = 0  # of the first router; drafters and workers follow. 0: none. A gateway's are at its /metrics
     log_level: str = "info"
     drain_s: float = 30.0
+    tenants: Path | None = None  # the file of who may use it; None: everybody, without a key
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module -> more settings for its processes
 
     @property
@@ -84,6 +85,7 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "drain_s": options.drain_s,
     }
     model: dict[str, Any] = {"model": str(options.model), "model_name": name}
+    tenants = str(options.tenants.absolute()) if options.tenants is not None else ""
     kinds: dict[str, tuple[type[Settings], int, dict[str, Any]]] = {
         "router": (RouterSettings, options.routers, {}),
         "drafter": (DrafterSettings, options.drafters,
@@ -93,7 +95,7 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
             options.workers,
             model | {"engine": options.engine, "threads": threads, "speculation": options.drafters > 0},
         ),
-        "gateway": (GatewaySettings, options.gateways, model | {"host": options.host}),
+        "gateway": (GatewaySettings, options.gateways, model | {"host": options.host, "tenants": tenants}),
     }
     services: dict[str, list[Settings]] = {}
     metrics_ports = itertools.count(options.metrics_port)

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import shlex
 import signal
 import time
@@ -31,6 +32,7 @@ from gateway.model_files import load_card
 from shared import subjects
 
 DRAW_S = 0.5
+API_KEY = "TOKENMILL_API_KEY"  # in the environment, where keys are needed: for the first answer
 FAILED_DRAIN_S = 1.0
 
 Mesh = LocalMesh | OneProcess
@@ -65,10 +67,11 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 if figures := figures_at(options):
                     _print(console, Text(figures))
             name = load_card(options.model).name
-            if not stop.is_set() and not quiet:
-                await _unless(stop, _show_answer(options, name, board, console))
+            key = os.environ.get(API_KEY, "") if options.tenants is not None else ""
+            if not stop.is_set() and not quiet and (key or options.tenants is None):
+                await _unless(stop, _show_answer(options, name, board, console, key))
             if not stop.is_set():
-                _print_curl(options.url, name, console)
+                _print_curl(options, name, console)
                 await _keep(mesh, board, console, stop)
         await _drain(mesh, console, stop)
     except BaseException:
@@ -100,13 +103,13 @@ def figures_at(options: Options) -> str:
     return f"figures for Prometheus at /metrics: gateway-1 :{options.port}, {shown}"
 
 
-async def _show_answer(options: Options, model: str, board: Board, console: Console) -> None:
+async def _show_answer(options: Options, model: str, board: Board, console: Console, key: str) -> None:
     def show(text: str) -> None:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
     _print(console, Text(f"\n{first_answer.QUESTION}", "bold"))
     try:
-        answer = await first_answer.ask(options.url, model, show)
+        answer = await first_answer.ask(options.url, model, show, key=key)
     except first_answer.AnswerFailed as error:
         _print(console, Text(f"the first answer failed: {error}", "red"))
         return
@@ -128,11 +131,14 @@ def _told(answer: first_answer.Answer, worker: str, drafter: str) -> str:
     )
 
 
-def _print_curl(url: str, model: str, console: Console) -> None:
+def _print_curl(options: Options, model: str, console: Console) -> None:
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
-    address = shlex.quote(f"{url}/v1/chat/completions")
-    _print(console, Text("\nSend it something:\n"))
-    _print(console, Text(f"curl -sN {address} -H 'content-type: application/json' -d {shlex.quote(body)}\n"))
+    address, key, said = shlex.quote(f"{options.url}/v1/chat/completions"), "", "Send it something:"
+    if options.tenants is not None:
+        key = f' -H "authorization: Bearer ${API_KEY}"'
+        said = f"Send it something, with a key of {options.tenants} in {API_KEY}:"
+    _print(console, Text(f"\n{said}\n"))
+    _print(console, Text(f"curl -sN {address} -H 'content-type: application/json'{key} -d {shlex.quote(body)}\n"))
 
 
 async def _keep(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:

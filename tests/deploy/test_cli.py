@@ -26,7 +26,7 @@ def _assert_refused(expected: str, *arguments: str) -> None:
 def test_help_names_every_option_of_up() -> None:
     shown = _run("up", "--help").output
     options = ("port", "host", "workers", "drafters", "routers", "gateways", "model", "engine", "nats", "data",
-               "all-in-one", "quiet", "otlp", "metrics-port", "log-level", "drain-s")
+               "all-in-one", "quiet", "otlp", "metrics-port", "log-level", "drain-s", "tenants")
     assert [option for option in options if f"--{option} " not in shown] == []
 
 
@@ -45,6 +45,15 @@ def test_all_in_one_and_a_broker_exclude_each_other() -> None:
 def test_all_in_one_has_no_ports_for_figures() -> None:
     _assert_refused("--metrics-port is for services that are processes: leave out --all-in-one",
                     "--all-in-one", "--metrics-port", "9000")
+
+
+def test_a_tenants_file_that_is_none_is_said_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    hint = f". `tokenmill keys create NAME --tenants {path}` makes a file, or adds to it"
+    _assert_refused(f"cannot read the tenants file {path}: No such file or directory{hint}", "--tenants", str(path))
+    path.write_text("[tenants.a]")
+    result = _run("up", "--tenants", str(path))
+    assert result.exit_code == 1 and "needs a secret" in result.stderr
 
 
 def test_cuda_without_a_device_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

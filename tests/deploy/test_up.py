@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
-from deploy import broker
+from deploy import broker, keys
 from deploy.paths import claim
 from tests.deploy.command import Command, tokenmill, up
 from tests.nats_server import nats_server
@@ -193,3 +194,34 @@ def _assert_one_sentence(folder: Path, arguments: list[str], expected: str) -> N
         assert command.errors.count("\n") == 1
         assert command.output == ""
         command.until_gone()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("one_process", [False, True])
+def test_with_a_tenants_file_a_key_is_needed_and_the_curl_line_takes_it_from_the_environment(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: bool) -> None:
+    port, tenants = broker.free_port(), tmp_path / "tenants.toml"
+    key = keys.create(tenants, "acme", datetime.now(UTC)).key
+    more = ("--all-in-one",) if one_process else ()
+    monkeypatch.delenv("TOKENMILL_API_KEY", raising=False)
+    with tokenmill(tmp_path, *up(port, "--drafters", "0", "--tenants", "tenants.toml", *more)) as command:
+        command.until_printed(RUNNING)
+        assert "what does a mill do" not in command.output, "there is no key to ask with"
+        assert "with a key of tenants.toml in TOKENMILL_API_KEY" in command.output
+        models = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(models, trust_env=False).status_code == 401
+        for said, ends in ((key, "data: [DONE]"), ("", '"code":"invalid_api_key"}}')):
+            pasted = subprocess.run(["sh", "-c", _curl_line(command)], capture_output=True, text=True, timeout=60,
+                                    env=os.environ | {"TOKENMILL_API_KEY": said})
+            assert pasted.stdout.rstrip().endswith(ends)
+        command.interrupt()
+        assert command.code() == 0
+
+
+def test_with_a_key_in_the_environment_the_first_answer_is_asked_with_it(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = tmp_path / "tenants.toml"
+    monkeypatch.setenv("TOKENMILL_API_KEY", keys.create(tenants, "acme", datetime.now(UTC)).key)
+    with tokenmill(tmp_path, *up(broker.free_port(), "--tenants", str(tenants))) as command:
+        command.until_printed(RUNNING)
+        assert re.search(r"TTFT \d+ ms, \d+ tokens/s, \d+ tokens, by worker-1", command.output)
