@@ -21,6 +21,7 @@ from gateway.direct import DirectBody, direct_body
 from gateway.openai import common
 from gateway.openai.chat import ChatReply
 from gateway.openai.completions import CompletionReply
+from gateway.openai.logprobs import Spelling, Told
 from gateway.openai.parameters import Options
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
@@ -31,6 +32,7 @@ from gateway.tenants import Tenant
 from shared import telemetry
 from shared import trace_names as names
 from shared.errors import MillError
+from shared.logprobs import unpack_likely
 from shared.messages import Adjust, Finished, Generate, Residency
 from shared.noise import choice_seed
 from shared.tiers import priority
@@ -57,6 +59,7 @@ class Piece(msgspec.Struct, frozen=True):
     text: str
     tokens: list[int]
     reason: str | None
+    told: list[Told] | None = None  # how likely they were, where asked for
 
 
 class Answer:
@@ -94,13 +97,15 @@ class Answer:
         predicted = PredictedText(prediction)
         self._matches = [PredictionMatch(predicted) for _ in range(choices)] if prediction else []
         self._reasons: list[str | None] = [None] * choices
+        self._shown = [0] * choices  # tokens taken of each choice
         self._error: MillError | None = None
         self._streams: list[Stream] = []
         self._id = secrets.token_hex(12)
         self._reply = reply(
             reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
             fingerprint(model, gateway.recipe(model)), options.include_usage,
-            options.tier if options.show_tier else None)
+            options.tier if options.show_tier else None,
+            Spelling(model.tokenizer.token_bytes, model.tokenizer.special_ids if options.skip_special else ()))
 
     async def give(self, receive: Receive, send: Send) -> None:
         """Open the streams, answer, end what is left. Raises MillError while the answer has not begun."""
@@ -156,9 +161,15 @@ class Answer:
                 block_hashes=prompt.block_hashes, stop_token_ids=self._model.end_tokens(options),
                 priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
                 vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
-                prediction=self._prediction, adjust=self._adjust)
+                prediction=self._prediction, adjust=self._adjust, logprobs=options.logprobs,
+                prompt_logprobs=self._prompt_likeliest())
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
+
+    def _prompt_likeliest(self) -> int:
+        """How many of the likeliest tokens to ask for at each place of the prompt; -1: nothing is to be told of it."""
+        echoed = self._options.logprobs if self._options.echo else -1
+        return max(self._options.prompt_logprobs, echoed)
 
     def _seed(self) -> int:
         """The client's; or one that follows from its request id, so that asking again gives the same; or any."""
@@ -232,7 +243,8 @@ class Answer:
                 continue
             ended = stream.ended
             choice = self._choices[index]
-            added = choice.push(stream.take())
+            added = choice.push([] if self._options.prompt_only else stream.take())
+            told = self._told(index, added.tokens) if self._options.logprobs >= 0 else None
             if self._matches:
                 self._matches[index].follow(added.tokens)
             text, reason = added.text, None
@@ -246,26 +258,54 @@ class Answer:
                 text += rest.text
                 reason = "stop" if rest.stopped else ended.reason
             self._reasons[index] = reason
-            pieces.append(Piece(index, text, added.tokens, reason))
+            pieces.append(Piece(index, text, added.tokens, reason, told))
         return pieces
+
+    def _told(self, index: int, tokens: list[int]) -> list[Told]:
+        """How likely these were, the next of a choice. A record that did not come is left out."""
+        records, first = self._streams[index].state.logprobs, self._shown[index]
+        self._shown[index] += len(tokens)
+        return [Told(token, unpack_likely(records.pop(number))) for number, token in enumerate(tokens, first)
+                if number in records]
+
+    def _prompt_told(self, index: int, most: int) -> list[Told]:
+        """How likely each token of a choice's prompt was, the first aside, with the `most` likeliest."""
+        records = self._streams[index].state.prompt_logprobs
+        told = []
+        for number, token in enumerate(self._prompt_of(index).tokens):
+            likely = unpack_likely(records[number]) if number in records else None
+            told.append(Told(token, likely and likely._replace(top=likely.top[:most])))
+        return told
+
+    def _echo(self, index: int) -> common.Echo | None:
+        if not self._options.echo:
+            return None
+        text = self._model.tokenizer.decode(self._prompt_of(index).tokens, self._options.skip_special)
+        return common.Echo(text, self._prompt_told(index, self._options.logprobs)
+                           if self._options.logprobs >= 0 else None)
 
     # --- one piece ----------------------------------------------------------------------------------------------------
 
     async def _whole(self, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in self._choices]
         tokens: list[list[int]] = [[] for _ in self._choices]
+        told: list[list[Told]] = [[] for _ in self._choices]
         while None in self._reasons:
             await self._wait()
             for piece in self._advance():
                 texts[piece.index].append(piece.text)
                 tokens[piece.index] += piece.tokens
+                told[piece.index] += piece.told or []
             if self._error is not None:
                 raise self._error
         ids = self._options.return_token_ids
-        document = self._reply.whole(
-            [("".join(texts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
-              self._prompt_of(i).tokens if ids else None) for i in range(len(self._choices))], self._usage(),
-            self._metrics())
+        scores, scores_prompt = self._options.logprobs >= 0, self._options.prompt_logprobs >= 0
+        document = self._reply.whole([
+            common.WholeChoice(
+                "".join(texts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
+                self._prompt_of(i).tokens if ids else None, told[i] if scores else None,
+                self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i))
+            for i in range(len(self._choices))], self._usage(), self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),
                                       (b"content-length", str(len(document)).encode())])
         await self._write(send, document, last=True)
@@ -323,10 +363,12 @@ class Answer:
         for piece in pieces:
             if not opened[piece.index]:
                 opened[piece.index] = True
-                opening = self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None)
+                opening = self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None,
+                                              self._echo(piece.index))
                 documents += [opening] if opening is not None else []
-            if piece.text or (ids and piece.tokens):
-                documents.append(self._reply.content(piece.index, piece.text, piece.tokens if ids else None, usage))
+            if piece.text or (ids and piece.tokens) or piece.told:
+                documents.append(self._reply.content(piece.index, piece.text, piece.tokens if ids else None, usage,
+                                                     piece.told))
             if piece.reason is not None:
                 documents.append(self._reply.closing(piece.index, piece.reason, usage))
         return documents

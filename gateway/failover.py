@@ -33,7 +33,8 @@ from shared.errors import (
     WorkerFailed,
     from_code,
 )
-from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Queued, Reply, Tokens
+from shared.logprobs import record_bytes
+from shared.messages import Accepted, Cancel, Failed, Finished, Generate, Queued, Reply, Scored, Tokens
 from shared.tokens import pack, unpack
 
 PROGRESS_TOKENS = 16
@@ -110,13 +111,15 @@ class StreamState:
     __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded",
                  "_first_of_attempt", "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s",
                  "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered",
-                 "epoch", "held_by", "limits", "recipe", "request", "state", "worker")
+                 "epoch", "held_by", "limits", "logprobs", "prompt_logprobs", "recipe", "request", "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
         self.limits = limits
         self.deadline_s = deadline_s
         self.delivered: list[int] = []
+        self.logprobs: dict[int, bytes] = {}  # record of each token that is not yet taken, where asked for
+        self.prompt_logprobs: dict[int, bytes] = {}  # record of each prompt token but the first, where asked for
         self.attempt = request.attempt
         self.state = "new"  # submitted, running, waiting, ended
         self.worker = ""  # of the current attempt
@@ -165,7 +168,7 @@ class StreamState:
             return []
         if reply.attempt != self.attempt:
             return _cancel_stale(reply, sender)
-        if isinstance(reply, Accepted | Tokens) and (not self.worker or sender == self.worker):
+        if isinstance(reply, Accepted | Tokens | Scored) and (not self.worker or sender == self.worker):
             if not self.delivered:
                 self.recipe = recipe
             elif self.recipe and recipe and recipe != self.recipe:
@@ -178,6 +181,8 @@ class StreamState:
                 return self._on_accepted(reply, sender, epoch, now_s)
             case Tokens():
                 return self._on_tokens(reply, sender, epoch, now_s)
+            case Scored():
+                return self._on_scored(reply, sender, epoch, now_s)
             case Finished():
                 return self._on_finished(reply, sender, now_s)
             case Failed():
@@ -197,6 +202,8 @@ class StreamState:
         request = self.request
         if not fresh or len(delivered) + len(fresh) >= request.max_tokens or fresh[-1] in request.stop_token_ids:
             return None
+        if reply.logprobs:
+            self._note(self.logprobs, len(delivered), len(fresh), reply.logprobs)
         delivered += fresh
         self._progress_s = self._since_s = now_s
         self._pause_s = _PAUSE_S
@@ -286,6 +293,11 @@ class StreamState:
 
     def _on_tokens(self, reply: Tokens, sender: str, epoch: int, now_s: float) -> list[Action]:
         actions = self._own(sender, epoch, now_s)
+        if sender == self.worker:
+            if self._prompt_missing:
+                # what came before the first token got lost
+                return self._resubmit("gap", now_s)
+            self._note(self.logprobs, reply.index, len(reply.tokens) // 4, reply.logprobs)
         if reply.index > len(self.delivered):
             return actions or self._hold(now_s, reply.index, unpack(reply.tokens))
         fresh = self._in_turn(reply.index, unpack(reply.tokens))
@@ -301,6 +313,25 @@ class StreamState:
         if self._early_end is not None and self._early_end.completion_tokens == len(self.delivered):
             return [Deliver(fresh), *actions, *self._finish(self._early_end)]
         return [Deliver(fresh), *actions]
+
+    def _on_scored(self, reply: Scored, sender: str, epoch: int, now_s: float) -> list[Action]:
+        actions = self._own(sender, epoch, now_s)
+        if sender == self.worker:
+            count = len(reply.logprobs) // record_bytes(self.request.prompt_logprobs)
+            self._note(self.prompt_logprobs, reply.index, count, reply.logprobs)
+            self._since_s = now_s
+        return actions
+
+    @property
+    def _prompt_missing(self) -> bool:
+        wanted = self.request.prompt_logprobs >= 0
+        return wanted and len(self.prompt_logprobs) < len(self.request.tokens) // 4 - 1
+
+    def _note(self, records: dict[int, bytes], index: int, count: int, packed: bytes) -> None:
+        """Keep the records of `count` tokens from `index` on; a second copy of one says the same."""
+        size = len(packed) // count if count else 0
+        for number in range(count if size else 0):
+            records.setdefault(index + number, packed[number * size:(number + 1) * size])
 
     def _in_turn(self, index: int, tokens: list[int]) -> list[int]:
         """What of `tokens`, and of early ones that follow them, is new; never more than was asked for."""
@@ -402,7 +433,8 @@ class StreamState:
         self._enter("submitted", now_s)
         return [Submit(msgspec.structs.replace(
             self.request, attempt=self.attempt, generated=pack(self.delivered), exclude_workers=self._excluded,
-            block_hashes=self._hashes(), recipe=self.recipe if self.delivered else ""), cause)]
+            block_hashes=self._hashes(), recipe=self.recipe if self.delivered else "",
+            prompt_logprobs=self.request.prompt_logprobs if self._prompt_missing else -1), cause)]
 
     def _hashes(self) -> bytes:
         """The chain over prompt and delivered tokens; the prompt's part is not computed again."""
@@ -503,6 +535,6 @@ class Senders:
 def _cancel_stale(reply: Reply, sender: str) -> list[Action]:
     if isinstance(reply, Queued):
         return [Withdraw(sender, Cancel(reply.request_id, reply.attempt))]
-    if isinstance(reply, Accepted | Tokens):
+    if isinstance(reply, Accepted | Tokens | Scored):
         return [SendCancel(sender, Cancel(reply.request_id, reply.attempt))]
     return []

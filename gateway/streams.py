@@ -28,6 +28,7 @@ from shared.messages import (
     Generate,
     Queued,
     Reply,
+    Scored,
     StepReplies,
     Tokens,
     WorkerStatus,
@@ -238,7 +239,7 @@ class Streams:
                 self._perform(stream, step(stream.state))
 
     def _stop_stranger(self, reply: Reply, sender: str) -> None:
-        if isinstance(reply, Accepted | Tokens):
+        if isinstance(reply, Accepted | Tokens | Scored):
             self._cancel_at(subjects.worker_cancel(sender), Cancel(reply.request_id, reply.attempt))
         elif isinstance(reply, Queued):
             self._cancel_at(subjects.router_cancel(sender), Cancel(reply.request_id, reply.attempt))

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
+from kernels.logprobs import check_logprobs
 from kernels.ops import Ops, table
-from kernels.reference import race, rotary_tables, widened
+from kernels.reference import fill_logprobs, race, rotary_tables, widened
 from kernels.step import Race, StepInputs, check_places
 
 KV_BYTES = 512 << 20
@@ -118,14 +119,18 @@ class TorchDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """Run one step; the chosen token of each of the L sample rows. Raises ValueError for a malformed step."""
         with torch.inference_mode():
-            chosen: NDArray[np.int32] = self.ops.sample(*self._masked(inputs)).cpu().numpy()
+            raw = self._raw(inputs)
+            sampled = self.ops.sample(*self._masked(inputs, raw))
+            if inputs.logprobs is not None:
+                fill_logprobs(inputs.logprobs, raw, sampled)
+            chosen: NDArray[np.int32] = sampled.cpu().numpy()
         return chosen
 
     def race(self, inputs: StepInputs, places: int) -> Race:
         """As `kernels.step.Racing`."""
         check_places(places)
         with torch.inference_mode():
-            tokens, scores = race(*self._masked(inputs), places)
+            tokens, scores = race(*self._masked(inputs, self._raw(inputs)), places)
             return Race(tokens.cpu().numpy(), scores.cpu().numpy())
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
@@ -154,9 +159,12 @@ class TorchDecoder:
         layers, _, *rest = self.keys.shape
         return torch.from_numpy(memory).view(self.dtype).view(2, layers, *rest)
 
-    def _masked(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _raw(self, inputs: StepInputs) -> Tensor:
+        """Logits [L, V], minus infinity for ids that a trimmed head does not know."""
+        return widened(self._logits(inputs), self.config.head_ids, self.vocabulary_size)
+
+    def _masked(self, inputs: StepInputs, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a choice is made from: masked logits [L, V], temperatures, seeds and positions [L]."""
-        logits = widened(self._logits(inputs), self.config.head_ids, self.vocabulary_size)
         temperatures, top_k, top_p, min_p = (
             torch.from_numpy(values).to(self.device)
             for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
@@ -267,6 +275,8 @@ def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
         raise ValueError(f"sample rows {wanted.tolist()} are not rows of the step, each with its sampling parameters")
     if inputs.adjustments is not None:
         check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
+    if inputs.logprobs is not None:
+        check_logprobs(inputs.logprobs, len(wanted), decoder.vocabulary_size)
     if ((inputs.tokens < 0) | (inputs.tokens >= decoder.vocabulary_size)).any():
         raise ValueError(f"a token id lies outside 0..{decoder.vocabulary_size - 1}")
     if ((inputs.positions < 0) | (inputs.positions >= decoder.context_length)).any():

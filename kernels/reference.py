@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.step import Adjustments
+from kernels.step import Adjustments, Logprobs
 
 GREEDY_BELOW = 1e-5
 LARGEST_V = 1 - 2**-24
@@ -257,6 +257,24 @@ def adjust_logits(logits: Tensor, adjustments: Adjustments) -> Tensor:
         rows = torch.from_numpy(adjustments.samples[masked].astype(np.int64)).to(device)
         result[rows] = result[rows].masked_fill(~allowed, -torch.inf)
     return result
+
+
+def fill_logprobs(logprobs: Logprobs, logits: Tensor, chosen: Tensor) -> None:
+    """`kernels.logprobs.fill` on a device: raw logits [L, V], chosen tokens [L]."""
+    device = logits.device
+    samples, targets = (torch.from_numpy(values).to(device).long() for values in (logprobs.samples, logprobs.targets))
+    asked = logits[samples].float()  # [P, V]
+    logs = torch.log_softmax(asked.double(), -1)
+    targets = torch.where(targets >= 0, targets, chosen[samples].long())[:, None]
+    own = asked.gather(1, targets)
+    ids = torch.arange(asked.shape[1], device=device)
+    before = (asked > own) | ((asked == own) & (ids < targets))
+    logprobs.of_target[:] = logs.gather(1, targets)[:, 0].float().cpu().numpy()
+    logprobs.ranks[:] = (1 + before.sum(-1)).int().cpu().numpy()
+    if most := logprobs.top_ids.shape[1]:
+        ranked = asked.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        logprobs.top_ids[:] = ranked.int().cpu().numpy()
+        logprobs.top[:] = logs.gather(1, ranked).float().cpu().numpy()
 
 
 def mask_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

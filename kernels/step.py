@@ -45,6 +45,31 @@ class Adjustments:
 
 
 @dataclass(slots=True)
+class Logprobs:
+    """How likely tokens were: asked with a step, filled by it (`kernels.logprobs`). P rows, the K likeliest ids."""
+
+    samples: NDArray[np.int32]  # [P] ascending; which of the L sample rows these are
+    targets: NDArray[np.int32]  # [P] the token meant; -1: the one that this step chooses
+    of_target: NDArray[np.float32]  # [P] filled: log of its probability
+    ranks: NDArray[np.int32]  # [P] filled: 1 for the likeliest
+    top_ids: NDArray[np.int32]  # [P, K] filled: likeliest first, equal ones by id
+    top: NDArray[np.float32]  # [P, K] filled
+
+    @classmethod
+    def asked(cls, samples: list[int], targets: list[int], most: int) -> "Logprobs":
+        """A question without its answer."""
+        rows = len(samples)
+        return cls(
+            np.array(samples, np.int32),
+            np.array(targets, np.int32),
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.int32),
+            np.zeros((rows, most), np.int32),
+            np.zeros((rows, most), np.float32),
+        )
+
+
+@dataclass(slots=True)
 class StepInputs:
     tokens: NDArray[np.int32]  # [R] token ids
     positions: NDArray[np.int32]  # [R] absolute positions, from 0
@@ -57,6 +82,7 @@ class StepInputs:
     min_p: NDArray[np.float32]  # [L] 0: off
     seeds: NDArray[np.uint64]  # [L]
     adjustments: Adjustments | None = None  # None: no row has any
+    logprobs: Logprobs | None = None  # filled by `step`
 
     # The noise of a sampled token is keyed by the position it will have: positions[sample_rows] + 1.
 

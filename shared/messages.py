@@ -6,7 +6,7 @@ Pure. Encoded as msgpack maps; `tests/shared/golden/` holds the bytes.
 
     gateway -> router -> worker      Generate
     gateway -> router or worker      Cancel
-    worker -> gateway                StepReplies of Accepted | Tokens | Finished | Failed
+    worker -> gateway                StepReplies of Accepted | Tokens | Scored | Finished | Failed
     router -> gateway                StepReplies of Queued | Failed
     worker -> routers                KvEvents of Stored | Removed | Cleared, KvSnapshot;
     router -> worker                 SnapshotRequest
@@ -101,6 +101,8 @@ class Generate(Wire, frozen=True, tag="generate"):
     prediction: bytes = b""  # tokens that the client expects the answer to hold
     weight: float = 1.0  # of its tenant, where tenants share what there is
     adjust: Adjust | None = None
+    logprobs: int = -1  # tell how likely each token is, and so many of the likeliest; -1: do not
+    prompt_logprobs: int = -1  # the same of the prompt
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):
@@ -140,6 +142,16 @@ class Tokens(Wire, frozen=True, tag="tokens"):
     attempt: int
     index: int
     tokens: bytes
+    logprobs: bytes = b""  # a `shared.logprobs` record for each token, where asked for
+
+
+class Scored(Wire, frozen=True, tag="scored"):
+    """How likely the prompt's tokens number `index`, `index + 1`, ... were; nobody knows of number 0."""
+
+    request_id: str
+    attempt: int
+    index: int
+    logprobs: bytes  # `shared.logprobs` records
 
 
 class Finished(Wire, frozen=True, tag="finished"):
@@ -179,7 +191,7 @@ class Failed(Wire, frozen=True, tag="failed"):
     receipt: bytes = b""  # of a router's refusal
 
 
-Reply = Queued | Accepted | Tokens | Finished | Failed
+Reply = Queued | Accepted | Tokens | Scored | Finished | Failed
 
 
 class StepReplies(Wire, frozen=True, tag="replies"):

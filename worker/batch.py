@@ -6,7 +6,7 @@ an index into those rows. The arrays handed out are copies, so nothing in flight
 
 import numpy as np
 
-from kernels.step import StepInputs
+from kernels.step import Logprobs, StepInputs
 from worker.adjust import Builder
 from worker.scheduler import Step
 from worker.sequence import Sequence
@@ -38,6 +38,10 @@ class Batch:
         sample_slots: list[int] = []
         longest = 1
         adjusted: Builder | None = None
+        scored: list[int] = []  # sample rows of which only is told how likely the next token is
+        told: list[int] = []
+        targets: list[int] = []
+        most = 0
         for work in step.works:
             sequence = work.sequence
             slot = sequence.slot
@@ -54,28 +58,44 @@ class Batch:
                 tokens += sequence.tokens[work.start:known]
                 tokens += work.drafts
                 positions += range(work.start, end)
+            if work.scored:
+                first = len(tokens) - work.rows
+                asked = range(len(sample_rows), len(sample_rows) + len(work.scored))
+                scored += asked
+                told += asked
+                targets += [sequence.tokens[work.start + row + 1] for row in work.scored]
+                most = max(most, sequence.request.prompt_logprobs)
+                sample_rows += [first + row for row in work.scored]
+                sample_slots += [slot] * len(work.scored)
             if work.samples:
                 wanted = 1 + len(work.drafts)
                 if sequence.adjuster is not None:
                     adjusted = adjusted or Builder(self._vocabulary_size)
                     for row in range(wanted):
                         adjusted.add(len(sample_rows) + row, sequence.adjuster, sequence.tokens, work.drafts[:row])
+                if sequence.request.logprobs >= 0:
+                    told += range(len(sample_rows), len(sample_rows) + wanted)
+                    targets += [-1] * wanted
+                    most = max(most, sequence.request.logprobs)
                 sample_rows += range(len(tokens) - wanted, len(tokens))
                 sample_slots += [slot] * wanted
             starts.append(len(tokens))
         rows = np.array(sample_slots, np.intp)
+        temperature = self._temperature[rows]
+        temperature[scored] = 0.0
         return StepInputs(
             tokens=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),
             sequence_starts=np.array(starts, np.int32),
             block_tables=np.ascontiguousarray(self._tables[np.array(slots, np.intp), :longest]),
             sample_rows=np.array(sample_rows, np.int32),
-            temperature=self._temperature[rows],
+            temperature=temperature,
             top_k=self._top_k[rows],
             top_p=self._top_p[rows],
             min_p=self._min_p[rows],
             seeds=self._seeds[rows],
             adjustments=adjusted.build() if adjusted is not None else None,
+            logprobs=Logprobs.asked(told, targets, most) if told else None,
         )
 
     def _write(self, sequence: Sequence) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import structlog
 
+from kernels.step import Logprobs
 from shared.clock import Clock
 from shared.errors import WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
@@ -60,6 +61,13 @@ class HandBack(NamedTuple):
 
 
 Command = Arrival | Cancel | Drafts | DropGateways | CloseDoors | HandBack
+
+
+class Computed(NamedTuple):
+    """What came of a step."""
+
+    chosen: list[int]
+    logprobs: Logprobs | None
 
 
 class TokenRate:
@@ -140,11 +148,11 @@ class Engine:
                 continue
             if step.copies and not await self._copy(step):
                 continue
-            chosen = await self._execute(step)
-            if chosen is None:
+            computed = await self._execute(step)
+            if computed is None:
                 await self._run_one_by_one(step)
                 continue
-            self._keep(self.scheduler.commit(step, chosen, self._clock.now(), held_s))
+            self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs))
             self._learn(step, self.rate.total - tokens, self._clock.now() - started)
 
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
@@ -217,7 +225,7 @@ class Engine:
             return False
         return True
 
-    async def _execute(self, step: Step) -> list[int] | None:
+    async def _execute(self, step: Step) -> Computed | None:
         """Run a step, and publish what came before it meanwhile. None when the step raised."""
         running = asyncio.ensure_future(self._timed(step))
         try:
@@ -237,28 +245,30 @@ class Engine:
         return (not self._urgent and not self.scheduler.speculates
                 and self._clock.now() - self._published_at < GATHER_S)
 
-    async def _timed(self, step: Step) -> list[int] | None:
+    async def _timed(self, step: Step) -> Computed | None:
         started = self._clock.now()
         try:
-            chosen = await self._runner.execute(self._batch.build(step))
+            inputs = self._batch.build(step)
+            chosen = await self._runner.execute(inputs)
         except Exception as error:
             self.failed_steps += 1
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=step.rows)
             return None
         self.steps += 1
-        self.scheduler.cost.observe(step.sampled, step.rows - step.sampled, self._clock.now() - started)
-        return chosen
+        if not step.scores:
+            self.scheduler.cost.observe(step.sampled, step.rows - step.sampled, self._clock.now() - started)
+        return Computed(chosen, inputs.logprobs)
 
     async def _run_one_by_one(self, step: Step) -> None:
         """After a step that raised: find who is to blame. When everyone seems to be, it is the device."""
         broken: list[Work] = []
         for work in step.works:
             alone = Step([work])
-            chosen = await self._timed(alone)
-            if chosen is None:
+            computed = await self._timed(alone)
+            if computed is None:
                 broken.append(work)
             else:
-                self._keep(self.scheduler.commit(alone, chosen, self._clock.now()))
+                self._keep(self.scheduler.commit(alone, computed.chosen, self._clock.now(), 0.0, computed.logprobs))
         device = len(broken) == len(step.works) > 1
         for work in broken:
             reason = "the device fails on every request" if device else "the device fails on this request"

@@ -9,12 +9,11 @@ Rule: one pass of numpy for a step of any size. The hash of position p is the su
 modulo 2**64, so rows of one step follow from each other by a running sum.
 """
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.adjust import adjusted
+from kernels.logprobs import fill
 from kernels.step import StepInputs
 
 ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -87,11 +86,14 @@ class MockDecoder:
         fresh = (seeded >> np.uint64(16)) % np.uint64(self._words)
         words = np.where(seeded % PHRASE == 0, fresh, self._follows[word])
         chosen = (words + np.uint64(self._first)).astype(np.int32)
-        # 5. what is shifted or masked is chosen from logits that every shift can change
-        if inputs.adjustments is not None:
-            these = inputs.adjustments.samples
-            adjustments = replace(inputs.adjustments, samples=np.arange(len(these), dtype=np.int32))
-            chosen[these] = adjusted(self._flat(seeded[these], chosen[these]), adjustments).argmax(1)
+        # 5. where logits are shifted, masked or told, there are some that every shift can change
+        if inputs.adjustments is not None or inputs.logprobs is not None:
+            logits = self._flat(seeded, chosen)
+            if inputs.adjustments is not None:
+                these = inputs.adjustments.samples
+                chosen[these] = adjusted(logits, inputs.adjustments)[these].argmax(1)
+            if inputs.logprobs is not None:
+                fill(inputs.logprobs, logits, chosen)
         return chosen
 
     def _flat(self, seeded: Hashes, chosen: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from shared.messages import (
     KvSnapshot,
     Removed,
     Reply,
+    Scored,
     StepReplies,
     Stored,
     Tokens,
@@ -28,7 +29,7 @@ from shared.messages import (
 from shared.tokens import pack
 from worker.kv_blocks import BlockPool
 from worker.misses import Departed, miss_of
-from worker.scheduler import Advanced, Ended, Event, Refused, Registered
+from worker.scheduler import Advanced, Ended, Event, PromptScored, Refused, Registered
 
 # half a megabyte: a broker takes one, unless told otherwise
 SNAPSHOT_PART_BYTES = 480_000
@@ -59,9 +60,13 @@ class Outbox:
         per_gateway: dict[str, list[Reply]] = {}
         for event in events:
             match event:
-                case Advanced(sequence, index, tokens):
+                case Advanced(sequence, index, tokens, logprobs):
                     key = sequence.key
-                    reply: Reply = Tokens(key.request_id, key.attempt, index, pack(tokens))
+                    reply: Reply = Tokens(key.request_id, key.attempt, index, pack(tokens), logprobs)
+                    gateway = sequence.request.gateway
+                case PromptScored(sequence, index, logprobs):
+                    key = sequence.key
+                    reply = Scored(key.request_id, key.attempt, index, logprobs)
                     gateway = sequence.request.gateway
                 case Registered(sequence, cached_tokens):
                     key = sequence.key

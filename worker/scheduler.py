@@ -22,7 +22,9 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
+from kernels.step import Logprobs
 from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
+from shared.logprobs import pack_likely, record_bytes
 from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
 from worker import adjust
@@ -56,13 +58,14 @@ class Limits(NamedTuple):
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("drafts", "rows", "samples", "sequence", "start", "stated")
+    __slots__ = ("drafts", "rows", "samples", "scored", "sequence", "start", "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
         self.start = start
         self.rows = rows
         self.samples = samples  # the next token is wanted: of the last committed row and of every draft
+        self.scored = range(0)  # rows that say how likely the next prompt token is
         self.drafts: list[int] = []
         self.stated: list[int] = []  # of each of them, what its drafter says of it
 
@@ -81,6 +84,11 @@ class Step(NamedTuple):
     def sampled(self) -> int:
         """Rows whose next token is wanted."""
         return sum(1 + len(work.drafts) for work in self.works if work.samples)
+
+    @property
+    def scores(self) -> bool:
+        """Whether rows of prompts meet the head, which no plan has counted on."""
+        return any(work.scored for work in self.works)
 
     @property
     def streams(self) -> int:
@@ -107,6 +115,15 @@ class Advanced(NamedTuple):
     sequence: Sequence
     first: int
     tokens: list[int]
+    logprobs: bytes = b""  # packed records, where asked for
+
+
+class PromptScored(NamedTuple):
+    """How likely the prompt's tokens number `first`, `first + 1`, ... were."""
+
+    sequence: Sequence
+    first: int
+    logprobs: bytes
 
 
 class Ended(NamedTuple):
@@ -123,7 +140,7 @@ class Refused(NamedTuple):
     reply: Finished | Failed
 
 
-Event = Registered | Started | Advanced | Ended | Refused
+Event = Registered | Started | Advanced | PromptScored | Ended | Refused
 
 
 class Scheduler:
@@ -301,15 +318,23 @@ class Scheduler:
             sequence.late_drafts += late
             self.late_draft_tokens += late
 
-    def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0) -> list[Event]:
+    def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0,
+               logprobs: Logprobs | None = None) -> list[Event]:
         """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams.
 
-        `held_s`: so long was the step held back for drafts.
+        `held_s`: so long was the step held back for drafts. `logprobs`: what was asked of the step, filled.
         """
         self._count_savings(step, held_s)
-        offset = 0
+        offset = told = 0
         for work in step.works:
             sequence = work.sequence
+            if work.scored and logprobs is not None:
+                first, count = sequence.scored + 1, len(work.scored)
+                most = sequence.request.prompt_logprobs
+                sequence.scored += count
+                self._events.append(PromptScored(sequence, first, _records(logprobs, told, count, most)))
+                told += count
+                offset += count
             if not work.samples:
                 sequence.computed += work.rows
                 self._store(sequence)
@@ -317,10 +342,14 @@ class Scheduler:
             count = 1 + len(work.drafts)
             tokens = chosen[offset:offset + count]
             offset += count
+            records = b""
+            if sequence.request.logprobs >= 0 and logprobs is not None:
+                records = _records(logprobs, told, count, sequence.request.logprobs)
+                told += count
             if work.drafts:
                 tokens = tokens[:self._judge(work, tokens) + 1]
                 sequence.verified_until = now
-            self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now)
+            self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now, records)
         return self.take_events()
 
     def audit(self) -> Audit:
@@ -347,7 +376,7 @@ class Scheduler:
             sequence.cached_tokens = min(sequence.cached_tokens + start - before, sequence.prompt_length)
         first = start // size
         full = start % size == 0 and start + size <= length
-        if full and sequence.name(first, size) in computing:
+        if full and not sequence.scores and sequence.name(first, size) in computing:
             return 0
         end = min(length, start + budget)
         if end < length and end // size * size > start:
@@ -356,7 +385,9 @@ class Scheduler:
             return 0
         if full:
             computing.update(sequence.name(index, size) for index in range(first, end // size))
-        self._works.append(Work(sequence, start, end - start, end == length))
+        work = Work(sequence, start, end - start, end == length)
+        work.scored = sequence.scored_rows(start, work.rows)
+        self._works.append(work)
         return end - start
 
     def _admit(self, budget: int, computing: set[bytes], now: float) -> None:
@@ -398,7 +429,12 @@ class Scheduler:
         return True
 
     def _reuse(self, sequence: Sequence, restore: bool = True) -> None:
-        """Continue a block table with named blocks as far as they go; `restore`: also with those in the tier."""
+        """Continue a block table with named blocks as far as they go; `restore`: also with those in the tier.
+
+        Not while rows of the prompt are still wanted for what they say of it.
+        """
+        if sequence.scores:
+            return
         size = self.limits.block_size
         most = (len(sequence.tokens) - 1) // size
         while (index := len(sequence.blocks)) < most and sequence.computed == index * size:
@@ -414,7 +450,7 @@ class Scheduler:
     def _lookup(self, sequence: Sequence) -> int:
         """How many tokens `_reuse` would find now, room provided."""
         size = self.limits.block_size
-        most = (len(sequence.tokens) - 1) // size
+        most = 0 if sequence.scores else (len(sequence.tokens) - 1) // size
         index = 0
         while index < most and self.pool.knows(sequence.name(index, size), sequence.content(index, size)):
             index += 1
@@ -507,8 +543,11 @@ class Scheduler:
         self.accepted_draft_tokens += agreed
         return agreed
 
-    def _append(self, sequence: Sequence, sure: int, tokens: list[int], now: float) -> None:
-        """Commit `tokens`; positions below `sure`, and those of all tokens but the last, are computed."""
+    def _append(self, sequence: Sequence, sure: int, tokens: list[int], now: float, records: bytes) -> None:
+        """Commit `tokens`; positions below `sure`, and those of all tokens but the last, are computed.
+
+        `records`: how likely each was, and perhaps others after them.
+        """
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         index = sequence.delivered
@@ -520,7 +559,8 @@ class Scheduler:
                 break
         sequence.computed = sure + len(tokens) - 1
         self._store(sequence)
-        self._events.append(Advanced(sequence, index, tokens))
+        told = len(tokens) * record_bytes(sequence.request.logprobs) if records else 0
+        self._events.append(Advanced(sequence, index, tokens, records[:told]))
         if reason is not None:
             self._end(sequence, self._finished(sequence, reason, now))
 
@@ -613,6 +653,13 @@ def failed(request: Generate, error: MillError, retryable: bool | None = None) -
     """The message that an error is; `retryable` where it differs from the error's kind."""
     return Failed(request.request_id, request.attempt, error.code, error.message,
                   error.retryable if retryable is None else retryable, error.retry_after_s or 0.0)
+
+
+def _records(logprobs: Logprobs, first: int, count: int, most: int) -> bytes:
+    """What was told of `count` rows from `first` on, with the `most` likeliest of each."""
+    here = slice(first, first + count)
+    return pack_likely(logprobs.of_target[here], logprobs.ranks[here], logprobs.top_ids[here, :most],
+                       logprobs.top[here, :most])
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -27,8 +27,8 @@ class Sequence:
         "accepted_counts", "accepted_drafts", "adjuster", "admitted_at", "arrived_at", "blocks", "cached_tokens",
         "computed", "deadline", "drafted", "drafter", "drafter_s", "drafter_usd", "end_length", "ended",
         "first_token_at", "hashes", "key", "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length",
-        "rank", "request", "resumed_length", "saved_s", "slot", "steps", "stop_ids", "stored", "tokens", "traceparent",
-        "verified_from", "verified_until", "verifying_steps",
+        "rank", "request", "resumed_length", "saved_s", "scored", "slot", "steps", "stop_ids", "stored", "tokens",
+        "traceparent", "verified_from", "verified_until", "verifying_steps",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -41,6 +41,7 @@ class Sequence:
         self.end_length = min(prompt_length + request.max_tokens, length_limit)
         self.stop_ids = frozenset(request.stop_token_ids)
         self.adjuster: Adjuster | None = None
+        self.scored = 0  # prompt tokens of which was told how likely they were
         self.order = order
         self.rank = (-request.priority, order)  # smaller goes first
         self.deadline = deadline
@@ -90,6 +91,17 @@ class Sequence:
     def delivered(self) -> int:
         """Tokens behind the prompt, those of earlier attempts included: the index of the next one."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is still to be told how likely tokens of the prompt were."""
+        return self.request.prompt_logprobs >= 0 and self.scored < self.prompt_length - 1
+
+    def scored_rows(self, start: int, rows: int) -> range:
+        """Of `rows` rows from position `start`, those that say how likely a prompt token is, if that is to be told."""
+        if not self.scores:
+            return range(0)
+        return range(max(0, self.scored - start), max(0, min(rows, self.prompt_length - 1 - start)))
 
     @property
     def missing(self) -> int:

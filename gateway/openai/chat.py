@@ -9,8 +9,17 @@ from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from gateway.openai.common import Usage, WithText, encode
-from gateway.openai.parameters import Options, Parameters, options, refuse
+from gateway.openai.common import Echo, Usage, WholeChoice, WithText, encode
+from gateway.openai.logprobs import (
+    NO_SPELLING,
+    ChatLogprobs,
+    PromptLogprob,
+    Spelling,
+    Told,
+    chat_logprobs,
+    prompt_logprobs,
+)
+from gateway.openai.parameters import MAX_LOGPROBS, Options, Parameters, options, refuse, within
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
@@ -39,8 +48,8 @@ class ChatRequest(Parameters, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    # not supported yet
     top_logprobs: int | None = None
+    # not supported yet
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
@@ -54,7 +63,7 @@ class ChatRequest(Parameters, kw_only=True):
 
 def chat_options(body: ChatRequest) -> Options:
     """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`."""
-    for name in ("top_logprobs", "tools", "functions", "audio", "web_search_options", "chat_template", "echo"):
+    for name in ("tools", "functions", "audio", "web_search_options", "chat_template", "echo"):
         if getattr(body, name):
             raise refuse(name)
     for name in ("tool_choice", "function_call"):
@@ -64,8 +73,21 @@ def chat_options(body: ChatRequest) -> Options:
     if body.modalities not in (None, [], ["text"]):
         raise refuse("modalities", 'send ["text"] or leave it out')
     if body.max_completion_tokens is not None:
-        return options(body, body.max_completion_tokens, "max_completion_tokens")
-    return options(body, body.max_tokens)
+        found = options(body, body.max_completion_tokens, "max_completion_tokens")
+    else:
+        found = options(body, body.max_tokens)
+    return structs.replace(found, logprobs=_logprobs(body))
+
+
+def _logprobs(body: ChatRequest) -> int:
+    """How many of the likeliest tokens to show; -1: none, and not the chosen one's own."""
+    within("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    if not isinstance(body.logprobs, bool | None):
+        raise BadRequest("logprobs must be true or false; how many of the likeliest tokens says top_logprobs",
+                         param="logprobs")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true beside it", param="top_logprobs")
+    return body.top_logprobs or 0 if body.logprobs else -1
 
 
 def predicted_text(prediction: Prediction | None) -> str:
@@ -108,7 +130,7 @@ class Delta(Struct, omit_defaults=True):
 class ChunkChoice(Struct):
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -136,7 +158,7 @@ class ChatChoice(Struct):
     index: int
     message: AssistantMessage
     finish_reason: str
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -149,6 +171,7 @@ class ChatCompletion(Struct):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
     service_tier: str | UnsetType = UNSET
     metrics: RequestMetrics | UnsetType = UNSET
 
@@ -159,27 +182,31 @@ class ChatReply:
     id_prefix = "chatcmpl-"
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
-                 tier: str | None = None) -> None:
-        """`tier` where the client asked for one."""
+                 tier: str | None = None, spelling: Spelling = NO_SPELLING) -> None:
+        """`tier` where the client asked for one; `spelling` where it asked how likely tokens were."""
         self.id = id
+        self._spelling = spelling
         self._head = (id, "chat.completion.chunk", created, model, fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
         self._tier: str | UnsetType = UNSET if tier is None else tier
 
-    def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
-        """The role chunk of choice `index`; `prompt` ids where the client asked for them."""
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> bytes | None:
+        """The role chunk of choice `index`; `prompt` ids where the client asked for them. A chat echoes nothing."""
         return encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
                             UNSET if prompt is None else prompt, self._tier))
 
-    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
-        if tokens is None and usage is None:
+    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None,
+                told: list[Told] | None = None) -> bytes:
+        """A piece of text. `told`: how likely its tokens were, where the client asked for that."""
+        if tokens is None and usage is None and told is None:
             if (plain := self._plain.get(index)) is None:
                 empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage,
                                      service_tier=self._tier))
                 plain = self._plain[index] = WithText(empty, "content")
             return plain(text)
-        choice = ChunkChoice(index, Delta(content=text), token_ids=UNSET if tokens is None else tokens)
+        logprobs = None if told is None else chat_logprobs(told, self._spelling)
+        choice = ChunkChoice(index, Delta(content=text), logprobs, token_ids=UNSET if tokens is None else tokens)
         return encode(Chunk(*self._head, [choice], usage or self._no_usage, service_tier=self._tier))
 
     def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
@@ -189,13 +216,16 @@ class ChatReply:
     def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
         return encode(Chunk(*self._head, [], usage, service_tier=self._tier, metrics=metrics or UNSET))
 
-    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage,
-              metrics: RequestMetrics | None = None) -> bytes:
-        """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
+    def whole(self, choices: list[WholeChoice], usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
+        """The answer in one piece."""
         id, _, created, model, fingerprint = self._head
-        prompt = choices[0][3]
+        prompt, scored = choices[0].prompt, choices[0].prompt_told
         return encode(ChatCompletion(
             id, "chat.completion", created, model, fingerprint,
-            [ChatChoice(i, AssistantMessage("assistant", text), reason, None, UNSET if tokens is None else tokens)
-             for i, (text, reason, tokens, _) in enumerate(choices)],
-            usage, UNSET if prompt is None else prompt, self._tier, metrics or UNSET))
+            [ChatChoice(index, AssistantMessage("assistant", choice.text), choice.reason,
+                        None if choice.told is None else chat_logprobs(choice.told, self._spelling),
+                        UNSET if choice.tokens is None else choice.tokens)
+             for index, choice in enumerate(choices)],
+            usage, UNSET if prompt is None else prompt,
+            UNSET if scored is None else prompt_logprobs(scored, self._spelling), self._tier,
+            metrics or UNSET))

@@ -5,11 +5,12 @@ Pure.
 """
 
 import re
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from gateway.openai.logprobs import Told
 from shared.errors import BadRequest, MillError
 
 T = TypeVar("T")
@@ -55,6 +56,25 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mi
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
                  PromptTokensDetails(min(cached_tokens, prompt_tokens)),
                  CompletionTokensDetails(0, accepted_prediction_tokens, rejected_prediction_tokens), mill or UNSET)
+
+
+class Echo(NamedTuple):
+    """A prompt that stands before its answer; `told`: how likely its tokens were, where asked for."""
+
+    text: str
+    told: list[Told] | None
+
+
+class WholeChoice(NamedTuple):
+    """One choice of an answer in one piece; None for what the client did not ask for."""
+
+    text: str
+    reason: str
+    tokens: list[int] | None = None
+    prompt: list[int] | None = None
+    told: list[Told] | None = None
+    prompt_told: list[Told] | None = None
+    echo: Echo | None = None
 
 
 class ErrorBody(Struct):

@@ -4,30 +4,52 @@ Several prompts times `n` are several choices, numbered prompt by prompt.
 Pure. Field order is the order on the wire.
 """
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
-from gateway.openai.common import Usage, WithText, encode
-from gateway.openai.parameters import MAX_CHOICES, Options, Parameters, options, refuse
+from gateway.openai.common import Echo, Usage, WholeChoice, WithText, encode
+from gateway.openai.logprobs import (
+    NO_SPELLING,
+    PromptLogprob,
+    Spelling,
+    TextLogprobs,
+    Told,
+    prompt_logprobs,
+    text_logprobs,
+)
+from gateway.openai.parameters import MAX_CHOICES, MAX_LOGPROBS, Options, Parameters, options, refuse, within
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
 
 class CompletionRequest(Parameters, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
-    # not supported
     echo: bool | None = None
+    # not supported
     suffix: str | None = None
     best_of: int | None = None
 
 
 def completion_options(body: CompletionRequest) -> Options:
     """Check everything but the prompt. Raises BadRequest naming the parameter."""
-    for name in ("echo", "suffix"):
-        if getattr(body, name):
-            raise refuse(name)
+    if body.suffix:
+        raise refuse("suffix")
     if body.best_of not in (None, body.n or 1):
         raise refuse("best_of", "leave it out or send the value of n")
-    return options(body, body.max_tokens)
+    logprobs = _logprobs(body)
+    echo = bool(body.echo)
+    prompt_only = echo and body.max_tokens == 0
+    found = options(body, 1 if prompt_only else body.max_tokens)
+    return structs.replace(found, logprobs=logprobs, echo=echo, prompt_only=prompt_only)
+
+
+def _logprobs(body: CompletionRequest) -> int:
+    """How many of the likeliest tokens to show; -1: none, and not the chosen one's own."""
+    if body.logprobs is None or body.logprobs is False:
+        return -1
+    if body.logprobs is True:
+        raise BadRequest("logprobs must be a number: how many of the likeliest tokens to show", param="logprobs")
+    within("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    return body.logprobs
 
 
 def prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
@@ -52,10 +74,11 @@ def prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
 class CompletionChoice(Struct):
     text: str
     index: int
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -78,28 +101,36 @@ class CompletionReply:
     id_prefix = "cmpl-"
 
     def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
-                 tier: str | None = None) -> None:
-        """`tier` where the client asked for one."""
+                 tier: str | None = None, spelling: Spelling = NO_SPELLING) -> None:
+        """`tier` where the client asked for one; `spelling` where it asked how likely tokens were."""
         self.id = id
+        self._spelling = spelling
+        self._offsets: dict[int, int] = {}  # by choice: characters of the tokens told of
         self._head = (id, "text_completion", created, model, fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
         self._no_usage: UnsetType | None = None if include_usage else UNSET
         self._tier: str | UnsetType = UNSET if tier is None else tier
 
-    def opening(self, index: int, prompt: list[int] | None) -> bytes | None:
-        """Text completions have no role; a chunk opens them only where prompt ids were asked for."""
-        if prompt is None:
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> bytes | None:
+        """Text completions have no role; a chunk opens them only where prompt ids or an echo were asked for."""
+        if prompt is None and echo is None:
             return None
-        return encode(Completion(*self._head, [CompletionChoice("", index, prompt_token_ids=prompt)], self._no_usage,
-                                 self._tier))
+        told = echo.told if echo is not None else None
+        logprobs = None if told is None else self._told(index, told)
+        return encode(Completion(*self._head, [CompletionChoice(
+            "" if echo is None else echo.text, index, logprobs,
+            prompt_token_ids=UNSET if prompt is None else prompt)], self._no_usage, self._tier))
 
-    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None) -> bytes:
-        if tokens is None and usage is None:
+    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None,
+                told: list[Told] | None = None) -> bytes:
+        """A piece of text. `told`: how likely its tokens were, where the client asked for that."""
+        if tokens is None and usage is None and told is None:
             if (plain := self._plain.get(index)) is None:
                 empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage, self._tier))
                 plain = self._plain[index] = WithText(empty, "text")
             return plain(text)
-        choice = CompletionChoice(text, index, token_ids=UNSET if tokens is None else tokens)
+        logprobs = None if told is None else self._told(index, told)
+        choice = CompletionChoice(text, index, logprobs, token_ids=UNSET if tokens is None else tokens)
         return encode(Completion(*self._head, [choice], usage or self._no_usage, self._tier))
 
     def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
@@ -109,11 +140,22 @@ class CompletionReply:
     def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
         return encode(Completion(*self._head, [], usage, self._tier, metrics or UNSET))
 
-    def whole(self, choices: list[tuple[str, str, list[int] | None, list[int] | None]], usage: Usage,
-              metrics: RequestMetrics | None = None) -> bytes:
-        """The answer in one piece. Each choice: text, finish reason, token ids and prompt ids where asked for."""
+    def whole(self, choices: list[WholeChoice], usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
+        """The answer in one piece."""
         return encode(Completion(
-            *self._head,
-            [CompletionChoice(text, i, None, reason, UNSET if tokens is None else tokens,
-                              UNSET if prompt is None else prompt)
-             for i, (text, reason, tokens, prompt) in enumerate(choices)], usage, self._tier, metrics or UNSET))
+            *self._head, [self._whole(index, choice) for index, choice in enumerate(choices)], usage, self._tier,
+            metrics or UNSET))
+
+    def _whole(self, index: int, choice: WholeChoice) -> CompletionChoice:
+        text, told = choice.text, choice.told
+        if choice.echo is not None:
+            text = choice.echo.text + text
+            told = None if told is None else [*(choice.echo.told or []), *told]
+        return CompletionChoice(
+            text, index, None if told is None else self._told(index, told), choice.reason,
+            UNSET if choice.tokens is None else choice.tokens, UNSET if choice.prompt is None else choice.prompt,
+            UNSET if choice.prompt_told is None else prompt_logprobs(choice.prompt_told, self._spelling))
+
+    def _told(self, index: int, told: list[Told]) -> TextLogprobs:
+        shown, self._offsets[index] = text_logprobs(told, self._spelling, self._offsets.get(index, 0))
+        return shown

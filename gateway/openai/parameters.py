@@ -20,6 +20,7 @@ MAX_STOPS = 16
 MAX_PRIORITY = 100
 MAX_BIASED = 1024
 MAX_BAD_WORDS = 128
+MAX_LOGPROBS = 20
 
 
 class StreamOptions(Struct):
@@ -62,9 +63,9 @@ class Parameters(Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    # known, not supported: refused unless they leave the answer as it is
     logprobs: bool | int | None = None
     prompt_logprobs: int | None = None
+    # known, not supported: refused unless they leave the answer as it is
     truncate_prompt_tokens: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Any = None
@@ -96,20 +97,24 @@ class Options(Struct, frozen=True):
     show_tier: bool = False  # it was asked for, so the answer names it
     adjust: Adjust | None = None  # but for the bad words, which are text until a tokenizer has seen them
     bad_words: tuple[str, ...] = ()
+    logprobs: int = -1  # how many of the likeliest tokens to show beside each; -1: none, and not its own
+    prompt_logprobs: int = -1
+    echo: bool = False  # the prompt stands before the answer
+    prompt_only: bool = False  # there is no answer
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
     """Check `body`. Raises BadRequest naming the first parameter that is wrong or not supported."""
     _refuse_unsupported(body)
-    _within("temperature", body.temperature, 0, 2)
-    _within("top_p", body.top_p, 0, 1)
+    within("temperature", body.temperature, 0, 2)
+    within("top_p", body.top_p, 0, 1)
     if body.top_p == 0:
         raise BadRequest("top_p must be above 0: for greedy decoding set temperature to 0", param="top_p")
-    _within("min_p", body.min_p, 0, 1)
-    _within("top_k", body.top_k, -1, 1 << 31)
-    _within("n", body.n, 1, MAX_CHOICES)
-    _within("seed", body.seed, -(1 << 63), (1 << 64) - 1)
-    _within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    within("min_p", body.min_p, 0, 1)
+    within("top_k", body.top_k, -1, 1 << 31)
+    within("n", body.n, 1, MAX_CHOICES)
+    within("seed", body.seed, -(1 << 63), (1 << 64) - 1)
+    within("priority", body.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if max_tokens is not None and max_tokens < 1:
         raise BadRequest(f"{max_tokens_name} must be 1 or more, got {max_tokens}", param=max_tokens_name)
     _check_min_tokens(body.min_tokens, max_tokens)
@@ -136,6 +141,7 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         show_tier=body.service_tier is not None,
         adjust=None if adjust == Adjust() else adjust,
         bad_words=_bad_words(body.bad_words),
+        prompt_logprobs=_prompt_logprobs(body),
     )
 
 
@@ -145,29 +151,26 @@ def refuse(param: str, instead: str = "leave it out") -> BadRequest:
 
 
 def _refuse_unsupported(body: Parameters) -> None:
-    for name in ("logprobs", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        value = getattr(body, name)
-        # logprobs=0 asks for the chosen token's own
-        if value or (name == "logprobs" and value is not None and value is not False):
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        if getattr(body, name):
             raise refuse(name)
-    for name in ("prompt_logprobs", "truncate_prompt_tokens"):
-        if getattr(body, name) is not None:
-            raise refuse(name)
+    if body.truncate_prompt_tokens is not None:
+        raise refuse("truncate_prompt_tokens")
     if body.response_format is not None and body.response_format.type != "text":
         raise refuse("response_format", 'send {"type": "text"} or leave it out')
 
 
 def _check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
-    _within("min_tokens", min_tokens, 0, 1 << 31)
+    within("min_tokens", min_tokens, 0, 1 << 31)
     if min_tokens and max_tokens is not None and min_tokens > max_tokens:
         raise BadRequest(f"min_tokens ({min_tokens}) is above max_tokens ({max_tokens})", param="min_tokens")
 
 
 def _adjust(body: Parameters) -> Adjust:
     """What shifts or masks logits; ids are still to be compared with a vocabulary."""
-    _within("presence_penalty", body.presence_penalty, -2, 2)
-    _within("frequency_penalty", body.frequency_penalty, -2, 2)
-    _within("repetition_penalty", body.repetition_penalty, 0.01, 100)
+    within("presence_penalty", body.presence_penalty, -2, 2)
+    within("frequency_penalty", body.frequency_penalty, -2, 2)
+    within("repetition_penalty", body.repetition_penalty, 0.01, 100)
     bias = _bias(body.logit_bias or {})
     if body.allowed_token_ids == []:
         raise BadRequest("allowed_token_ids is empty, so no token could be chosen: name some, or leave it out",
@@ -186,7 +189,7 @@ def _bias(bias: dict[str, float]) -> dict[int, float]:
     for id, value in bias.items():
         if not (id.isascii() and id.isdecimal() and int(id) < 1 << 32):
             raise BadRequest(f"logit_bias has a key that is no token id: {id[:32]!r}", param="logit_bias")
-        _within(f"logit_bias[{id}]", value, -100, 100)
+        within(f"logit_bias[{id}]", value, -100, 100)
     return dict(sorted((int(id), value) for id, value in bias.items() if value))
 
 
@@ -197,6 +200,13 @@ def _bad_words(words: list[str] | None) -> tuple[str, ...]:
     if not all(word.strip() for word in found):
         raise BadRequest("bad_words must not hold an empty string", param="bad_words")
     return found
+
+
+def _prompt_logprobs(body: Parameters) -> int:
+    within("prompt_logprobs", body.prompt_logprobs, 0, MAX_LOGPROBS)
+    if body.prompt_logprobs is not None and body.stream:
+        raise refuse("prompt_logprobs with stream", "ask without stream")
+    return -1 if body.prompt_logprobs is None else body.prompt_logprobs
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -229,7 +239,8 @@ def _tier(name: str | None) -> Tier:
                      param="service_tier")
 
 
-def _within(param: str, value: float | None, least: float, most: float) -> None:
+def within(param: str, value: float | None, least: float, most: float) -> None:
+    """Raise BadRequest for a value that lies elsewhere."""
     if value is not None and not least <= value <= most:
         raise BadRequest(f"{param} must lie between {least} and {most}, got {value}", param=param)
 

@@ -18,8 +18,9 @@ from numpy.typing import DTypeLike, NDArray
 from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
+from kernels.logprobs import check_logprobs
 from kernels.native.build import build
-from kernels.step import Adjustments, Race, StepInputs, check_places
+from kernels.step import Adjustments, Logprobs, Race, StepInputs, check_places
 
 RECIPE = "int8-g32/1"
 BLOCK_SIZE_TOKENS = 16
@@ -95,6 +96,12 @@ class _Adjustments(ctypes.Structure):
     ]
 
 
+class _Logprobs(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_int32), ("most", ctypes.c_int32)] + [
+        (field.name, ctypes.c_void_p) for field in fields(Logprobs)
+    ]
+
+
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "samples")] + [
         (name, ctypes.c_void_p)
@@ -110,6 +117,7 @@ class _Inputs(ctypes.Structure):
             "min_p",
             "seeds",
             "adjustments",
+            "logprobs",
         )
     ]
 
@@ -282,8 +290,8 @@ class NativeDecoder:
         logits: NDArray[np.float32] | None = None,
         places: int = 1,
     ) -> None:
-        if self._trimmed and inputs.adjustments is not None:
-            raise ValueError("a trimmed head has no logits for some ids: its decoder adjusts none")
+        if self._trimmed and (inputs.adjustments is not None or inputs.logprobs is not None):
+            raise ValueError("a trimmed head has no logits for some ids: its decoder neither adjusts nor tells them")
         native, kept = _native_inputs(inputs, self.vocabulary_size)
         wanted = _Wanted(_address(tokens), _address(scores), _address(logits), places)
         with self._busy:
@@ -389,6 +397,15 @@ def _native_inputs(inputs: StepInputs, vocabulary_size: int) -> tuple[_Inputs, l
         adjustments, arrays = _native_adjustments(inputs.adjustments)
         native.adjustments = ctypes.addressof(adjustments)
         kept += [adjustments, *arrays]
+    if (asked := inputs.logprobs) is not None:
+        check_logprobs(asked, samples, vocabulary_size)
+        logprobs = _Logprobs(
+            len(asked.samples),
+            asked.top_ids.shape[1],
+            *(getattr(asked, field.name).ctypes.data for field in fields(Logprobs)),
+        )
+        native.logprobs = ctypes.addressof(logprobs)
+        kept.append(logprobs)
     return native, kept
 
 

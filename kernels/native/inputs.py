@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kernels.adjust import check_adjustments
+from kernels.logprobs import check_logprobs
 from kernels.step import Decoder, StepInputs
 
 _KINDS = {"temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "seeds": np.uint64}
@@ -45,6 +46,8 @@ def checked(inputs: StepInputs, decoder: Decoder) -> StepInputs:
             raise ValueError(f"sample {bad[0]}: {name} must not be negative or NaN")
     if inputs.adjustments is not None:
         check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
+    if inputs.logprobs is not None:
+        check_logprobs(inputs.logprobs, len(wanted), decoder.vocabulary_size)
     return inputs
 
 
@@ -53,7 +56,7 @@ def _typed(inputs: StepInputs) -> StepInputs:
         raise ValueError("sequence_starts needs one entry more than there are sequences")
     rows, samples = len(inputs.tokens), len(inputs.sample_rows)
     shapes: dict[str, tuple[int | None, ...]] = {field.name: (samples,) for field in fields(inputs)}
-    del shapes["adjustments"]
+    del shapes["adjustments"], shapes["logprobs"]
     shapes |= {"tokens": (rows,), "positions": (rows,), "sequence_starts": (None,)}
     shapes["block_tables"] = (len(inputs.sequence_starts) - 1, None)
     arrays: dict[str, Any] = {}

@@ -58,6 +58,13 @@ Region::~Region() {
   if (data_) munmap(mapped_, mapped_bytes_);
 }
 
+// How likely a sample's tokens are, before its logits are adjusted in place.
+struct Model::Asked {
+  int row = -1;  // of the logprobs; -1: nobody asks
+  Likelihood likelihood{};
+  std::vector<float> raw;  // the logits, where they are adjusted
+};
+
 // Some consecutive rows of a step, at most kPassRows, and where each of them stands.
 struct Model::Pass {
   const mill_inputs& inputs;
@@ -69,6 +76,7 @@ struct Model::Pass {
   float* scores;                       // [samples][places], or null
   int places;
   std::vector<Choice> choices;         // [threads][samples][places]
+  std::vector<Asked> asked;            // [samples] what is to be said of the chosen token; empty when nobody asks
   std::atomic<bool> finite{true};
 
   int position(int row) const { return inputs.positions[first + row]; }
@@ -235,7 +243,8 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     const int rows = std::min(kPassRows, inputs.rows - first);
     int samples = 0;
     while (sample + samples < inputs.samples && inputs.sample_rows[sample + samples] < first + rows) samples++;
-    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, nullptr, wanted.places, {}};
+    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, nullptr, wanted.places, {}, {}};
+    if (inputs.logprobs && wanted.tokens) pass.asked.resize(size_t(samples));
     const size_t placed = size_t(sample) * size_t(wanted.places);
     pass.logits = wanted.logits ? wanted.logits + size_t(sample) * size_t(config_.head_rows) : reinterpret_cast<float*>(logits_.data());
     pass.tokens = wanted.logits ? nullptr : wanted.tokens + placed;
@@ -465,6 +474,10 @@ void Model::sample(Pass& pass, int thread) {
   const auto logits = [&](int sample) { return pass.logits + size_t(sample) * size_t(head_rows); };
   const auto choices = [&](int of, int sample) { return pass.choices.data() + size_t(of * pass.samples + sample) * size_t(places); };
   bool finite = true;
+  if (!pass.asked.empty()) {
+    say_how_likely(pass, thread, finite);
+    team_.meet();
+  }
   if (const mill_adjustments* const all = pass.inputs.adjustments)
     for (int row = 0; row < all->rows; row++) {
       const int sample = all->samples[row] - pass.first_sample;
@@ -498,8 +511,35 @@ void Model::sample(Pass& pass, int thread) {
       if (pass.scores) pass.scores[sample * places + at] = best[size_t(at)].value;
     }
     if (best[0].token < 0) finite = false;
+    if (!pass.asked.empty() && best[0].token >= 0) {
+      const Asked& asked = pass.asked[size_t(sample)];
+      if (asked.row >= 0 && pass.inputs.logprobs->targets[asked.row] < 0)
+        fill_target(*pass.inputs.logprobs, asked.row, asked.raw.empty() ? logits(sample) : asked.raw.data(), head_rows,
+                    asked.likelihood, best[0].token);
+    }
   }
   if (!finite) pass.finite = false;
+}
+
+// What is asked of raw logits, each sample by one thread.
+void Model::say_how_likely(Pass& pass, int thread, bool& finite) {
+  const int vocabulary = config_.head_rows;  // nobody asks a trimmed head
+  const mill_logprobs& all = *pass.inputs.logprobs;
+  for (int row = 0; row < all.rows; row++) {
+    const int sample = all.samples[row] - pass.first_sample;
+    if (sample < 0 || sample >= pass.samples || sample % team_.crew() != thread) continue;
+    const float* const logits = pass.logits + size_t(sample) * size_t(vocabulary);
+    if (!all_finite(logits, 0, vocabulary)) {
+      finite = false;
+      continue;
+    }
+    Asked& asked = pass.asked[size_t(sample)];
+    asked.row = row;
+    asked.likelihood = fill_top(all, row, logits, vocabulary);
+    const mill_adjustments* const adjustments = pass.inputs.adjustments;
+    if (adjustments && std::binary_search(adjustments->samples, adjustments->samples + adjustments->rows, all.samples[row]))
+      asked.raw.assign(logits, logits + vocabulary);
+  }
 }
 
 }  // namespace mill

@@ -42,6 +42,7 @@ struct mill_inputs {
   const float *top_p, *min_p;
   const uint64_t* seeds;
   const mill_adjustments* adjustments;  // null: no row has any
+  const mill_logprobs* logprobs;        // null: nobody asks
 };
 
 // What a step is run for: `logits`, or the best `places` ids of each sample in order, with their scores where wanted.
@@ -103,6 +104,7 @@ class Model {
     std::vector<float> acc, other_acc, row, head;
     Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
+  struct Asked;
   struct Pass;
   struct alignas(64) Counter {
     std::atomic<int> next{0};
@@ -121,6 +123,7 @@ class Model {
   void attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch);
   void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
   void sample(Pass& pass, int thread);
+  void say_how_likely(Pass& pass, int thread, bool& finite);
   const float* normed_head(const float* head, const std::vector<float>& norm, Scratch& scratch) const;
   void rotate(const float* from, float* to, int row) const;
   float* queries(int row) { return qkv_.data() + size_t(row) * size_t(qkv_width_); }

@@ -204,6 +204,57 @@ bool all_finite(const float* values, int first, int last) {
   return !special || std::all_of(values + first, values + last, [](float x) { return x < INFINITY; });
 }
 
+// exp(x - largest): 16 lanes over a chunk, the lanes in a tree, chunks in float64.
+Likelihood likelihood(const float* logits, int count) {
+  const float largest_logit = logits[choose_greedy(logits, 0, count).token];
+  double total = 0;
+  for (int start = 0; start < count; start += kChunk) {
+    Lanes lanes = splat(0.0f);
+    for (int i = start; i < std::min(start + kChunk, count); i += kLanes) {
+      float x[kLanes];
+      for (int lane = 0; lane < kLanes; lane++) x[lane] = i + lane < count ? logits[i + lane] - largest_logit : -INFINITY;
+      Lanes power = exponential(load(x));
+      if (i + kLanes > count) {
+        store(x, power);
+        for (int lane = count - i; lane < kLanes; lane++) x[lane] = 0;
+        power = load(x);
+      }
+      lanes = lanes + power;
+    }
+    total += double(sum_of(lanes));
+  }
+  return {largest_logit, std::log(total)};
+}
+
+Likelihood fill_top(const mill_logprobs& asked, int row, const float* logits, int count) {
+  const Likelihood of_row = likelihood(logits, count);
+  const int most = asked.most;
+  int32_t* const ids = asked.top_ids + size_t(row) * size_t(most);
+  float* const values = asked.top + size_t(row) * size_t(most);
+  int found = 0;
+  for (int id = 0; most > 0 && id < count; id++) {
+    if (found == most && !(logits[id] > values[most - 1])) continue;
+    int place = found < most ? found++ : most - 1;
+    for (; place > 0 && logits[id] > values[place - 1]; place--) {
+      values[place] = values[place - 1];
+      ids[place] = ids[place - 1];
+    }
+    values[place] = logits[id];
+    ids[place] = id;
+  }
+  for (int place = 0; place < found; place++) values[place] = of_row.of(values[place]);
+  if (asked.targets[row] >= 0) fill_target(asked, row, logits, count, of_row, asked.targets[row]);
+  return of_row;
+}
+
+void fill_target(const mill_logprobs& asked, int row, const float* logits, int count, const Likelihood& likelihood, int32_t token) {
+  const float own = logits[token];
+  int rank = 1;
+  for (int id = 0; id < count; id++) rank += int(logits[id] > own) + int((logits[id] == own) & (id < token));
+  asked.of_target[row] = likelihood.of(own);
+  asked.ranks[row] = rank;
+}
+
 void adjust(const mill_adjustments& all, int row, float* logits, int first, int last) {
   const float repetition = all.repetition[row], frequency = all.frequency[row], presence = all.presence[row];
   for (int at = all.count_starts[row]; at < all.count_starts[row + 1]; at++) {

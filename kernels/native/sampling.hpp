@@ -21,6 +21,15 @@ extern "C" struct mill_adjustments {
   const uint32_t* masks;
 };
 
+// Mirrored in decoder.py; described in kernels/step.py.
+extern "C" struct mill_logprobs {
+  int32_t rows, most;
+  const int32_t *samples, *targets;
+  float* of_target;
+  int32_t *ranks, *top_ids;
+  float* top;
+};
+
 namespace mill {
 
 constexpr float kGreedyBelow = 1e-5f;
@@ -54,6 +63,19 @@ bool all_finite(const float* values, int first, int last);
 
 // Shifts and masks the logits of ids first..last-1 of one row, as `row` of the adjustments says. Every operation rounded.
 void adjust(const mill_adjustments& all, int row, float* logits, int first, int last);
+
+// The logarithm of a softmax of logits: log p(id) = (logits[id] - largest) - log_total.
+struct Likelihood {
+  float largest;
+  double log_total;
+  float of(float logit) const { return float(double(logit) - double(largest) - log_total); }
+};
+Likelihood likelihood(const float* logits, int count);
+
+// Fills row `row` of what is asked, but for the token that is yet to be chosen. One thread, in one order.
+Likelihood fill_top(const mill_logprobs& asked, int row, const float* logits, int count);
+// Fills what is asked of `token`.
+void fill_target(const mill_logprobs& asked, int row, const float* logits, int count, const Likelihood& likelihood, int32_t token);
 
 // The best of rows first..last-1 of a head, masks ignored; `finite` becomes false when one of their logits is NaN or
 // infinite above. `ids`: the token id of each row, ascending; null: row i is id i.

@@ -24,7 +24,7 @@ from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
 from kernels.native.packed import FLOATS, KINDS, Activations, Matrix, Plain, quantised, stacked
 from kernels.native.specification import LARGEST_HALF
-from kernels.reference import adjust_logits, mask_logits, race, sample, widened
+from kernels.reference import adjust_logits, fill_logprobs, mask_logits, race, sample, widened
 from kernels.step import Race, StepInputs, check_places
 
 PASS_ROWS = 64
@@ -99,14 +99,18 @@ class UncompiledDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """As `NativeDecoder.step`."""
         with self._busy, torch.inference_mode():
-            chosen: NDArray[np.int32] = sample(*self._masked(inputs)).numpy()
+            raw = self._raw(inputs)
+            sampled = sample(*self._masked(inputs, raw))
+            if inputs.logprobs is not None:
+                fill_logprobs(inputs.logprobs, raw, sampled)
+            chosen: NDArray[np.int32] = sampled.numpy()
             return chosen
 
     def race(self, inputs: StepInputs, places: int) -> Race:
         """As `NativeDecoder.race`."""
         check_places(places)
         with self._busy, torch.inference_mode():
-            tokens, scores = race(*self._masked(inputs), places)
+            tokens, scores = race(*self._masked(inputs, self._raw(inputs)), places)
             return Race(tokens.numpy(), scores.numpy())
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
@@ -145,19 +149,22 @@ class UncompiledDecoder:
         if not self._open:
             raise ValueError("this decoder was closed")
 
-    def _masked(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a choice is made from: masked logits [L, V], temperatures, seeds and positions [L]."""
+    def _raw(self, inputs: StepInputs) -> Tensor:
+        """Logits [L, V], minus infinity for ids that a trimmed head does not know. Raises RuntimeError for NaN."""
         logits = torch.from_numpy(self._logits(inputs))
         peaks = logits.amax(-1)  # NaN where there is one
         if not torch.isfinite(peaks).all():
             raise RuntimeError(NOTHING_TO_CHOOSE)
+        return widened(logits, self.config.head_ids, self.vocabulary_size)
+
+    def _masked(self, inputs: StepInputs, wide: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a choice is made from: masked logits [L, V], temperatures, seeds and positions [L]."""
         temperature, top_k, top_p, min_p = (
             torch.from_numpy(np.ascontiguousarray(values))
             for values in (inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p)
         )
         seeds = torch.from_numpy(inputs.seeds.astype(np.uint64).view(np.int64))
         positions = torch.from_numpy(inputs.positions[inputs.sample_rows].astype(np.int64) + 1)
-        wide = widened(logits, self.config.head_ids, self.vocabulary_size)
         if inputs.adjustments is not None:
             wide = adjust_logits(wide, inputs.adjustments)
             if (wide.amax(-1) == -torch.inf).any():

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -18,6 +19,7 @@ from gateway.tokenizer import Tokenizer
 from shared import subjects
 from shared.bus import BusUnavailable, Delivery
 from shared.clock import LoopClock
+from shared.logprobs import pack_likely
 from shared.memory_bus import MemoryBroker, MemoryBus
 from shared.messages import (
     Accepted,
@@ -27,6 +29,7 @@ from shared.messages import (
     Generate,
     Reply,
     RouterStatus,
+    Scored,
     StepReplies,
     Tokens,
     WorkerStatus,
@@ -34,7 +37,7 @@ from shared.messages import (
     encode,
 )
 from shared.settings import GatewaySettings
-from shared.tokens import pack
+from shared.tokens import pack, unpack
 
 MODEL = "tiny"
 START, END = 256, 257
@@ -129,12 +132,18 @@ class FakeMesh:
     async def _generate(self, request: Generate) -> None:
         name, attempt = request.request_id, request.attempt
         await self.reply(request.gateway, Accepted(name, attempt, "w1", 16))
+        if request.prompt_logprobs >= 0:
+            prompt = unpack(request.tokens)
+            for at in range(1, len(prompt), self.batch):
+                await self.reply(request.gateway, Scored(name, attempt, at, likely(
+                    prompt[at:at + self.batch], request.prompt_logprobs)))
         tokens = [*self.says, END][:request.max_tokens]
         for at in range(len(request.generated) // 4, len(tokens), self.batch):
             await asyncio.sleep(self.pause_s)
             if Cancel(name, attempt) in self.cancels:
                 return
-            replies: list[Reply] = [Tokens(name, attempt, at, pack(tokens[at:at + self.batch]))]
+            records = likely(tokens[at:at + self.batch], request.logprobs) if request.logprobs >= 0 else b""
+            replies: list[Reply] = [Tokens(name, attempt, at, pack(tokens[at:at + self.batch]), records)]
             if at + self.batch >= len(tokens):
                 replies.append(self.finished(request, tokens))
             await self.reply(request.gateway, *replies)
@@ -143,6 +152,15 @@ class FakeMesh:
         reason = "stop" if tokens[-1] in request.stop_token_ids else "length"
         return Finished(request.request_id, request.attempt, reason, "w1", len(request.tokens) // 4, 16, len(tokens),
                         draft_tokens=8, accepted_draft_tokens=6, drafter="d1", queue_s=0.1)
+
+
+def likely(tokens: list[int], most: int) -> bytes:
+    """Records that say of token t the logarithm -t / 256; t + 1, t + 2, ... are the likeliest, with 0, -1, ..."""
+    count = len(tokens)
+    own = np.array(tokens, np.float32)
+    top = np.tile(-np.arange(most, dtype=np.float32), (count, 1))
+    ids = (np.array(tokens)[:, None] + 1 + np.arange(most)) % 258
+    return pack_likely(-own / np.float32(256), np.array(tokens, np.int32) + 1, ids.astype(np.int32), top)
 
 
 def refusal(request: Generate, code: str, retryable: bool = False, retry_after_s: float = 0.0) -> list[Reply]:

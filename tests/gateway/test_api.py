@@ -238,7 +238,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1 << 70}, "seed"), ({"stop": [""]}, "stop"), ({"stop": ["a"] * 17}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"priority": 1000}, "priority"),
     ({"min_tokens": -3}, "min_tokens"), ({"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
-    ({"logprobs": True}, "logprobs"), ({"logit_bias": {"five": 1}}, "logit_bias"),
+    ({"logprobs": 3}, "logprobs"), ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs with stream"),
+    ({"logit_bias": {"five": 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"), ({"logit_bias": {"258": 1}}, "logit_bias"),
     ({"logit_bias": {str(id): 1 for id in range(1025)}}, "logit_bias"),
     ({"allowed_token_ids": []}, "allowed_token_ids"), ({"allowed_token_ids": [258]}, "allowed_token_ids"),
@@ -280,8 +283,10 @@ async def test_null_defaults_and_unknown_fields_are_accepted(more: dict[str, Any
 @pytest.mark.parametrize(("more", "param"), [
     ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["a", [1]]}, "prompt"), ({"prompt": ""}, "prompt"),
     ({"prompt": [999]}, "prompt"), ({"prompt": [-1]}, "prompt"), ({"prompt": ["a"] * 129}, "prompt"),
-    ({"prompt": "a", "echo": True}, "echo"), ({"prompt": "a", "suffix": "b"}, "suffix"),
-    ({"prompt": "a", "best_of": 2}, "best_of"), ({"prompt": "a", "logprobs": 0}, "logprobs")])
+    ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ({"prompt": "a", "best_of": 2}, "best_of"),
+    ({"prompt": "a", "logprobs": True}, "logprobs"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens")])
 async def test_a_text_completion_is_refused_by_name_too(more: dict[str, Any], param: str) -> None:
     async with gateway_and_mesh() as (client, mesh, gateway):
         response = await client.post(TEXT, json={"model": MODEL, **more})

@@ -30,6 +30,7 @@ from shared.messages import (
     Residency,
     RouterStatus,
     Sampling,
+    Scored,
     SnapshotRequest,
     StepReplies,
     Stored,
@@ -51,7 +52,8 @@ placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, es
                       certain_tokens=16, receipt=b"why")
 accepted = Accepted(request_id="r-1", attempt=2, worker="worker-a", cached_tokens=32, receipt=b"why")
 queued = Queued(request_id="r-1", attempt=2)
-tokens = Tokens(request_id="r-1", attempt=2, index=3, tokens=pack([1, 2**32 - 1]))
+tokens = Tokens(request_id="r-1", attempt=2, index=3, tokens=pack([1, 2**32 - 1]), logprobs=bytes(16))
+scored = Scored(request_id="r-1", attempt=2, index=1, logprobs=bytes(range(16)))
 finished = Finished(request_id="r-1", attempt=2, reason="stop", worker="worker-a", prompt_tokens=40, cached_tokens=32,
                     completion_tokens=7, draft_tokens=6, accepted_draft_tokens=4, drafter="drafter-a", queue_s=0.5,
                     prefill_s=0.25, decode_s=1.5, miss="evicted", draft_steps=3, accepted_counts=(1, 0, 2),
@@ -75,8 +77,8 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
              recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6]), weight=2.5,
-             adjust=adjust),
-    queued,
+             adjust=adjust, logprobs=2, prompt_logprobs=0),
+    queued, scored,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),
                 recipe="int8-g32"),

@@ -8,7 +8,7 @@ from shared.tokens import pack
 from worker.batch import Batch
 from worker.kv_blocks import BlockPool
 from worker.mock_decoder import MockDecoder
-from worker.scheduler import Advanced, Ended, Event, Limits, Refused, Scheduler
+from worker.scheduler import Advanced, Ended, Event, Limits, PromptScored, Refused, Scheduler
 
 BLOCK = 4
 VOCABULARY = 200
@@ -51,6 +51,8 @@ class Bench:
         self.streams: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], list[object]] = {}
         self.largest_step = 0
+        self.records: dict[tuple[str, int], bytes] = {}  # how likely tokens were
+        self.prompts: dict[tuple[str, int], dict[int, bytes]] = {}  # and those of prompts, by first index
 
     def add(self, generate: Generate) -> None:
         self.scheduler.add(generate, self.now, generate.deadline)
@@ -63,7 +65,9 @@ class Bench:
             return False
         self.largest_step = max(self.largest_step, step.rows)
         self.now += 0.01
-        self.take(self.scheduler.commit(step, self.decoder.step(self.batch.build(step)).tolist(), self.now))
+        inputs = self.batch.build(step)
+        chosen = self.decoder.step(inputs).tolist()
+        self.take(self.scheduler.commit(step, chosen, self.now, logprobs=inputs.logprobs))
         return True
 
     def steps(self, most: int = 10_000) -> Iterator[int]:
@@ -84,6 +88,9 @@ class Bench:
                     assert index == len(self.streams.setdefault(sequence.key, [])) + \
                         sequence.resumed_length - sequence.prompt_length
                     self.streams[sequence.key] += tokens
+                    self.records[sequence.key] = self.records.get(sequence.key, b"") + event.logprobs
+                case PromptScored(sequence, index, records):
+                    self.prompts.setdefault(sequence.key, {})[index] = records
                 case Ended(sequence, reply):
                     self.ends.setdefault(sequence.key, []).append(reply)
                 case Refused(generate, reply):
