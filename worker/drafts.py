@@ -20,10 +20,11 @@ LONGEST_PROPOSAL = 256
 LEAST_CONDITION = 0.2
 # what drafts cost is taken for so much more, lest an error of the estimate turn a small gain into a loss
 CAUTION = 1.1
-# a batch whose drafts, all of them right, would save less than this is not speculated: of what a draft could save there
-# is so little that the drafter's own work beside the step would turn it into a loss. It is again from a little above
+# a batch in which one or two right drafts a stream would save less than this is not speculated: there is so little to
+# save that the drafter's own work beside the step would turn it into a loss. It is again from a little above
 LEAST_SAVING = 1.25
 AGAIN_SAVING = 1.35
+HOPED_FOR = (1, 2)
 
 
 class Draft(NamedTuple):
@@ -118,13 +119,13 @@ class DraftBook:
 
 
 def can_pay(streams: int, seconds: Callable[[int], float], now: bool = False) -> bool:
-    """Whether drafts that are all right would save enough; `seconds`: what a step of so many rows takes.
+    """Whether a few right drafts for each stream would save enough; `seconds`: what a step of so many rows takes.
 
     `now`: they did so far. It takes more to begin than to go on, so that one stream more or less does not change it.
     """
     least = LEAST_SAVING if now else AGAIN_SAVING
     plain_s = seconds(streams)
-    return any((1 + drafts) * plain_s >= least * seconds(streams * (1 + drafts)) for drafts in (1, 2, 4, 8))
+    return any((1 + drafts) * plain_s >= least * seconds(streams * (1 + drafts)) for drafts in HOPED_FOR)
 
 
 def rows_worth_verifying(candidates: Sequence[Sequence[float]], sure_tokens: int, seconds: Callable[[int], float],

@@ -4,12 +4,12 @@ To be told costs a message, a wake-up of another process and its answer, which o
 step under way: a seventh of it with one stream of the default model on two cores. Where nothing that a drafter says
 comes true it is enough to tell it now and then: it learns the whole text all the same, a few steps later.
 
-Rule: after each step while drafts are accepted; less and less often while none is, up to every eighth step.
+Rule: after each step while drafts are accepted; less and less often while none is.
 Pure.
 """
 
 # steps without an accepted draft, and of how many steps one is told from there on
-PACES = ((0, 1), (6, 2), (16, 4), (60, 8))
+PACES = ((0, 1), (6, 2), (16, 4), (60, 8), (150, 16))
 
 
 class Pace:

@@ -12,7 +12,7 @@ processes of their own. Whether a request has drafts is decided by its residency
 half of the requests allow. Each request is sent both ways, in the order AB BA, by a tenant of its own, so that no
 drafter has heard its answer before; the prompt is cached both times. A pair has the same tokens, or the report says so;
 `speedup` is the time without drafts, from the first token to the last, over the time with them, all pairs together,
-with a 95 % interval over pairs.
+with a 95 % interval over pairs. FILE keeps what it has of other workloads.
 
 acceptance_length    tokens of a step that verified drafts
 outcome_hit_rate     of the steps for which outcomes had been prepared before the one before had ended: those where the
@@ -63,7 +63,7 @@ class Workload:
 WORKLOADS = {
     "repetitive_1": Workload(REPETITIVE, sampled=0.3),
     "chat_1": Workload(("chat",), numbers=5, max_tokens=320),
-    "chat_32": Workload(("chat",), streams=32, numbers=32, max_tokens=96),
+    "chat_32": Workload(("chat",), streams=32, numbers=32, max_tokens=48),
     "remote_20ms": Workload((*REPETITIVE, "chat"), numbers=2, max_tokens=240, sampled=0.3, drafter="far"),
 }
 
@@ -104,12 +104,10 @@ def main() -> None:
 
 async def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """Every workload, one after the other, on one worker."""
-    report: dict[str, Any] = {
-        "machine": machine.describe(),
-        "command": machine.command("deploy.bench.speculation", sys.argv[1:]),
-        "drafter": options.kind,
-        "rows": [],
-    }
+    report: dict[str, Any] = {"machine": machine.describe(), "drafter": options.kind, "rows": []}
+    command = machine.command("deploy.bench.speculation", sys.argv[1:])
+    if options.json and options.json.exists():  # of a run of other workloads
+        report["rows"] = [row for row in json.loads(options.json.read_text())["rows"] if row["workload"] not in names]
     folder = pull.pull("default")
     model = ServedModel.load(folder, MODEL)
     with tempfile.TemporaryDirectory() as data:
@@ -124,7 +122,8 @@ async def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str
                     followed = workload.drafter
                     settings = DrafterSettings(id=followed, kind=options.kind, model=options.drafter_model)
                     await rig.start_drafter(settings, proxy.url if followed == "far" else "")
-                report["rows"].append({"workload": name} | await measure_one(rig, model, workload, options.rounds))
+                row = await measure_one(rig, model, workload, options.rounds)
+                report["rows"].append({"workload": name} | row | {"command": command})
                 if options.json:  # a long run that is cut off leaves what it has
                     options.json.write_text(json.dumps(report, indent=1) + "\n")
     return report

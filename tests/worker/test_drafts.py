@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared.messages import Proposal
 from shared.tokens import pack
-from worker.drafts import CAUTION, PROPOSALS_PER_STREAM, DraftBook, can_pay, rows_worth_verifying
+from worker.drafts import CAUTION, HOPED_FOR, PROPOSALS_PER_STREAM, DraftBook, can_pay, rows_worth_verifying
 from worker.sequence import Key
 from worker.survival import UNSAID
 
@@ -166,7 +166,7 @@ def test_speculation_fades_as_the_batch_grows() -> None:
     assert rows_per_stream(1) > rows_per_stream(8) > rows_per_stream(64)
 
 
-@given(st.integers(1, 256), st.floats(0.0001, 0.1), st.floats(0.0, 0.02), st.sampled_from((1, 2, 4, 8)))
+@given(st.integers(1, 256), st.floats(0.0001, 0.1), st.floats(0.0, 0.02), st.sampled_from(HOPED_FOR))
 def test_where_drafts_cannot_pay_even_right_ones_would_save_little(
         streams: int, base_s: float, row_s: float, drafts: int) -> None:
     seconds = linear(base_s, row_s)
