@@ -1,7 +1,7 @@
 """Why a request found less in the cache than its router had promised.
 
-The worker is the one who knows: it has the clock by which blocks went and requests came. It remembers the last
-`REMEMBERED_BLOCKS` that went; what went before that went before the request came.
+The worker is the one who knows: it has the clock by which blocks went and requests came. It remembers the last that
+went, four times as many as its cache has; what went before that went before the request came.
 Pure.
 """
 
@@ -13,13 +13,19 @@ from shared.messages import Cleared, KvEvent, Removed, Stored
 from shared.receipts import Miss
 from worker.sequence import Sequence
 
-REMEMBERED_BLOCKS = 16_384
+TURNOVERS = 4  # a request that waits while a whole cache is written over four times has met its deadline
+FEWEST_REMEMBERED, MOST_REMEMBERED = 1024, 16_384
+
+
+def remembered(blocks: int) -> int:
+    """How many departed blocks are worth remembering beside a cache of so many."""
+    return min(MOST_REMEMBERED, max(FEWEST_REMEMBERED, TURNOVERS * blocks))
 
 
 class Departed:
     """Blocks that went, and when."""
 
-    def __init__(self, most: int = REMEMBERED_BLOCKS) -> None:
+    def __init__(self, most: int = MOST_REMEMBERED) -> None:
         self._most = most
         self._gone_s: OrderedDict[bytes, float] = OrderedDict()
         self._cleared_s: float | None = None

@@ -28,7 +28,7 @@ from shared.messages import (
 )
 from shared.tokens import pack
 from worker.kv_blocks import BlockPool
-from worker.misses import Departed, miss_of
+from worker.misses import MOST_REMEMBERED, Departed, miss_of, remembered
 from worker.scheduler import Advanced, Ended, Event, PromptScored, Refused, Registered
 
 # half a megabyte: a broker takes one, unless told otherwise
@@ -44,14 +44,21 @@ class Outgoing(NamedTuple):
 class Outbox:
     """The counters of one worker, and the messages they number."""
 
-    def __init__(self, worker: str, epoch: int, recipe: str = "", block_size_tokens: int = BLOCK_SIZE_TOKENS) -> None:
+    def __init__(
+        self,
+        worker: str,
+        epoch: int,
+        recipe: str = "",
+        block_size_tokens: int = BLOCK_SIZE_TOKENS,
+        blocks: int = MOST_REMEMBERED,  # of the cache
+    ) -> None:
         self.worker = worker
         self.epoch = epoch
         self.recipe = recipe
         self.kv_seq = 0
         self.wrong_digests = 0  # snapshots that showed the events before them to have been wrong
         self._digest = 0
-        self._departed = Departed()
+        self._departed = Departed(remembered(blocks))
         self._block_size_tokens = block_size_tokens
         self.replies_sent: dict[str, int] = {}
 

@@ -148,7 +148,7 @@ class Worker:
         self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence,
                                                      decoder.vocabulary_size), runner, clock,
                               self._publish)
-        self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens)
+        self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens, decoder.blocks)
         self._parity = probe_answer(name, epoch, decoder.block_size_tokens)
         self._following = Following(name, epoch, settings.zone, self._vocabulary, max_draft_tokens,
                                     settings.silence_s)

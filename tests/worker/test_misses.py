@@ -11,7 +11,7 @@ from shared.tokens import unpack
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, mock_decoder, request
 from tests.worker.mesh import WALL_S, Mesh
-from worker.misses import Departed, miss_of
+from worker.misses import Departed, miss_of, remembered
 from worker.sequence import Sequence, from_request
 
 DEADLINE = WALL_S + 1000.0
@@ -78,6 +78,10 @@ def test_a_bounded_number_of_departed_blocks_is_remembered() -> None:
     assert len(departed) == 100
     assert departed.gone_s((499).to_bytes(16, "little")) == 99.0
     assert departed.gone_s((0).to_bytes(16, "little")) is None
+
+
+def test_a_small_cache_has_few_departed_blocks_worth_remembering() -> None:
+    assert [remembered(blocks) for blocks in (1, 267, 1000, 100_000)] == [1024, 1068, 4000, 16_384]
 
 
 def play(scenario: Callable[[Mesh], Awaitable[None]], mesh: Mesh) -> None:
