@@ -2,6 +2,7 @@
 
 tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
+tokenmill models  what is in the cache, and whether it can be served here
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
@@ -28,7 +29,7 @@ from rich.text import Text
 from deploy import keys_command
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
-MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id"
+MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id (owner/name, owner/name:Q4_K_M)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ENGINES = ("auto", "cpu", "cuda", "mock", "reference")
 
@@ -61,6 +62,27 @@ def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "default") -> 
     folder = _pull(model)
     _compile()
     typer.echo(str(folder))
+
+
+@app.command()
+def models(
+    json: Annotated[bool, typer.Option("--json", help="as JSON, one list")] = False,
+) -> None:
+    """List the pulled models: family, precision, size, memory, and whether they can be served here."""
+    import msgspec
+
+    from deploy import models as shelf
+
+    found = shelf.shelf()
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        return
+    console = Console()
+    if not found:
+        console.print("no model has been pulled: `tokenmill pull` fetches the default one")
+    else:
+        console.print(shelf.table(found))
+    console.print(Text(f"served: {shelf.supported()}", "dim"), soft_wrap=True)
 
 
 @app.command()
@@ -120,6 +142,8 @@ def up(
     if engine == "cuda":
         _check_cuda()
     folder = _pull(model)
+    if engine in ("auto", "cpu"):
+        _check_memory(folder, workers)
     small = _pull(drafter_model) if drafter_model else None
     if engine in ("auto", "cpu"):
         _compile()
@@ -243,6 +267,20 @@ def _pull(ref: str) -> Path:
         if tasks:
             progress.stop()
     _leave(reason)
+
+
+def _check_memory(folder: Path, workers: int) -> None:
+    """Say before anything is started that it would not fit."""
+    from deploy import models as shelf
+    from kernels.checkpoint import open_checkpoint
+    from kernels.config import CheckpointError
+
+    try:
+        needed = shelf.memory_needed(open_checkpoint(folder))
+    except CheckpointError as error:
+        _leave(str(error))
+    if problem := shelf.too_large(needed, shelf.available_memory(), workers):
+        _leave(f"{folder.name} {problem}")
 
 
 def _compile() -> None:

