@@ -3,8 +3,9 @@
 Drafts made from the newest tokens arrive while the next step runs already, so that step goes without them or with older
 ones. Waiting gives every step fresh drafts and costs the wait.
 Rule: measured, never guessed. Steps are counted in windows, each with one answer for all of its steps; a short trial of
-the other answer now and then decides by tokens a second. With no drafter, no history or many streams the wait is zero;
-a drafter that died, fell behind or has nothing to say is waited for no more than `MOST_MISSES` steps.
+the other answer now and then decides by tokens a second. With no drafter, no history or many streams the wait is zero.
+Whoever did not answer a wait in time is not waited for again until it has answered a step: a drafter that dies in
+mid-stream costs one wait.
 Pure.
 """
 
@@ -17,7 +18,6 @@ FIRST_PATIENCE = 1
 LONGEST_PATIENCE = 256
 # a trial has to win by this much to change the answer
 MARGIN = 1.03
-MOST_MISSES = 16  # waits in vain, one after the other
 # a wait lasts this many times what drafts usually take, and never longer than a step
 SLACK = 2.0
 LATENCY_MEMORY = 0.2
@@ -29,7 +29,7 @@ class DraftWait:
     def __init__(self) -> None:
         self.waiting = False  # the answer of the present window
         self.latency_s = 0.0  # from telling the drafter to its fresh drafts; 0 while unknown
-        self._missed = 0
+        self._silent = False  # the last wait was in vain, and nothing has come since
         self._trial = False
         self._rate_before = 0.0
         self._patience = FIRST_PATIENCE
@@ -40,7 +40,7 @@ class DraftWait:
 
     def seconds(self, streams: int, step_s: float) -> float:
         """How long the next step may be held back."""
-        if not self.waiting or not self.latency_s or not 0 < streams <= MOST_STREAMS:
+        if not self.waiting or self._silent or not self.latency_s or not 0 < streams <= MOST_STREAMS:
             return 0.0
         return min(SLACK * self.latency_s, step_s)
 
@@ -48,16 +48,11 @@ class DraftWait:
         """Fresh drafts came so long after the drafter was told."""
         known = self.latency_s or latency_s
         self.latency_s = max(known + LATENCY_MEMORY * (latency_s - known), 1e-6)
-        self._missed = 0
+        self._silent = False
 
     def missed(self) -> None:
-        """A wait was in vain. After many there is no drafter to wait for, until fresh drafts come again."""
-        self._missed += 1
-        if self._missed >= MOST_MISSES:
-            self.waiting = self._trial = False
-            self.latency_s = self._seconds = 0.0
-            self._missed = self._windows = self._steps = self._tokens = 0
-            self._patience = FIRST_PATIENCE
+        """A wait was in vain."""
+        self._silent = True
 
     def observe(self, streams: int, tokens: int, seconds: float) -> None:
         """A step and the wait before it gave so many tokens in so many seconds."""

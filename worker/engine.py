@@ -106,6 +106,8 @@ class Engine:
         self.rate = TokenRate()
         self.draft_wait = DraftWait()
         self.payback = Payback()
+        self.holds = 0  # steps held back for drafts
+        self.held_s = 0.0
         # whether a drafter may hear of a stream; the owner knows
         self.heard_of: Callable[[Sequence], bool] = lambda sequence: False
         self.usd_per_hour = 0.0  # of this worker
@@ -187,7 +189,10 @@ class Engine:
                 await self._fresh.wait()
         except TimeoutError:
             self.draft_wait.missed()
-        return self._clock.now() - began
+        held_s = self._clock.now() - began
+        self.holds += 1
+        self.held_s += held_s
+        return held_s
 
     def _is_fresh(self, drafts: Drafts) -> bool:
         """Whether the drafter knew all that is committed. Its proposals of one message are of one age."""
