@@ -162,7 +162,7 @@ class Answer:
                 priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
                 vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
                 prediction=self._prediction, adjust=self._adjust, logprobs=options.logprobs,
-                prompt_logprobs=self._prompt_likeliest())
+                prompt_logprobs=self._prompt_likeliest(), grammar=options.grammar)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 

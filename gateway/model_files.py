@@ -1,13 +1,14 @@
 """The files of a pulled model, and what is derived from them once.
 
 A pulled model is a folder. Its weights are either `model.gguf` (or one other *.gguf) or Hugging Face files
-(*.safetensors, config.json, tokenizer.json, tokenizer_config.json). `prepare` puts two small files beside them:
+(*.safetensors, config.json, tokenizer.json, tokenizer_config.json). `prepare` puts three small files beside them:
 
-    tokenizer.json   the tokenizer as the `tokenizers` library reads it
-    card.json        a `ModelCard`: what the mesh has to know of the model without opening its weights
+    tokenizer.json       the tokenizer as the `tokenizers` library reads it
+    vocabulary.msgpack   a `shared.vocabulary.Vocabulary`: the bytes of each token, for workers that keep to a grammar
+    card.json            a `ModelCard`: what the mesh has to know of the model without opening its weights
 
-Reading a vocabulary out of GGUF takes seconds (2.8 s for 49,152 tokens), these two take milliseconds; hence once.
-Both are written under another name and renamed, so that a reader finds them whole or not at all.
+Reading a vocabulary out of GGUF takes seconds (2.8 s for 49,152 tokens), these take milliseconds; hence once.
+All are written under another name and renamed, so that a reader finds them whole or not at all.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ import tokenizers
 from msgspec import Struct
 
 from gateway.gguf_tokenizer import CONTROL, SPLITS, tokenizer_document
+from gateway.token_bytes import token_bytes
+from shared import vocabulary
 
 FORMAT = 1  # of what `prepare` writes; a card of another format is written anew
 
@@ -62,14 +65,15 @@ class ModelCard(Struct, frozen=True, kw_only=True):
 
 
 def prepare(source: Path, folder: Path) -> ModelCard:
-    """Derive `tokenizer.json` and `card.json` in `folder` from a GGUF file or a folder of model files.
+    """Derive the three files in `folder` from a GGUF file or a folder of model files.
 
-    Does nothing but read the card when both are there and still fit `source`. Raises UnusableModel.
+    Does nothing but read the card when all are there and still fit `source`. Raises UnusableModel.
     """
     weights = _find_gguf(source)
     files = [weights] if weights else _hub_files(source)
     identity = _identity(files)
-    if (found := _existing_card(folder)) and found.source == identity and (folder / "tokenizer.json").is_file():
+    there = all((folder / name).is_file() for name in ("tokenizer.json", vocabulary.FILE))
+    if there and (found := _existing_card(folder)) and found.source == identity:
         return found
     name = _name(files[0], folder)
     if weights:
@@ -79,6 +83,7 @@ def prepare(source: Path, folder: Path) -> ModelCard:
         tokenizer, card = _from_hub(source, name, identity)
         if not _same_file(source / "tokenizer.json", folder / "tokenizer.json"):
             _write(folder / "tokenizer.json", tokenizer)
+    _write(folder / vocabulary.FILE, vocabulary.encode_vocabulary(_vocabulary(_parse(tokenizer, name), card)))
     _write(folder / "card.json", msgspec.json.format(msgspec.json.encode(card), indent=1))
     return card
 
@@ -297,6 +302,12 @@ def _digest(tokenizer: tokenizers.Tokenizer) -> str:
         text = token.encode()
         digest.update(id.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text)
     return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: tokenizers.Tokenizer, card: ModelCard) -> vocabulary.Vocabulary:
+    special = [id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    return vocabulary.Vocabulary(card.vocabulary, token_bytes(tokenizer, card.vocabulary_size),
+                                 list(card.stop_token_ids), sorted(special))
 
 
 def _stop_ids(named: Iterable[int | None], special: Mapping[str, int]) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 Rule: a token stands for bytes, never for text: a character may be spread over several tokens. Who wants text gathers
 bytes until they are whole characters (`detokenize.py`).
-Byte-level vocabularies write each byte as one printable character; the table is the one GPT-2 introduced.
 """
 
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from gateway.model_files import load_card, load_tokenizer
+from gateway.token_bytes import byte_characters, token_bytes
 from gateway.words import Words
 from shared.errors import BadRequest
 
@@ -21,14 +21,12 @@ class Tokenizer:
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary_size: int) -> None:
         self._library = library
-        self._words = Words.of(library, {byte: character for character, byte in _BYTES.items() if byte < 128})
+        characters = {byte: character for character, byte in byte_characters().items() if byte < 128}
+        self._words = Words.of(library, characters)
         self._adds_none = library.post_processor is None
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        size = max(vocabulary_size, library.get_vocab_size())
-        self._bytes = [b""] * size  # an id without a token is padding of the embedding: no text
-        for token, id in library.get_vocab().items():
-            self._bytes[id] = token.encode() if id in added else _bytes_of(token)
+        self._bytes = token_bytes(library, vocabulary_size)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
@@ -74,21 +72,3 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._library.to_str())
         copy.encode_special_tokens = True
         return copy
-
-
-def byte_characters() -> dict[str, int]:
-    """Character -> byte: printable Latin-1 stands for itself, the 68 others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = byte_characters()
-
-
-def _bytes_of(token: str) -> bytes:
-    """The bytes a vocabulary entry spells; an entry that is not spelt in byte characters is plain text."""
-    try:
-        return bytes([_BYTES[character] for character in token])
-    except KeyError:
-        return token.encode()

@@ -14,6 +14,8 @@ Floats = NDArray[np.float32]
 
 def adjusted(logits: Floats, adjustments: Adjustments) -> Floats:
     """Logits [L, V] with those of the adjusted rows shifted and masked."""
+    if adjustments.fill is not None:
+        adjustments.fill()
     result = logits.copy()
     for at, sample in enumerate(adjustments.samples):
         row = result[sample]

@@ -221,6 +221,8 @@ def _attend(
 
 def adjust_logits(logits: Tensor, adjustments: Adjustments) -> Tensor:
     """Logits [L, V] in float32 with some rows shifted and masked as `kernels.step.Adjustments` says."""
+    if adjustments.fill is not None:
+        adjustments.fill()
     result = logits.float().clone()
     device, vocabulary = result.device, result.shape[1]
     count_rows, shift_rows = (

@@ -10,6 +10,7 @@ of rows a sequence has. Row r attends to positions 0..positions[r] of its sequen
 block `block_tables[s, positions[r] // block_size]`, slot `positions[r] % block_size`, before anything is read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -42,6 +43,7 @@ class Adjustments:
     shifts: NDArray[np.float32]  # [N]
     mask_of: NDArray[np.int32]  # [A] row of `masks`; -1: none
     masks: NDArray[np.uint32]  # [M, W] bit i % 32 of word i // 32: id i may be chosen
+    fill: Callable[[], None] | None = None  # writes `masks`: to be called once the layers are under way, or before
 
 
 @dataclass(slots=True)

@@ -53,6 +53,13 @@ class Adjust(Wire, frozen=True):
     allowed: bytes = b""  # packed ids; empty: all
 
 
+class Grammar(Wire, frozen=True):
+    """What an answer must be. `text`: a JSON schema, a regular expression, a JSON list of strings, or a grammar."""
+
+    kind: Literal["json", "regex", "choice", "lark"]
+    text: str
+
+
 class Residency(Wire, frozen=True):
     """Where a request's tokens may be. Empty `zones`: anywhere. A zone `eu` allows `eu` and `eu-north1`."""
 
@@ -103,6 +110,7 @@ class Generate(Wire, frozen=True, tag="generate"):
     adjust: Adjust | None = None
     logprobs: int = -1  # tell how likely each token is, and so many of the likeliest; -1: do not
     prompt_logprobs: int = -1  # the same of the prompt
+    grammar: Grammar | None = None
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):

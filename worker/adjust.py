@@ -5,11 +5,12 @@ before it, so a drafted row meets the same logits that it would meet without dra
 have an `Adjuster`; the others cost nothing here.
 Pure.
 
-    commit --tokens--> Adjuster --row(drafts before it)--> Builder --Adjustments--> decoder
+    commit --tokens--> Adjuster --row(drafts before it)--> Builder --Adjustments--> decoder --fill--> GrammarState
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from shared.adjust import biases
 from shared.errors import BadRequest
 from shared.messages import Adjust, Generate
 from shared.tokens import unpack
+from worker.grammar import GrammarState
 
 Ids = NDArray[np.int32]
 
@@ -42,10 +44,15 @@ def refusal(adjust: Adjust, vocabulary_size: int) -> BadRequest | None:
 class Adjuster:
     """One stream's. `tokens` of the methods: prompt and answer as far as committed."""
 
-    def __init__(self, request: Generate, prompt_length: int, vocabulary_size: int) -> None:
+    def __init__(self, request: Generate, prompt_length: int, vocabulary_size: int,
+                 grammar: GrammarState | None = None) -> None:
+        self.grammar = grammar
+        self.dead: set[int] = set()  # of the rows of the last step, those with nothing to choose
         adjust = self.adjust = request.adjust or Adjust()
         self._prompt_length = prompt_length
         self._stops = sorted({id for id in request.stop_token_ids if id < vocabulary_size})
+        # an end that is not to end the answer is not wanted either
+        self._ends = sorted(grammar.end_ids.difference(request.stop_token_ids)) if grammar is not None else []
         self._bad_words = [unpack(word) for word in adjust.bad_words]
         order = np.argsort(unpack(adjust.biased))
         self._biased = np.array(unpack(adjust.biased), np.int32)[order]
@@ -83,6 +90,7 @@ class Adjuster:
         """Ids that are not chosen behind `drafts` if there is another, ascending."""
         length = len(tokens) - self._prompt_length + len(drafts)
         found = set(self._stops) if length < self.adjust.min_tokens else set()
+        found.update(self._ends)
         for word in self._bad_words:
             before = len(word) - 1
             if length >= before and _tail(tokens, drafts, before) == word[:-1]:
@@ -97,9 +105,27 @@ class Adjuster:
         ids = np.concatenate((self._biased[kept], np.array(unwanted, np.int32)))
         return ids, np.concatenate((self._biases[kept], np.full(len(unwanted), -np.inf, np.float32)))
 
-    def walls(self) -> NDArray[np.uint32] | None:
-        """The mask of what may be chosen at all; None: everything."""
-        return self._allowed
+    @property
+    def walled(self) -> bool:
+        """Whether there are tokens that may not be chosen at all."""
+        return self._allowed is not None or self.grammar is not None
+
+    def fill(self, masks: NDArray[np.uint32], drafts: Sequence[int], unwanted: list[list[int]]) -> None:
+        """Masks of the rows behind the committed tokens and behind each of `drafts`; `unwanted` ids of each row."""
+        self.dead.clear()
+        if self.grammar is not None:
+            self.grammar.fill(masks, drafts)
+        elif self._allowed is not None:
+            masks[:] = self._allowed
+        for row, mask in enumerate(masks):
+            if self._allowed is not None:
+                mask &= self._allowed
+            if mask.any():
+                mask[:] = without(mask, unwanted[row])
+            else:
+                # the step goes on for the others; `commit` ends this stream
+                self.dead.add(row)
+                mask[:] = ~np.uint32(0)
 
     def _place(self, id: int) -> int:
         place = self._places.setdefault(id, len(self._places))
@@ -121,38 +147,59 @@ class Builder:
         self._shifted: list[Ids] = []
         self._shifts: list[NDArray[np.float32]] = []
         self._mask_of: list[int] = []
-        self._masks: list[NDArray[np.uint32]] = []
+        self._masks = 0
+        self._walled: list[_Walled] = []
 
     def add(self, sample: int, adjuster: Adjuster, tokens: Sequence[int], drafts: Sequence[int]) -> None:
-        """Row `sample` of the step's sampled rows: the token behind `tokens` and `drafts`."""
+        """The rows behind `tokens` and behind each of `drafts`: number `sample`, `sample + 1`, ... of the sampled."""
         adjust = adjuster.adjust
-        self._samples.append(sample)
-        self._penalties.append((adjust.repetition_penalty, adjust.frequency_penalty, adjust.presence_penalty))
-        ids, counts = adjuster.counts(tokens, drafts)
-        self._counted.append(ids)
-        self._counts.append(counts)
-        unwanted = adjuster.unwanted(tokens, drafts)
-        walls = adjuster.walls()
-        if walls is not None:
-            self._mask_of.append(len(self._masks))
-            self._masks.append(without(walls, unwanted))
-            unwanted = []
-        else:
-            self._mask_of.append(-1)
-        shifted, shifts = adjuster.shifts(unwanted)
-        self._shifted.append(shifted)
-        self._shifts.append(shifts)
+        walled = _Walled(adjuster, drafts, self._masks, [])
+        for row in range(len(drafts) + 1):
+            before = drafts[:row]
+            self._samples.append(sample + row)
+            self._penalties.append((adjust.repetition_penalty, adjust.frequency_penalty, adjust.presence_penalty))
+            ids, counts = adjuster.counts(tokens, before)
+            self._counted.append(ids)
+            self._counts.append(counts)
+            unwanted = adjuster.unwanted(tokens, before)
+            if adjuster.walled:
+                self._mask_of.append(self._masks)
+                self._masks += 1
+                walled.unwanted.append(unwanted)
+                unwanted = []
+            else:
+                self._mask_of.append(-1)
+            shifted, shifts = adjuster.shifts(unwanted)
+            self._shifted.append(shifted)
+            self._shifts.append(shifts)
+        if walled.unwanted:
+            self._walled.append(walled)
 
     def build(self) -> Adjustments:
-        """All of them."""
+        """All of them. What a grammar permits is found out when the decoder asks for it."""
         penalties = np.array(self._penalties, np.float32)
+        masks = np.zeros((self._masks, self._words), np.uint32)
         return Adjustments(
             samples=np.array(self._samples, np.int32), repetition=penalties[:, 0].copy(),
             frequency=penalties[:, 1].copy(), presence=penalties[:, 2].copy(), count_starts=_starts(self._counted),
             counted=np.concatenate(self._counted), counts=np.concatenate(self._counts),
             shift_starts=_starts(self._shifted), shifted=np.concatenate(self._shifted),
-            shifts=np.concatenate(self._shifts), mask_of=np.array(self._mask_of, np.int32),
-            masks=np.array(self._masks, np.uint32).reshape(len(self._masks), self._words))
+            shifts=np.concatenate(self._shifts), mask_of=np.array(self._mask_of, np.int32), masks=masks,
+            fill=partial(_fill, masks, self._walled) if self._walled else None)
+
+
+class _Walled(NamedTuple):
+    """Rows of one stream that have masks, from row `first` of them on; and what is not wanted in each."""
+
+    adjuster: Adjuster
+    drafts: Sequence[int]
+    first: int
+    unwanted: list[list[int]]
+
+
+def _fill(masks: NDArray[np.uint32], walled: list[_Walled]) -> None:
+    for adjuster, drafts, first, unwanted in walled:
+        adjuster.fill(masks[first:first + len(unwanted)], drafts, unwanted)
 
 
 def without(mask: NDArray[np.uint32], unwanted: list[int]) -> NDArray[np.uint32]:

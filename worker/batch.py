@@ -71,8 +71,7 @@ class Batch:
                 wanted = 1 + len(work.drafts)
                 if sequence.adjuster is not None:
                     adjusted = adjusted or Builder(self._vocabulary_size)
-                    for row in range(wanted):
-                        adjusted.add(len(sample_rows) + row, sequence.adjuster, sequence.tokens, work.drafts[:row])
+                    adjusted.add(len(sample_rows), sequence.adjuster, sequence.tokens, work.drafts)
                 if sequence.request.logprobs >= 0:
                     told += range(len(sample_rows), len(sample_rows) + wanted)
                     targets += [-1] * wanted

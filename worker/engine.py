@@ -17,10 +17,11 @@ import structlog
 
 from kernels.step import Logprobs
 from shared.clock import Clock
-from shared.errors import WorkerFailed
+from shared.errors import BadRequest, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
+from worker.grammar import GrammarState
 from worker.payback import Payback
 from worker.runner import Runner
 from worker.scheduler import Advanced, Event, Scheduler, Started, Step, Work
@@ -42,6 +43,7 @@ class Arrival(NamedTuple):
     request: Generate
     deadline: float
     traceparent: str = ""
+    grammar: GrammarState | BadRequest | None = None
 
 
 class DropGateways(NamedTuple):
@@ -205,8 +207,8 @@ class Engine:
         scheduler, now = self.scheduler, self._clock.now()
         while self._inbox:
             match self._inbox.popleft():
-                case Arrival(request, deadline, traceparent):
-                    if (sequence := scheduler.add(request, now, deadline)) is not None:
+                case Arrival(request, deadline, traceparent, grammar):
+                    if (sequence := scheduler.add(request, now, deadline, grammar)) is not None:
                         sequence.traceparent = traceparent
                 case Cancel() as cancel:
                     scheduler.cancel(cancel, now)

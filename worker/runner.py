@@ -16,6 +16,7 @@ from kernels.step import BlockStore, Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
 from shared.timeline import Timeline
+from shared.vocabulary import FILE, Vocabulary, load_vocabulary
 from worker.kv_tier import Copy, TierMemory
 from worker.mock_decoder import MockDecoder
 
@@ -181,6 +182,14 @@ def vocabulary_of(settings: WorkerSettings) -> str:
         return ""
     except msgspec.MsgspecError as error:
         raise ValueError(f"{card} is no model card ({error}): run `tokenmill pull` again") from None
+
+
+def vocabulary_file(settings: WorkerSettings) -> Vocabulary | None:
+    """The bytes of the model's tokens, as they lie beside it; None when they do not. Raises ValueError."""
+    if not settings.model:
+        return None
+    model = Path(settings.model)
+    return load_vocabulary((model if model.is_dir() else model.parent) / FILE)
 
 
 def runner_for(decoder: Decoder, settings: WorkerSettings, clock: Clock) -> Runner:

@@ -29,6 +29,7 @@ from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
 from worker import adjust
 from worker.drafts import DraftBook, Found, can_pay, rows_worth_verifying
+from worker.grammar import GrammarState
 from worker.kv_blocks import Audit, BlockPool
 from worker.kv_tier import Copy
 from worker.sequence import Sequence, from_request
@@ -58,7 +59,7 @@ class Limits(NamedTuple):
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("drafts", "rows", "samples", "scored", "sequence", "start", "stated")
+    __slots__ = ("drafts", "forced", "rows", "samples", "scored", "sequence", "start", "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
@@ -67,6 +68,7 @@ class Work:
         self.samples = samples  # the next token is wanted: of the last committed row and of every draft
         self.scored = range(0)  # rows that say how likely the next prompt token is
         self.drafts: list[int] = []
+        self.forced = False  # whether a grammar demands the drafts: nobody guessed them
         self.stated: list[int] = []  # of each of them, what its drafter says of it
 
 
@@ -160,6 +162,7 @@ class Scheduler:
         self.preemptions = 0
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
+        self.forced_tokens = 0  # that came with others, because a grammar left no choice
         self.late_draft_tokens = 0  # proposed for places that were taken when they came
         self.accepted_by_place = [0] * limits.max_draft_tokens
         self.verified_steps = 0  # drafts of a stream in a step
@@ -184,8 +187,12 @@ class Scheduler:
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 
-    def add(self, request: Generate, now: float, deadline: float) -> Sequence | None:
-        """Register a request, `deadline` on the clock of `now`; or say why not. A duplicate changes nothing."""
+    def add(self, request: Generate, now: float, deadline: float,
+            grammar: GrammarState | BadRequest | None = None) -> Sequence | None:
+        """Register a request, `deadline` on the clock of `now`; or say why not. A duplicate changes nothing.
+
+        `grammar`: the state of the one it asks for, or why that cannot be used.
+        """
         if request.attempt <= self._seen.get(request.request_id, -1):
             return None
         self._remember(self._seen, request.request_id, request.attempt)
@@ -194,12 +201,15 @@ class Scheduler:
             return None
         if (older := self._live.get(request.request_id)) is not None:
             self._end(older, self._finished(older, "cancelled", now))
-        if (refusal := self._refusal(request, now, deadline)) is not None:
+        if request.grammar is not None and grammar is None:
+            grammar = BadRequest("this worker keeps to no grammar: leave response_format and structured_outputs out")
+        refusal = self._refusal(request, now, deadline) or (grammar if isinstance(grammar, BadRequest) else None)
+        if refusal is not None:
             self._events.append(Refused(request, failed(request, refusal)))
             return None
         self._arrivals += 1
         sequence = from_request(request, self._arrivals, now, deadline, self.length_limit,
-                                self.limits.vocabulary_size)
+                                self.limits.vocabulary_size, grammar if isinstance(grammar, GrammarState) else None)
         self._live[request.request_id] = sequence
         self._events.append(Registered(sequence, self._lookup(sequence)))
         if (reason := _end_reason(sequence)) is not None:
@@ -292,6 +302,7 @@ class Scheduler:
         if self.preemptions == preempted:
             self._admit(budget, computing, now)
         if self.limits.max_draft_tokens:
+            self._add_forced()
             # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
             streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
             self.speculates = self.paying and can_pay(streams, self.cost.rows_s, self.speculates)
@@ -300,7 +311,7 @@ class Scheduler:
         for work in works:
             sequence = work.sequence
             sequence.steps += 1
-            if work.drafts:
+            if work.drafts and not work.forced:
                 sequence.verifying_steps += 1
                 sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
         return Step(works, self.pool.take_copies()) if works else None
@@ -348,7 +359,12 @@ class Scheduler:
                 told += count
             if work.drafts:
                 tokens = tokens[:self._judge(work, tokens) + 1]
-                sequence.verified_until = now
+                if not work.forced:
+                    sequence.verified_until = now
+            if sequence.adjuster is not None and not sequence.adjuster.dead.isdisjoint(range(len(tokens))):
+                self._end(sequence, failed(sequence.request, BadRequest(
+                    "no token is left: allowed_token_ids and the grammar exclude each other")))
+                continue
             self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now, records)
         return self.take_events()
 
@@ -485,7 +501,10 @@ class Scheduler:
                 continue
             sequence = work.sequence
             most = min(self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
-            found = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 else None
+            found = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 and not work.forced else None
+            if found is not None and sequence.adjuster is not None and sequence.adjuster.grammar is not None:
+                admitted = sequence.adjuster.grammar.admitted(found.tokens)
+                found = Found(found.tokens[:admitted], found.stated[:admitted]) if admitted else None
             if found is not None:
                 drafted.append((work, found))
         if not drafted or budget <= 0:
@@ -499,6 +518,21 @@ class Scheduler:
                 work.drafts, work.stated = found.tokens[:taken], found.stated[:taken]
                 work.rows += taken
             sequence.luck = self.survival.pass_by(self.drafter, found.stated, taken, sequence.luck)
+
+    def _add_forced(self) -> None:
+        """Drafts that a grammar leaves no choice about: they are right, so each saves a step."""
+        budget = self.limits.step_tokens - sum(work.rows for work in self._works)
+        for work in self._works:
+            sequence = work.sequence
+            if not work.samples or sequence.adjuster is None or sequence.adjuster.grammar is None:
+                continue
+            most = min(budget, self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
+            forced = sequence.adjuster.grammar.forced(most)
+            forced = forced[:self._draft_room(sequence, len(forced))]
+            if forced:
+                work.drafts, work.forced = forced, True
+                work.rows += len(forced)
+                budget -= len(forced)
 
     def _draft_room(self, sequence: Sequence, drafts: int) -> int:
         """How many of `drafts` rows have a block. Drafts take only blocks that nobody holds."""
@@ -514,7 +548,7 @@ class Scheduler:
 
     def _count_savings(self, step: Step, held_s: float) -> None:
         """What the step cost beyond a plain one falls on all its streams; what drafts save is added when they agree."""
-        drafts = sum(len(work.drafts) for work in step.works)
+        drafts = sum(len(work.drafts) for work in step.works if not work.forced)
         if not drafts and not held_s:
             return
         streams = step.streams
@@ -530,8 +564,12 @@ class Scheduler:
         sequence, drafts = work.sequence, work.drafts
         agreed = 0
         while agreed < len(drafts) and drafts[agreed] == chosen[agreed]:
-            self.accepted_by_place[agreed] += 1
             agreed += 1
+        if work.forced:
+            self.forced_tokens += agreed
+            return agreed
+        for place in range(agreed):
+            self.accepted_by_place[place] += 1
         sequence.luck = self.survival.learn(self.drafter, work.stated, agreed, sequence.luck)
         sequence.drafted += len(drafts)
         sequence.accepted_drafts += agreed
@@ -554,6 +592,8 @@ class Scheduler:
         reason: Literal["stop", "length"] | None = None
         for count, token in enumerate(tokens, 1):
             sequence.tokens.append(token)
+            if sequence.adjuster is not None and sequence.adjuster.grammar is not None:
+                sequence.adjuster.grammar.advance(token)
             if (reason := _end_reason(sequence)) is not None:
                 tokens = tokens[:count]
                 break
@@ -669,5 +709,7 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 def _end_reason(sequence: Sequence) -> Literal["stop", "length"] | None:
     """Why the stream ends with the tokens it has, if it does. A stop in the prompt is none."""
     if sequence.delivered and sequence.tokens[-1] in sequence.stop_ids:
+        return "stop"
+    if sequence.adjuster is not None and sequence.adjuster.grammar is not None and sequence.adjuster.grammar.finished:
         return "stop"
     return "length" if len(sequence.tokens) >= sequence.end_length else None

@@ -11,6 +11,7 @@ from shared.blocks import block_hash
 from shared.messages import Generate
 from shared.tokens import pack, unpack
 from worker.adjust import Adjuster
+from worker.grammar import GrammarState
 
 
 class Key(NamedTuple):
@@ -110,13 +111,14 @@ class Sequence:
 
 
 def from_request(request: Generate, order: int, now: float, deadline: float, length_limit: int,
-                 vocabulary_size: int = 0) -> Sequence:
-    """The sequence a request asks for; `vocabulary_size` matters where it adjusts logits.
+                 vocabulary_size: int = 0, grammar: GrammarState | None = None) -> Sequence:
+    """The sequence a request asks for. `vocabulary_size` matters where it adjusts logits; `grammar` is as `generated`
+    left it.
 
     Raises ValueError when its packed tokens are damaged.
     """
     prompt = unpack(request.tokens)
     sequence = Sequence(request, prompt + unpack(request.generated), len(prompt), order, now, deadline, length_limit)
-    if request.adjust is not None:
-        sequence.adjuster = Adjuster(request, len(prompt), vocabulary_size)
+    if request.adjust is not None or grammar is not None:
+        sequence.adjuster = Adjuster(request, len(prompt), vocabulary_size, grammar)
     return sequence

@@ -12,6 +12,8 @@ back what waits, gives running streams `drain_s` to end, and hands back the rest
 
 import asyncio
 import contextlib
+from collections import deque
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -22,7 +24,7 @@ from kernels.step import Decoder
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
-from shared.errors import NoEligibleWorker, Overloaded, WorkerFailed
+from shared.errors import BadRequest, NoEligibleWorker, Overloaded, WorkerFailed
 from shared.ids import new_epoch, new_id
 from shared.messages import (
     Cancel,
@@ -41,17 +43,19 @@ from shared.residency import allows, check_zone
 from shared.settings import WorkerSettings
 from shared.telemetry import configure_tracing
 from shared.timeline import Timeline
+from shared.tokens import unpack
 from worker.batch import Batch
 from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
 from worker.following import Following
+from worker.grammar import Grammars
 from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, TierMemory
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
 from worker.pace import Pace
 from worker.probe import probe_answer
-from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_of
+from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_file, vocabulary_of
 from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, Started, failed
 from worker.trace import record_stream
 
@@ -64,6 +68,7 @@ SNAPSHOT_PAUSE_S = 0.1
 # changes of the cache that follow each other this fast are one message; routers expect what they sent anyway
 KV_PAUSE_S = 0.05
 REMEMBERED_ROUTERS = 256
+UNGRAMMARED_LIMIT = 256
 
 _log = structlog.get_logger("worker")
 
@@ -160,6 +165,9 @@ class Worker:
         self._drafter_s = 0.0  # that drafters worked for this worker
         self._gateways: dict[str, float] = {}  # last heard
         self._routers: dict[str, int] = {}  # the last start of each that was answered
+        self._grammars = Grammars(partial(vocabulary_file, settings), decoder.vocabulary_size)
+        self._ungrammared: deque[Arrival] = deque()  # requests whose grammars are still to be compiled
+        self._grammars_wanted = asyncio.Event()
         self._turned_away: list[Event] = []  # refused at the door, not yet told
         self._status_wanted = asyncio.Event()
         self._snapshot_wanted = asyncio.Event()
@@ -173,7 +181,8 @@ class Worker:
         timeline.mark("calibration")
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             own = [tasks.create_task(work) for work in
-                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals())]
+                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals(),
+                    self._begin_grammars())]
             try:
                 for subject, handler in self._handlers():
                     stack.push_async_callback((await bus.subscribe(subject, self._guarded(handler))).unsubscribe)
@@ -247,8 +256,38 @@ class Worker:
             self._turn_away(Refused(request, failed(request, other, True)))
             return
         deadline = self._clock.now() + request.deadline - self._clock.wall()
-        if not self._engine.submit(Arrival(request, deadline, delivery.headers.get("traceparent", ""))):
+        arrival = Arrival(request, deadline, delivery.headers.get("traceparent", ""))
+        if request.grammar is None:
+            self._submit(arrival)
+        elif len(self._ungrammared) < UNGRAMMARED_LIMIT:
+            self._ungrammared.append(arrival)
+            self._grammars_wanted.set()
+        else:
+            self._turn_away(Refused(request, failed(request, Overloaded("too many grammars", retry_after_s=1.0))))
+
+    def _submit(self, arrival: Arrival) -> None:
+        if not self._engine.submit(arrival):
+            request = arrival.request
             self._turn_away(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
+
+    async def _begin_grammars(self) -> None:
+        """Requests with a grammar are registered when it is compiled, one by one in a thread."""
+        while True:
+            await self._grammars_wanted.wait()
+            self._grammars_wanted.clear()
+            while self._ungrammared:
+                arrival = self._ungrammared.popleft()
+                request = arrival.request
+                assert request.grammar is not None
+                try:
+                    state = await asyncio.to_thread(self._grammars.begin, request.grammar, unpack(request.generated))
+                except BadRequest as error:
+                    self._submit(arrival._replace(grammar=error))
+                except Exception as error:
+                    _log.error("grammar_failed", error=repr(error))
+                    self._submit(arrival._replace(grammar=BadRequest("the grammar could not be used")))
+                else:
+                    self._submit(arrival._replace(grammar=state))
 
     def _on_cancel(self, delivery: Delivery) -> None:
         self._engine.submit(decode(delivery.data, Cancel))

@@ -73,7 +73,7 @@ BAD = [
     BadCase("seed too large", 400, _chat(seed=1 << 70)),
     BadCase("priority too high", 400, _chat(priority=1000)),
     BadCase("logprobs", 400, _chat(logprobs=3)),
-    BadCase("JSON mode", 400, _chat(response_format={"type": "json_object"})),
+    BadCase("unknown format", 400, _chat(response_format={"type": "xml"})),
     BadCase("too long a prompt", 400, _chat(messages=[{"role": "user", "content": "water and salt " * 4000}])),
     BadCase("token outside the vocabulary", 400, {"prompt": [1, 1 << 30], "max_tokens": 4}, "/v1/completions"),
     BadCase("empty prompt", 400, {"prompt": [], "max_tokens": 4}, "/v1/completions"),

@@ -5,13 +5,14 @@ only describes the request (user, metadata, store, ...) is accepted and ignored.
 Pure.
 """
 
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
 from shared.errors import BadRequest
-from shared.messages import Adjust, Sampling
+from shared.messages import Adjust, Grammar, Sampling
 from shared.tiers import DEFAULT, TIERS, Tier
 from shared.tokens import pack
 
@@ -21,6 +22,8 @@ MAX_PRIORITY = 100
 MAX_BIASED = 1024
 MAX_BAD_WORDS = 128
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_CHARACTERS = 1 << 17
+JSON_OBJECT = Grammar("json", '{"type":"object"}')
 
 
 class StreamOptions(Struct):
@@ -28,8 +31,25 @@ class StreamOptions(Struct):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(Struct):
+    name: str = ""
+    schema: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Struct):
     type: str = "text"
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Struct):
+    """As vLLM has it; one of them."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class Parameters(Struct, kw_only=True):
@@ -65,14 +85,14 @@ class Parameters(Struct, kw_only=True):
     bad_words: list[str] | None = None
     logprobs: bool | int | None = None
     prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None  # as older versions of vLLM have them
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # known, not supported: refused unless they leave the answer as it is
     truncate_prompt_tokens: int | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
 
 
 class Options(Struct, frozen=True):
@@ -101,6 +121,7 @@ class Options(Struct, frozen=True):
     prompt_logprobs: int = -1
     echo: bool = False  # the prompt stands before the answer
     prompt_only: bool = False  # there is no answer
+    grammar: Grammar | None = None
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
@@ -142,6 +163,7 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         adjust=None if adjust == Adjust() else adjust,
         bad_words=_bad_words(body.bad_words),
         prompt_logprobs=_prompt_logprobs(body),
+        grammar=_grammar(body),
     )
 
 
@@ -151,13 +173,69 @@ def refuse(param: str, instead: str = "leave it out") -> BadRequest:
 
 
 def _refuse_unsupported(body: Parameters) -> None:
-    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if getattr(body, name):
-            raise refuse(name)
     if body.truncate_prompt_tokens is not None:
         raise refuse("truncate_prompt_tokens")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise refuse("response_format", 'send {"type": "text"} or leave it out')
+
+
+def _grammar(body: Parameters) -> Grammar | None:
+    """What the answer must be. Whether that can be compiled only a worker knows."""
+    structured = body.structured_outputs or StructuredOutputs()
+    found = _response_grammar(body.response_format) + [
+        (param, grammar) for param, grammar in (
+            ("structured_outputs.json", _json_grammar(structured.json)),
+            ("structured_outputs.regex", _text_grammar("regex", structured.regex)),
+            ("structured_outputs.choice", _choice_grammar("structured_outputs.choice", structured.choice)),
+            ("structured_outputs.grammar", _text_grammar("lark", structured.grammar)),
+            ("structured_outputs.json_object", JSON_OBJECT if structured.json_object else None),
+            ("guided_json", _json_grammar(body.guided_json)),
+            ("guided_regex", _text_grammar("regex", body.guided_regex)),
+            ("guided_choice", _choice_grammar("guided_choice", body.guided_choice)),
+            ("guided_grammar", _text_grammar("lark", body.guided_grammar))) if grammar is not None]
+    if len(found) > 1:
+        raise BadRequest(f"{' and '.join(param for param, _ in found)} exclude each other: send one of them",
+                         param=found[1][0])
+    if not found:
+        return None
+    param, grammar = found[0]
+    if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
+        raise BadRequest(f"{param} is longer than {MAX_GRAMMAR_CHARACTERS} characters: send a shorter one", param=param)
+    return grammar
+
+
+def _response_grammar(format: ResponseFormat | None) -> list[tuple[str, Grammar]]:
+    if format is None or format.type == "text":
+        return []
+    if format.type == "json_object":
+        return [("response_format", JSON_OBJECT)]
+    if format.type != "json_schema":
+        raise BadRequest("response_format.type must be text, json_object or json_schema", param="response_format.type")
+    if format.json_schema is None or format.json_schema.schema is None:
+        raise BadRequest("response_format.json_schema.schema is missing: send the schema the answer must fit",
+                         param="response_format.json_schema.schema")
+    return [("response_format", Grammar("json", _encode(format.json_schema.schema)))]
+
+
+def _json_grammar(schema: dict[str, Any] | str | None) -> Grammar | None:
+    if schema is None:
+        return None
+    return Grammar("json", schema if isinstance(schema, str) else _encode(schema))
+
+
+def _text_grammar(kind: Literal["regex", "lark"], text: str | None) -> Grammar | None:
+    return Grammar(kind, text) if text else None
+
+
+def _choice_grammar(param: str, choices: list[str] | None) -> Grammar | None:
+    if choices is None:
+        return None
+    if not all(choices) or not choices:
+        raise BadRequest(f"{param} must name choices, none of them empty", param=param)
+    return Grammar("choice", _encode(choices))
+
+
+def _encode(value: Any) -> str:
+    """As JSON."""
+    return msgspec.json.encode(value).decode()
 
 
 def _check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:

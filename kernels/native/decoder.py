@@ -92,7 +92,7 @@ class _Tensor(ctypes.Structure):
 
 class _Adjustments(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_int32), ("mask_words", ctypes.c_int32)] + [
-        (field.name, ctypes.c_void_p) for field in fields(Adjustments)
+        (field.name, ctypes.c_void_p) for field in fields(Adjustments) if field.name != "fill"
     ]
 
 
@@ -410,7 +410,9 @@ def _native_inputs(inputs: StepInputs, vocabulary_size: int) -> tuple[_Inputs, l
 
 
 def _native_adjustments(given: Adjustments) -> tuple[_Adjustments, list[NDArray[np.generic]]]:
-    arrays = [np.ascontiguousarray(getattr(given, field.name)) for field in fields(given)]
+    if given.fill is not None:
+        given.fill()
+    arrays = [np.ascontiguousarray(getattr(given, field.name)) for field in fields(given) if field.name != "fill"]
     return _Adjustments(len(given.samples), given.masks.shape[1], *(each.ctypes.data for each in arrays)), arrays
 
 

@@ -188,7 +188,8 @@ def test_a_second_time_nothing_is_written(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "write_bytes", forbidden)
     assert prepare(path, folder) == card
-    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.gguf", "tokenizer.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.gguf", "tokenizer.json",
+                                                              "vocabulary.msgpack"]
 
 
 @pytest.mark.parametrize("damage", ["no tokenizer", "half a card", "old format"])

@@ -20,6 +20,7 @@ from shared.messages import (
     Follow,
     GatewayStatus,
     Generate,
+    Grammar,
     KvEvents,
     KvSnapshot,
     Open,
@@ -47,6 +48,7 @@ HASH = bytes(range(16))
 sampling = Sampling(temperature=0.5, top_p=0.9, top_k=40, min_p=0.05, seed=2**64 - 1)
 adjust = Adjust(repetition_penalty=1.25, frequency_penalty=0.5, presence_penalty=-0.5, biased=pack([7]),
                 biases=b"\x00\x00\x80\xbf", min_tokens=4, bad_words=(pack([8, 9]), pack([3])), allowed=pack([3, 7]))
+grammar = Grammar(kind="regex", text="a+")
 residency = Residency(zones=("eu", "us-east1"))
 placement = Placement(router="router-a", worker="worker-a", cached_tokens=32, estimate_s=0.25, policy="prefix",
                       certain_tokens=16, receipt=b"why")
@@ -77,8 +79,8 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
              generated=pack([4]), stop_token_ids=(0, 2), priority=1, residency=residency,
              exclude_workers=("worker-b",), cache_hint="session 5", placement=placement,
              recipe="int8-g32", vocabulary="abcd", tier="flex", prediction=pack([5, 6]), weight=2.5,
-             adjust=adjust, logprobs=2, prompt_logprobs=0),
-    queued, scored,
+             adjust=adjust, logprobs=2, prompt_logprobs=0, grammar=grammar),
+    queued, scored, grammar,
     Cancel(request_id="r-1", attempt=2),
     StepReplies(sender="worker-a", epoch=1_700_000_000_000, seq=5, replies=(accepted, tokens, finished, failed),
                 recipe="int8-g32"),

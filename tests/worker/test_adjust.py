@@ -48,16 +48,16 @@ def test_every_row_meets_the_logits_of_the_specification(
     adjuster = Adjuster(request(prompt=prompt, adjust=adjust, stop_token_ids=tuple(stops)), len(prompt), SMALL)
     tokens = list(prompt)
     for commit in [*commits, []]:
+        builder = Builder(SMALL)
+        builder.add(1, adjuster, tokens, drafts)
+        made = builder.build()
+        kernel.check_adjustments(made, 2 + len(drafts), SMALL)
+        found = kernel.adjusted(np.tile(logits, (2 + len(drafts), 1)), made)
+        assert (found[0] == logits).all()
         for count in range(len(drafts) + 1):
-            builder = Builder(SMALL)
-            builder.add(1, adjuster, tokens, drafts[:count])
-            made = builder.build()
-            kernel.check_adjustments(made, 2, SMALL)
-            found = kernel.adjusted(np.stack((logits, logits)), made)
             answer = [*tokens[len(prompt):], *drafts[:count]]
             expected = specification.adjusted(logits, adjust, prompt, answer, stops)
-            assert (found[1].view(np.uint32) == expected.view(np.uint32)).all()
-            assert (found[0] == logits).all()
+            assert (found[1 + count].view(np.uint32) == expected.view(np.uint32)).all()
         tokens += commit
 
 

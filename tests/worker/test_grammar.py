@@ -1,0 +1,214 @@
+"""Answers keep to their grammar, whatever is drafted, cut, preempted or begun anew; even those of a model that
+chooses at random."""
+
+import json
+import random
+import re
+from functools import cache
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from deploy.bench.schemas import schema
+from kernels.adjust import allowed_ids
+from shared.errors import BadRequest
+from shared.messages import Adjust, Failed, Finished, Generate, Grammar, Proposal, Sampling
+from shared.tokens import pack
+from shared.vocabulary import Vocabulary
+from tests.worker.builders import Bench, request
+from worker.grammar import Grammars
+from worker.mock_decoder import MockDecoder
+
+END, START, PADDING = 300, 301, 302
+WORDS = [b'{"', b'":', b'": "', b'",', b"name", b"true", b"null", b"    ", b'"}', "größe".encode(), b", "]
+SIZE = 303
+SCHEMAS = 300
+
+
+@cache
+def grammars() -> Grammars:
+    """Of a vocabulary with every byte, a few words, two special tokens and one id without a token."""
+    tokens = [bytes([byte]) for byte in range(256)] + WORDS
+    tokens += [b""] * (END - len(tokens)) + [b"<|end|>", b"<|start|>", b""]
+    return Grammars(lambda: Vocabulary("v", tokens, [END], [END, START]), SIZE)
+
+
+def spell(tokens: list[int]) -> str:
+    words = [bytes([byte]) for byte in range(256)] + WORDS
+    return b"".join(words[token] for token in tokens if token < len(words)).decode()
+
+
+def decoder(blocks: int = 128) -> MockDecoder:
+    return MockDecoder(blocks=blocks, block_size_tokens=4, vocabulary_size=SIZE, context_length=2048)
+
+
+def asked(grammar: Grammar, name: str = "r", seed: int = 1, **more: Any) -> Generate:
+    # small pushes towards ends, so that what may go on at random does not go on for long
+    ids = {ord('"'): 1.5, ord("}"): 1.5, ord("]"): 1.5, ord(" "): -3.0, ord("\n"): -3.0, ord("\t"): -3.0}
+    adjust = Adjust(biased=pack(ids), biases=np.array([*ids.values()], "<f4").tobytes())
+    return request(name, **({"prompt": [5, 9, 5], "max_tokens": 400, "stop_token_ids": (END,), "grammar": grammar,
+                             "adjust": adjust, "sampling": Sampling(temperature=1.0, seed=seed)} | more))
+
+
+def add(bench: Bench, generate: Generate) -> None:
+    assert generate.grammar is not None
+    generated = [int.from_bytes(generate.generated[at:at + 4], "little")
+                 for at in range(0, len(generate.generated), 4)]
+    bench.scheduler.add(generate, bench.now, generate.deadline, grammars().begin(generate.grammar, generated))
+
+
+def answer(generate: Generate, blocks: int = 128, **limits: int) -> list[int]:
+    bench = Bench(decoder(blocks), **({"step_tokens": 512, "max_draft_tokens": 0} | limits))
+    add(bench, generate)
+    bench.finish()
+    return bench.streams[generate.request_id, 1]
+
+
+def drafted(generate: Generate, truth: list[int], chooser: random.Random) -> tuple[list[int], Bench]:
+    """With drafts that are right up to a random place, where there is room for any beside what is forced."""
+    bench = Bench(decoder(), step_tokens=64)
+    add(bench, generate)
+    while (length := bench.scheduler.length_of(generate.request_id)) is not None:
+        draft = truth[length - 3:][:5]
+        if draft and chooser.random() < 0.5:
+            draft[chooser.randrange(len(draft))] = chooser.randrange(SIZE)
+        if draft:
+            bench.scheduler.drafts.offer(Proposal(generate.request_id, 1, length, pack(draft)))
+        bench.scheduler.cost.observe(1, 0, 1.0)
+        bench.step()
+    return bench.streams[generate.request_id, 1], bench
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_answers_fit_their_schemas_with_and_without_drafts(part: int) -> None:
+    accepted = forced = 0
+    for number in range(part, SCHEMAS, 10):
+        made = schema(number)
+        generate = asked(Grammar("json", json.dumps(made)), seed=number)
+        tokens = answer(generate)
+        if len(tokens) < 400:
+            jsonschema.validate(json.loads(spell(tokens)), made)
+        again, bench = drafted(generate, tokens, random.Random(number))
+        assert again == tokens, made
+        accepted += bench.scheduler.accepted_draft_tokens
+        forced += bench.scheduler.forced_tokens
+        assert len(tokens) < 400, (number, spell(tokens)[-80:])
+    assert accepted > 20 and forced > 20
+
+
+def test_chunks_company_preemption_and_a_second_attempt_change_no_token() -> None:
+    wanted = [asked(Grammar("json", json.dumps(schema(number))), f"r{number}", number) for number in range(8)]
+    truth = {one.request_id: answer(one) for one in wanted}
+    longest = max(map(len, truth.values())) + 3
+    bench = Bench(decoder(longest // 4 + 4), step_tokens=12, max_running=8)
+    for one in wanted:
+        add(bench, one)
+    bench.finish()
+    assert bench.scheduler.preemptions > 0
+    for one in wanted:
+        assert bench.streams[one.request_id, 1] == truth[one.request_id]
+    for one in wanted:
+        done = truth[one.request_id]
+        half = len(done) // 2
+        if half:
+            assert done[:half] + answer(replace(one, generated=pack(done[:half]))) == done
+
+
+def end_of(generate: Generate) -> tuple[str, Any]:
+    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0)
+    add(bench, generate)
+    bench.finish()
+    (end,) = bench.ends[generate.request_id, 1]
+    return spell(bench.streams.get((generate.request_id, 1), [])), end
+
+
+def test_a_regular_expression_a_choice_and_a_lark_or_ebnf_grammar_are_kept_to() -> None:
+    for seed in range(8):
+        text, end = end_of(asked(Grammar("regex", "[a-c]{2,4}(x|yz)"), seed=seed))
+        assert re.fullmatch("[a-c]{2,4}(x|yz)", text) and isinstance(end, Finished) and end.reason == "stop"
+        text, _ = end_of(asked(Grammar("choice", '["red", "gr\\"een", "größe"]'), seed=seed))
+        assert text in ("red", 'gr"een', "größe")
+        text, _ = end_of(asked(Grammar("lark", 'start: "a" word\nword: /[0-9]{1,3}/'), seed=seed))
+        assert re.fullmatch("a[0-9]{1,3}", text)
+        text, _ = end_of(asked(Grammar("lark", 'root ::= "yes" | "no" tail\ntail ::= "!"'), seed=seed))
+        assert text in ("yes", "no!")
+
+
+def test_an_answer_ends_when_its_grammar_does_without_a_token_more() -> None:
+    text, end = end_of(asked(Grammar("choice", '["abc"]'), stop_token_ids=()))
+    assert text == "abc" and end.reason == "stop" and end.completion_tokens == 3
+
+
+def test_an_end_that_is_to_be_ignored_or_comes_too_early_is_chosen_only_where_nothing_else_is_left() -> None:
+    grammar = Grammar("regex", "a{2,9}")
+    longest = "a" * 9
+    assert end_of(asked(grammar, stop_token_ids=()))[0] == longest
+    assert end_of(asked(grammar, adjust=Adjust(min_tokens=400)))[0] == longest
+    assert {end_of(asked(grammar, seed=seed))[0] for seed in range(12)} != {longest}
+
+
+def test_a_draft_is_cut_where_the_grammar_forbids_it_or_ends() -> None:
+    state = grammars().begin(Grammar("regex", "ab+c"), [])
+    assert state.admitted([97, 98, 98, 99]) == 4
+    assert state.admitted([97, 120]) == 1
+    assert state.admitted([98]) == 0
+    assert state.advance(97)
+    assert state.admitted([98, END]) == 1  # an end cannot come here
+    loose = grammars().begin(Grammar("regex", "ab*"), [97])
+    assert loose.admitted([98, END, 98]) == 1  # it can, but what is behind it counts for nothing
+
+
+def test_masks_of_drafts_leave_the_state_where_it_was() -> None:
+    state = grammars().begin(Grammar("regex", "ab(c|d)e"), [97])
+    masks = np.zeros((4, -(-SIZE // 32)), np.uint32)
+    for _ in range(2):
+        state.fill(masks, [98, 100, 101])
+        allowed = [np.flatnonzero(allowed_ids(mask, SIZE)).tolist() for mask in masks]
+        assert allowed == [[98], [99, 100], [101], [END]]
+    assert state.forced(8)[:1] == [98] and not state.finished
+
+
+def test_ids_without_a_token_and_special_ones_are_never_permitted() -> None:
+    state = grammars().begin(Grammar("regex", "(.|\n)*"), [])
+    masks = np.zeros((1, -(-SIZE // 32)), np.uint32)
+    state.fill(masks, [])
+    allowed = allowed_ids(masks[0], SIZE)
+    assert allowed[97] and allowed[END] and not allowed[START] and not allowed[PADDING] and not allowed[290]
+
+
+@pytest.mark.parametrize(("grammar", "says"), [
+    (Grammar("json", '{"type": "nonsense"}'), "json"), (Grammar("json", "{"), "json"),
+    (Grammar("regex", "(ab"), "regex"),
+    (Grammar("lark", "start: missing"), "missing"), (Grammar("choice", "[]"), "choice")])
+def test_a_grammar_that_cannot_be_used_is_refused(grammar: Grammar, says: str) -> None:
+    with pytest.raises(BadRequest, match=says) as caught:
+        grammars().begin(grammar, [])
+    assert len(caught.value.message) < 500
+
+
+def test_an_answer_that_the_grammar_does_not_permit_is_no_beginning() -> None:
+    with pytest.raises(BadRequest, match="does not permit"):
+        grammars().begin(Grammar("regex", "ab"), [98])
+
+
+def test_without_a_vocabulary_or_a_state_a_request_is_refused_and_says_why() -> None:
+    with pytest.raises(BadRequest, match="tokenmill pull"):
+        Grammars(lambda: None, SIZE).begin(Grammar("regex", "a"), [])
+    bench = Bench(decoder())
+    bench.add(asked(Grammar("regex", "a")))
+    bench.finish()
+    (end,) = bench.ends["r", 1]
+    assert isinstance(end, Failed) and end.code == "invalid_request" and "no grammar" in end.message
+
+
+def test_what_grammar_and_allowed_ids_leave_nothing_of_ends_alone() -> None:
+    bench = Bench(decoder(), step_tokens=512)
+    add(bench, asked(Grammar("regex", "a+b"), "bad", adjust=Adjust(allowed=pack([97 + 7]))))
+    add(bench, asked(Grammar("regex", "a{3}b"), "good"))
+    bench.finish()
+    (bad,) = bench.ends["bad", 1]
+    assert isinstance(bad, Failed) and "exclude each other" in bad.message
+    assert spell(bench.streams["good", 1]) == "aaab" and ("bad", 1) not in bench.streams
