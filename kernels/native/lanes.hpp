@@ -36,11 +36,6 @@ namespace mill {
 
 constexpr int kLanes = 16;
 
-// Of 32 integers: the sum of the first sixteen, and of the others.
-struct HalfSums {
-  int32_t first, second;
-};
-
 inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -54,16 +54,15 @@ MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
 }
 // Rounds 32 numbers of magnitude at most 127.5 to int8, ties to even; returns their sum.
-MILL_INLINE HalfSums store_int8(int8_t* p, Lanes x, Lanes y) {
+MILL_INLINE int32_t store_int8(int8_t* p, Lanes x, Lanes y) {
   const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
   const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(y.low), _mm256_cvtps_epi32(y.high));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
-  const __m256i ones = _mm256_set1_epi16(1);
-  const __m256i pairs = _mm256_hadd_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));  // a a b b in each half
-  __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  sums = _mm_add_epi32(sums, _mm_srli_epi64(sums, 32));
-  return {_mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 2)};
+  const __m256i pairs = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1));
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
 }
 
 }  // namespace mill

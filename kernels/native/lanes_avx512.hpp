@@ -40,12 +40,12 @@ MILL_INLINE Lanes load_fp8(const uint8_t* p) {
 MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.all, _MM_FROUND_TO_NEAREST_INT));
 }
-// Rounds 32 numbers of magnitude at most 127.5 to int8, ties to even.
-MILL_INLINE HalfSums store_int8(int8_t* p, Lanes x, Lanes y) {
+// Rounds 32 numbers of magnitude at most 127.5 to int8, ties to even; returns their sum.
+MILL_INLINE int32_t store_int8(int8_t* p, Lanes x, Lanes y) {
   const __m512i a = _mm512_cvtps_epi32(x.all), b = _mm512_cvtps_epi32(y.all);
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a));
   _mm_storeu_si128((__m128i*)p + 1, _mm512_cvtsepi32_epi8(b));
-  return {_mm512_reduce_add_epi32(a), _mm512_reduce_add_epi32(b)};
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
 
 }  // namespace mill

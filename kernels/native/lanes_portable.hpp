@@ -31,13 +31,13 @@ MILL_INLINE Lanes load_fp8(const uint8_t* p) { MILL_EACH(half_to_float(uint16_t(
 MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   for (int i = 0; i < kLanes; i++) p[i] = float_to_half(x.at[i]);
 }
-MILL_INLINE HalfSums store_int8(int8_t* p, Lanes x, Lanes y) {
-  HalfSums sums{0, 0};
+MILL_INLINE int32_t store_int8(int8_t* p, Lanes x, Lanes y) {
+  int32_t sum = 0;
   for (int i = 0; i < 2 * kLanes; i++) {
     p[i] = int8_t(std::nearbyint(i < kLanes ? x.at[i] : y.at[i - kLanes]));
-    (i < kLanes ? sums.first : sums.second) += p[i];
+    sum += p[i];
   }
-  return sums;
+  return sum;
 }
 
 }  // namespace mill

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <numeric>
 #include <type_traits>
 
 #include "panels.hpp"
@@ -191,18 +192,24 @@ void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activation
   }
 }
 
-void Activations::reserve(int inputs, bool keep_plain) {
+void Wanted::by(const Matrix& matrix) {
+  plain = plain || matrix.is_float();
+  halves = halves || matrix.kind == Kind::Q6_K;
+}
+
+void Activations::reserve(int inputs, Wanted what) {
+  wanted = what;
   q.resize(size_t(inputs) * kPassRows);
   scale.resize(size_t(inputs / kGroup) * kPassRows);
   sum.resize(size_t(inputs / kGroup) * kPassRows);
   offset.resize(size_t(inputs / kGroup) * kPassRows);
   first_offset.resize(size_t(inputs / kGroup) * kPassRows);
-  if (keep_plain) plain.resize(size_t(inputs) * kPassRows);
+  if (wanted.plain) plain.resize(size_t(inputs) * kPassRows);
 }
 
 void Activations::set_group(int row, int group, int inputs, const float* values) {
   const Lanes a = load(values), b = load(values + kLanes);
-  if (!plain.empty()) {
+  if (wanted.plain) {
     float* const kept = plain.data() + size_t(row) * inputs + size_t(group) * kGroup;
     store(kept, a), store(kept + kLanes, b);
   }
@@ -214,12 +221,14 @@ void Activations::set_group(int row, int group, int inputs, const float* values)
     offset[at] = first_offset[at] = 0;
     return;
   }
-  const HalfSums halves = store_int8(q.data() + at * kGroup, a / splat(step), b / splat(step));
-  const int32_t total = halves.first + halves.second;
+  const int32_t total = store_int8(q.data() + at * kGroup, a / splat(step), b / splat(step));
   scale[at] = step;
   sum[at] = step * float(total);
   offset[at] = -128 * total;
-  first_offset[at] = -128 * halves.first;
+  if (wanted.halves) {
+    const int8_t* const first = q.data() + at * kGroup;
+    first_offset[at] = -128 * std::accumulate(first, first + kGroup / 2, 0);
+  }
 }
 
 }  // namespace mill

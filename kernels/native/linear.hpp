@@ -34,16 +34,28 @@ enum class Kind : int32_t {  // the numbers of GGUF
   F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q5_0 = 6, Q5 = 7, Q8 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30
 };
 
+struct Matrix;
+
+// What matrices read of their activations beside the int8.
+struct Wanted {
+  bool plain = false;   // the numbers as they were: float weights
+  bool halves = false;  // sums of halves of groups: Q6_K
+
+  void by(const Matrix& matrix);
+};
+
 // Rows of activations: int8 with a scale per group of 32 for quantised weights, and as they were for float weights.
 struct Activations {
   int rows = 0;
   std::vector<int8_t> q;        // [inputs / 32][rows][32]
   std::vector<float> scale;     // [inputs / 32][rows]   largest magnitude / 127
   std::vector<float> sum;       // [inputs / 32][rows]   scale * sum of q
-  std::vector<int32_t> offset, first_offset;  // [inputs / 32][rows]   -128 * sum of q, and of its first half
-  std::vector<float> plain;     // [rows][inputs], empty unless a float matrix reads it
+  std::vector<int32_t> offset;  // [inputs / 32][rows]   -128 * sum of q
+  std::vector<int32_t> first_offset;  // of its first half, if wanted
+  std::vector<float> plain;     // [rows][inputs], if wanted
+  Wanted wanted;
 
-  void reserve(int inputs, bool keep_plain);
+  void reserve(int inputs, Wanted what);
   // The rows of one group from `row` on.
   GroupRows group(int index, int row) const {
     const size_t at = size_t(index) * size_t(rows) + size_t(row);

@@ -112,21 +112,21 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   rotation_.resize(size_t(kPassRows) * size_t(config.rope_dims));
   logits_ = Region(size_t(kPassRows) * size_t(config.head_rows) * sizeof(float));
 
-  bool normed_plain = head_.is_float(), attended_plain = false, down_plain = false;
+  Wanted of_normed, of_attended, of_down;
+  of_normed.by(head_);
   for (const Layer& layer : layers_) {
-    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up})
-      normed_plain = normed_plain || matrix->is_float();
-    attended_plain = attended_plain || layer.output.is_float();
-    down_plain = down_plain || layer.down.is_float();
+    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up}) of_normed.by(*matrix);
+    of_attended.by(layer.output);
+    of_down.by(layer.down);
   }
-  normed_input_.reserve(config.hidden, normed_plain);
-  head_input_.reserve(config.hidden, normed_plain);
-  attended_input_.reserve(attention_width, attended_plain);
-  down_input_.reserve(config.feed_forward, down_plain);
+  normed_input_.reserve(config.hidden, of_normed);
+  head_input_.reserve(config.hidden, of_normed);
+  attended_input_.reserve(attention_width, of_attended);
+  down_input_.reserve(config.feed_forward, of_down);
   const int widest = std::max({config.hidden, attention_width, config.feed_forward});
   for (Scratch& scratch : scratch_) {
-    scratch.normed.reserve(config.hidden, normed_plain);
-    scratch.attended.reserve(attention_width, attended_plain);
+    scratch.normed.reserve(config.hidden, of_normed);
+    scratch.attended.reserve(attention_width, of_attended);
     scratch.acc.resize(size_t(kPassRows) * kGroup);
     scratch.other_acc.resize(size_t(kPassRows) * kGroup);
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
