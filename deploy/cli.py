@@ -3,6 +3,7 @@
 tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
 tokenmill models  what is in the cache, and whether it can be served here
+tokenmill distil  a drafter out of the model it drafts for
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
@@ -22,6 +23,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
@@ -221,6 +223,58 @@ def replay(
         json.write_bytes(msgspec.json.format(msgspec.json.encode(page.report), indent=2) + b"\n")
     if plot is not None:
         replay_plot.draw(plot, page.report, page.ttft_ms)
+
+
+@app.command()
+def distil(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=MODEL_HELP)] = "default",
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="folder of the drafter; what was begun there goes on")
+    ] = Path("drafter"),
+    layers: Annotated[str, typer.Option(metavar="N|A,B,...", help="how many layers to copy, or which")] = "4",
+    vocabulary: Annotated[int, typer.Option(metavar="N", help="token ids that the drafter can say", min=1)] = 8192,
+    minutes: Annotated[float, typer.Option(metavar="M", help="about how long it may take in all", min=0.01)] = 20.0,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda")] = "cpu",
+    texts: Annotated[int, typer.Option(metavar="N", help="answers to learn from; 0: as minutes allow", min=0)] = 0,
+    steps: Annotated[int, typer.Option(metavar="N", help="steps of training; 0: as minutes allow", min=0)] = 0,
+    batch: Annotated[int, typer.Option(metavar="N", help="texts of a step; 0: 8 on a CPU, 256 on a GPU", min=0)] = 0,
+    on_policy: Annotated[float, typer.Option(metavar="SHARE", min=0.0, max=1.0, help="of the steps, the last ones, "
+                                             "that learn from the drafter's own continuations")] = 0.1,
+    peak_rate: Annotated[float, typer.Option(metavar="RATE", help="the highest learning rate", min=0.0)] = 5e-4,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="prompts of your own, one a line; every eighth "
+                                                 "is held out", exists=True, dir_okay=False, readable=True)] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="print the certificate")] = False,
+) -> None:
+    """Make a drafter out of the model that it is to draft for, with a certificate."""
+    from deploy import distil as distilling
+
+    if device not in ("cpu", "cuda"):
+        _leave(f"--device {device!r} is unknown: choose cpu or cuda")
+    if device == "cuda":
+        _check_cuda()
+    folder = _pull(target)
+    if device == "cpu":
+        _compile()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(phase: str, done: int, total: int, figures: str) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, figures=figures)
+            progress.update(tasks[phase], completed=done, total=total or None, figures=figures)
+
+        try:
+            certificate = distilling.distil(
+                folder, out, layers=layers, prompts_file=prompts, device=device, report=report, vocabulary=vocabulary,
+                minutes=minutes, texts=texts, steps=steps, batch=batch or (8 if device == "cpu" else 256), seed=seed,
+                on_policy=on_policy, peak_rate=peak_rate)
+        except distilling.DistilFailed as error:
+            _leave(str(error))
+    typer.echo(distilling.encoded(certificate).decode() if json else "\n".join(distilling.summary(certificate)))
 
 
 @app.command()

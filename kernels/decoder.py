@@ -139,6 +139,11 @@ class TorchDecoder:
             logits: NDArray[np.float32] = self._logits(inputs).float().cpu().numpy()
         return logits
 
+    def device_logits(self, inputs: StepInputs) -> Tensor:
+        """As `logits`, left on the device."""
+        with torch.inference_mode():
+            return self._logits(inputs)
+
     @property
     def block_bytes(self) -> int:
         """As `kernels.step.BlockStore`."""

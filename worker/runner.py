@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from kernels.checkpoint_config import HEAD_IDS
 from kernels.step import BlockStore, Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
@@ -125,6 +126,9 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     if not settings.model:
         raise ValueError(f"engine {engine} needs a model: pass --model with the path of a pulled one, or --engine mock")
     path = Path(settings.model)
+    if (path if path.is_dir() else path.parent).joinpath(HEAD_IDS).exists():
+        raise ValueError(f"{path} is a drafter's model, whose head knows a part of the vocabulary: serve the model "
+                         "that it was made of, and give this one to a drafter")
     kv_bytes = settings.kv_mib << 20
     if engine == "cpu":
         try:

@@ -26,7 +26,8 @@ def _assert_refused(expected: str, *arguments: str) -> None:
 def test_help_names_every_option_of_up() -> None:
     shown = _run("up", "--help").output
     options = ("port", "host", "workers", "drafters", "routers", "gateways", "model", "engine", "nats", "data",
-               "all-in-one", "quiet", "otlp", "metrics-port", "log-level", "drain-s", "tenants")
+               "drafter-kind", "drafter-model", "all-in-one", "quiet", "otlp", "metrics-port", "log-level", "drain-s",
+               "tenants")
     assert [option for option in options if f"--{option} " not in shown] == []
 
 

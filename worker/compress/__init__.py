@@ -1,0 +1,1 @@
+"""Making smaller models: offline, on files. Serving code never imports this."""
