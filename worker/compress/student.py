@@ -48,7 +48,7 @@ class Student(nn.Module):  # type: ignore[misc]  # torch is not followed
                                   "distil from a model without rope scaling")
         windows = None if config.windows is None else tuple(config.window(layer) for layer in layers)
         self.config = replace(config, layers=len(layers), tied_head=False, head_ids=tuple(head_ids), windows=windows)
-        self.register_buffer("embedding", target.tensor("embedding.weight"))
+        self.register_buffer("embedding", target.tensor("embedding.weight"), persistent=False)
         self.head = nn.Parameter(target.tensor("head.weight")[torch.tensor(head_ids)])
         self.norm = nn.Parameter(target.tensor("norm.weight"))
         there = set(target.names())
@@ -59,8 +59,8 @@ class Student(nn.Module):  # type: ignore[misc]  # torch is not followed
                       for name in sorted(names)}
             self.layers.append(nn.ParameterDict(inside))
         cosines, sines = rotary_tables(config.rope_frequencies(), config.context_length)
-        self.register_buffer("cosines", cosines)
-        self.register_buffer("sines", sines)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The normed hidden states [B, T, C] that the head reads. Texts are padded behind their end."""
