@@ -3,9 +3,7 @@
 Each line is one tiny random checkpoint, held against what Hugging Face transformers made of it (golden/families.json).
 """
 
-import json
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
