@@ -217,7 +217,7 @@ class Replay:
         request = Generate(
             str(number), 1, GATEWAY, MODEL, self._trace.prompt(number), arrival.output_tokens, NEVER_S,
             block_hashes=hashes)
-        verdict = decide(request, self._view.candidates(split_hashes(hashes), now), wall_s=now, rng=self._rng,
+        verdict = decide(request, self._view.candidates(hashes, now), wall_s=now, rng=self._rng,
                          policy=self._policy, turn=self._placed, block_size_tokens=self._trace.block_size_tokens)
         if isinstance(verdict, Refused):
             self._refused += 1

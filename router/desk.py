@@ -28,7 +28,6 @@ from router.queueing import Ticket, weights_of
 from router.receipts import receipt_of, refusal_of
 from router.view import View
 from shared import receipts, subjects, telemetry, tiers
-from shared.blocks import BLOCK_SIZE_TOKENS, split_hashes
 from shared.clock import Clock
 from shared.errors import MeshUnavailable, NoEligibleWorker, Overloaded, TooLarge
 from shared.messages import Cancel, Failed, Generate, Placement, Queued, Reply, encode
@@ -63,7 +62,6 @@ class _Weighed(NamedTuple):
     """A request beside the workers as they are now."""
 
     workers: list[Candidate]
-    hashes: list[bytes]
     verdict: Decision | Refused
     decision_s: float
 
@@ -91,6 +89,7 @@ class Desk:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._some_held = asyncio.Event()
         self._context = contextvars.copy_context()
+        self._log = _log.bind()  # once: it takes longer than what is logged at a level that nobody hears
 
     # --- what comes and goes
 
@@ -135,12 +134,11 @@ class Desk:
         self._some_held.set()
 
     def _weigh(self, request: Generate, now: float) -> _Weighed:
-        hashes = split_hashes(request.block_hashes)
-        workers = self._view.candidates(hashes, now)
+        workers = self._view.candidates(request.block_hashes, now)
         verdict = self._decide(request, workers, now)
         decision_s = self._clock.now() - now
         self._metrics.decision_s.observe(decision_s)
-        return _Weighed(workers, hashes, verdict, decision_s)
+        return _Weighed(workers, verdict, decision_s)
 
     def _among_those_with_room(self, request: Generate, weighed: _Weighed, now: float) -> _Weighed:
         """Flex goes nowhere else; all others may find it worth to queue behind a cache."""
@@ -173,12 +171,9 @@ class Desk:
                 return
             self._refuse_arrived(arrived, verdict, decision_s)
         else:
-            chosen = verdict.chosen
             prompt_tokens = count(request.tokens) + count(request.generated)
-            credited = weighed.hashes[:chosen.cached_tokens // BLOCK_SIZE_TOKENS]
-            certain_tokens = self._view.certain_blocks(chosen.worker, credited) * BLOCK_SIZE_TOKENS
-            receipt = receipt_of(self._settings.id, prompt_tokens, verdict, weighed.workers, certain_tokens,
-                                 decision_s, request.cache_hint)
+            receipt = receipt_of(self._settings.id, prompt_tokens, verdict, weighed.workers, decision_s,
+                                 request.cache_hint)
             told: Mapping[str, telemetry.Attribute] = {}
             if self._settings.otlp:
                 told = spans.placed(self._settings.id, request, verdict, receipt)
@@ -210,9 +205,9 @@ class Desk:
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._metrics.cached_tokens.inc(chosen.cached_tokens)
         self._metrics.estimate_s.observe(chosen.estimate_s)
-        _log.debug("request_placed", request=request.request_id, attempt=request.attempt, worker=chosen.worker,
-                   cached_tokens=chosen.cached_tokens, estimate_s=chosen.estimate_s,
-                   candidates=len(decision.candidates))
+        self._log.debug("request_placed", request=request.request_id, attempt=request.attempt, worker=chosen.worker,
+                        cached_tokens=chosen.cached_tokens, estimate_s=chosen.estimate_s,
+                        candidates=len(decision.candidates))
 
     def _unheard(self, arrived: Arrived, request: Generate) -> None:
         """The worker that `request` was sent to does not listen: it died a moment ago, or is not up yet."""

@@ -52,7 +52,7 @@ class Metrics:
         self.blind_workers = Gauge("mill_router_kv_blind_workers", "Workers placed by load alone.", registry=own)
         self.snapshots_asked = Counter("mill_router_snapshots_asked", "Snapshot requests sent.", registry=own)
         self.indexed_blocks = Gauge("mill_router_indexed_blocks", "Different blocks in the index.", registry=own)
-        self.indexed_bytes = Gauge("mill_router_indexed_bytes", "Memory of the index, estimated.", registry=own)
+        self.indexed_bytes = Gauge("mill_router_indexed_bytes", "Memory of the index.", registry=own)
         self.overflow = Gauge("mill_router_index_overflow_total", "Blocks that did not fit into the index.",
                               registry=own)
         self.workers = Gauge("mill_router_workers", "Workers heard lately.", registry=own)

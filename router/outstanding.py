@@ -64,10 +64,12 @@ class Outstanding:
 
     def sent(self, worker: str, now: float) -> Sent:
         """What counts for `worker` now."""
-        if worker not in self._placed:
+        placed = self._placed.get(worker)
+        if not placed:
             return NOTHING
-        self._drop_older(worker, now - self._expiry_s)
-        return Sent(len(self._placed[worker]), self._tokens[worker])
+        if placed[0].at <= now - self._expiry_s:
+            self._drop_older(worker, now - self._expiry_s)
+        return Sent(len(placed), self._tokens[worker])
 
     def _drop_older(self, worker: str, until: float) -> None:
         placed = self._placed.get(worker)

@@ -64,6 +64,7 @@ class Candidate(NamedTuple):
     sent_requests: int = 0  # placed there by any router, not yet in its status
     sent_tokens: int = 0  # prompt tokens those have to compute
     turnover: float = 0.0  # how often its cache was written over while its fleet's were once (`router.turnover`)
+    certain_blocks: int = 0  # of `cached_blocks`, what it has told of itself
 
 
 class Terms(NamedTuple):
@@ -81,6 +82,7 @@ class Terms(NamedTuple):
     evict_s: float
     load: float  # streams and queued work, for least_loaded
     price_usd_per_hour: float
+    cost_s: float  # all seconds above; a field, because a decision among 16 asks for it a hundred times
 
     @property
     def wait_s(self) -> float:
@@ -90,12 +92,6 @@ class Terms(NamedTuple):
     @property
     def estimate_s(self) -> float:
         return self.queue_s + self.slot_s + self.prefill_s + self.step_s
-
-    @property
-    def cost_s(self) -> float:
-        # no property of a property: a decision among 16 asks for this a hundred times
-        return (self.queue_s + self.slot_s + self.prefill_s + self.step_s + self.decode_s + self.others_s
-                + self.later_s + self.evict_s)
 
     def __str__(self) -> str:
         return (f"{self.worker}: {self.cost_s:.4f} s = queue {self.queue_s:.4f} + slot {self.slot_s:.4f} + prefill "
@@ -150,10 +146,11 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
             eligible.append(worker)
     if not eligible:
         return _nobody(request, turned_away, served_lately)
-    wished = [worker for worker in eligible if worker.status.id not in request.exclude_workers] or eligible
-    for worker in eligible:
-        if worker not in wished:
-            turned_away[worker.status.id] = "it failed this request before"
+    wished = eligible
+    if request.exclude_workers:
+        wished = [worker for worker in eligible if worker.status.id not in request.exclude_workers] or eligible
+        turned_away |= {worker.status.id: "it failed this request before"
+                        for worker in eligible if worker not in wished}
     candidates = tuple(weigh(request, prompt_tokens, wished, block_size_tokens))
     time_left_s = request.deadline - wall_s
     in_reach = [terms for terms in candidates if terms.wait_s <= max_queue_s and terms.estimate_s <= time_left_s]
@@ -174,7 +171,7 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
     output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
     weighed = []
     arrivals_per_s = 0.0
-    for status, cached_blocks, sent_requests, sent_tokens, turnover in workers:
+    for status, cached_blocks, sent_requests, sent_tokens, turnover, _ in workers:
         rate = status.prefill_tok_s or prefill_tok_s
         base_s, row_s = (status.step_base_s, status.step_row_s) if status.step_base_s > 0 else (step_base_s, step_row_s)
         streams = status.running + status.waiting + sent_requests
@@ -199,11 +196,14 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
             streams + queued_tokens / max(1, prompt_tokens),
             status.price_usd_per_hour,
         ))
-    # new requests come to the fleet, not to the worker that is busy now
-    return [Terms(worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s,
-                  arrivals_per_s * (queue_s + slot_s + prefill_s) * prefill_s, evict_s, load, price)
-            for worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s, evict_s, load, price
-            in weighed]
+    terms = []
+    for worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s, evict_s, load, price in weighed:
+        # new requests come to the fleet, not to the worker that is busy now
+        later_s = arrivals_per_s * (queue_s + slot_s + prefill_s) * prefill_s
+        terms.append(Terms(worker, cached_tokens, queue_s, slot_s, prefill_s, step_s, decode_s, others_s, later_s,
+                           evict_s, load, price, queue_s + slot_s + prefill_s + step_s + decode_s + others_s + later_s
+                           + evict_s))
+    return terms
 
 
 def cheapest(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:

@@ -8,16 +8,17 @@ from itertools import islice, repeat
 from operator import attrgetter, mul
 
 from router.placement import Candidate, Decision, Refused, Terms
+from shared.blocks import BLOCK_SIZE_TOKENS
 from shared.receipts import MOST_CANDIDATES, MOST_NAMES, MOST_WALLS, Receipt, Wall, Weighed
 
 # every figure in seconds that a worker is weighed by, under its name without the unit
-_FIELDS = tuple(field for field in Terms._fields if field.endswith("_s"))
+_FIELDS = tuple(field for field in Terms._fields if field.endswith("_s") and field != "cost_s")
 _seconds: Callable[[Terms], tuple[float, ...]] = attrgetter(*_FIELDS)
 TERMS = tuple(field.removesuffix("_s") for field in _FIELDS)
 
 
-def receipt_of(router: str, prompt_tokens: int, decision: Decision, workers: Sequence[Candidate], certain_tokens: int,
-               decision_s: float, hint: str = "") -> Receipt:
+def receipt_of(router: str, prompt_tokens: int, decision: Decision, workers: Sequence[Candidate], decision_s: float,
+               hint: str = "", block_size_tokens: int = BLOCK_SIZE_TOKENS) -> Receipt:
     """What was weighed for one request and what came of it. `workers` are those that `decide` was given."""
     chosen = decision.chosen
     ranked = sorted(decision.candidates, key=_cost)
@@ -26,6 +27,7 @@ def receipt_of(router: str, prompt_tokens: int, decision: Decision, workers: Seq
     if all(terms.worker != chosen.worker for terms in shown):
         shown[-1] = chosen
     sent = {worker.status.id: worker for worker in workers}
+    certain_tokens = min(chosen.cached_tokens, sent[chosen.worker].certain_blocks * block_size_tokens)
     return Receipt(
         router=router, policy=decision.policy, prompt_tokens=prompt_tokens, worker=chosen.worker,
         cached_tokens=chosen.cached_tokens, certain_tokens=certain_tokens,

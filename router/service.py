@@ -199,7 +199,7 @@ class Router:
     def _say_status(self) -> None:
         index, desk = self.view.index, self.desk
         self.metrics.indexed_blocks.set(len(index))
-        self.metrics.indexed_bytes.set(index.bytes_estimate)
+        self.metrics.indexed_bytes.set(index.nbytes)
         self.metrics.overflow.set(index.overflow_total)
         self.metrics.gaps.set(self.view.resync.gaps_total)
         self.metrics.workers.set(len(self.view.fleet.workers()))

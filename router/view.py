@@ -5,15 +5,17 @@ worker falls silent, and a wrong entry costs a cache miss or a second try, never
 Pure: the caller passes `now` and sends the snapshot requests that methods return as worker names.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
+from router.block_table import names_of
+from router.expected_blocks import ExpectedBlocks
 from router.outstanding import Outstanding
 from router.placement import Candidate
-from router.prefix_index import ExpectedBlocks, PrefixIndex
+from router.prefix_index import PrefixIndex
 from router.resync import Action, ApplyEvents, AskSnapshot, Compare, DropBlocks, ReplaceBlocks, Resync
 from router.turnover import Turnover
-from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES, split_hashes
+from shared.blocks import BLOCK_SIZE_TOKENS
 from shared.fleet import Fleet
 from shared.messages import Cleared, Generate, KvEvents, KvMessage, Removed, Stored, WorkerStatus
 from shared.parity import expected_answer
@@ -97,8 +99,8 @@ class View:
         self._write(placement.worker, tokens)
         if placement.worker in self.blind:
             return
-        new_blocks = request.block_hashes[placement.cached_tokens // self._block_size_tokens * HASH_BYTES:]
-        self._expected.expect(self.index.slot(placement.worker), split_hashes(new_blocks), now)
+        self._expected.expect(self.index.slot(placement.worker), names_of(request.block_hashes),
+                              placement.cached_tokens // self._block_size_tokens, now)
 
     def on_unheard(self, request: Generate, worker: str) -> None:
         """Nobody listened where `request` was sent: that worker gets nothing until it speaks again."""
@@ -108,18 +110,20 @@ class View:
         self._outstanding.undo(worker, request.request_id, request.attempt)
         self._expected.forget(self.index.slot(worker))
 
-    def candidates(self, hashes: Sequence[bytes], now: float) -> list[Candidate]:
-        """Every worker that is alive, with what it holds of this chain, by name."""
+    def candidates(self, hashes: bytes, now: float) -> list[Candidate]:
+        """Every worker that is alive, with what it holds of this chain (packed hashes), by name."""
+        chain = names_of(hashes)
         self._expected.expire(now)
-        cached = self.index.longest_prefix(hashes, self._expected.bits)
+        certain = self.index.longest_prefix(chain)
+        cached = certain.copy()
+        for slot, depth in self._expected.depths(chain).items():
+            worker = self.index.worker(slot)
+            if worker is not None and depth > cached.get(worker, 0):
+                cached[worker] = depth
         alive = self.fleet.workers_heard_since(now - self._silence_s)
         return [Candidate(status, cached.get(status.id, 0), *self._outstanding.sent(status.id, now),
-                          self._turnover.of(status.id, status.model))
+                          self._turnover.of(status.id, status.model), certain.get(status.id, 0))
                 for status in alive if status.id not in self._unreachable]
-
-    def certain_blocks(self, worker: str, hashes: Sequence[bytes]) -> int:
-        """Of these leading blocks, credited to `worker`, how many it has told of itself."""
-        return self.index.certain(worker, hashes)
 
     def served_lately(self, model: str, now: float) -> bool:
         """Whether some worker of `model` was heard within the last minute."""
@@ -198,14 +202,14 @@ class View:
                     self.index.clear(worker)
                 case ReplaceBlocks(worker, hashes):
                     self.index.clear(worker)
-                    self.index.store(worker, split_hashes(hashes))
+                    self.index.store(worker, hashes)
                 case ApplyEvents(worker, events):
                     for event in events:
                         match event:
                             case Stored(hashes):
-                                self.index.store(worker, split_hashes(hashes))
+                                self.index.store(worker, hashes)
                             case Removed(hashes):
-                                self.index.remove(worker, split_hashes(hashes))
+                                self.index.remove(worker, hashes)
                             case Cleared():
                                 self.index.clear(worker)
                 case Compare(worker, digest):

@@ -89,11 +89,11 @@ def memory(blocks: int, holders: int) -> dict[str, Any]:
         first = (worker + turn) % 16 * share
         for start in range(first, first + share, EVENT_BLOCKS):
             end = min(start + EVENT_BLOCKS, first + share)
-            index.store(f"worker-{worker}", split_hashes(hashes[HASH_BYTES * start:HASH_BYTES * end]))
+            index.store(f"worker-{worker}", hashes[HASH_BYTES * start:HASH_BYTES * end])
     spent_s = time.process_time() - began_s
     resident = machine.rss_bytes() - before
     return {"holders": holders, "blocks": len(index), "mb_per_million_blocks": round(resident / len(index), 1),
-            "accounted_mb_per_million_blocks": round(index.bytes_estimate / len(index), 1),
+            "accounted_mb_per_million_blocks": round(index.nbytes / len(index), 1),
             "us_per_stored_copy": round(1e6 * spent_s / (holders * len(index)), 3)}
 
 
@@ -105,13 +105,10 @@ def decisions(blocks: int, workers: int, count: int) -> dict[str, Any]:
     cpu_s, wall_s = [], []
     for number, request in enumerate(asked):
         wall, cpu = time.perf_counter(), time.thread_time()
-        hashes = split_hashes(request.block_hashes)
-        candidates = view.candidates(hashes, float(number) * 1e-4)
+        candidates = view.candidates(request.block_hashes, float(number) * 1e-4)
         verdict = decide(request, candidates, wall_s=0.0, rng=rng)
         assert isinstance(verdict, Decision)
-        chosen = verdict.chosen
-        certain = view.certain_blocks(chosen.worker, hashes[:chosen.cached_tokens // BLOCK_SIZE_TOKENS])
-        receipts.pack(receipt_of("router-1", PROMPT_TOKENS, verdict, candidates, certain, 0.0))
+        receipts.pack(receipt_of("router-1", PROMPT_TOKENS, verdict, candidates, 0.0))
         cpu_s.append(time.thread_time() - cpu)
         wall_s.append(time.perf_counter() - wall)
     return {"workers": workers, "prompt_tokens": PROMPT_TOKENS, "decisions": count, **_spread("cpu", cpu_s),

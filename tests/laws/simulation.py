@@ -26,6 +26,7 @@ import router.service
 import worker.service
 from gateway.service import Gateway
 from gateway.streams import Stream
+from router.prefix_index import NAME_BYTES
 from shared import subjects
 from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes
 from shared.clock import LoopClock
@@ -514,11 +515,11 @@ class _Mesh:
         for name in (name for name in self._alive if name.startswith("router")):
             index = self.routers[name].view.index
             for held_by, names in named.items():
-                if index.blocks(held_by) != names:
-                    thought = index.blocks(held_by)
+                thought, true = index.blocks(held_by), {name[:NAME_BYTES] for name in names}
+                if thought != true:
                     self.complaints.append(
-                        f"{name} is wrong about {held_by}: {len(thought - names)} blocks too many, "
-                        f"{len(names - thought)} too few"
+                        f"{name} is wrong about {held_by}: {len(thought - true)} blocks too many, "
+                        f"{len(true - thought)} too few"
                     )
         allowed = {block for ask in self.schedule.asks for block in _blocks_of(ask)}
         for name, names in named.items():

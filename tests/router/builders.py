@@ -1,7 +1,9 @@
 """Requests, workers and blocks for router tests."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from router.prefix_index import NAME_BYTES
 from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes
 from shared.messages import Generate, WorkerStatus
 from shared.tokens import pack
@@ -12,6 +14,11 @@ SALT = b"salt"
 def blocks(count: int, start: int = 0) -> list[bytes]:
     """A chain of hashes; chains of one `start` share their beginning."""
     return hash_chain(range(start, start + count * BLOCK_SIZE_TOKENS), SALT)
+
+
+def named(hashes: Iterable[bytes]) -> set[bytes]:
+    """Blocks as an index names them."""
+    return {block[:NAME_BYTES] for block in hashes}
 
 
 def request(prompt_tokens: int = 160, start: int = 0, **fields: Any) -> Generate:

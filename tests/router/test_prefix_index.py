@@ -1,82 +1,119 @@
 """The index finds what workers hold, and only that."""
 
+from hashlib import blake2b
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.prefix_index import BYTES_PER_BLOCK, BYTES_PER_COPY, ExpectedBlocks, PrefixIndex
-from shared.blocks import fold, join_hashes
-from tests.router.builders import blocks
+from router.block_table import WORD, names_of
+from router.prefix_index import PrefixIndex
+from shared.blocks import HASH_BYTES, fold, join_hashes
+from tests.router.builders import blocks, named
 
 WORKERS = ("a", "b", "c")
 POOL = blocks(6)
 
 
+def store(index: PrefixIndex, worker: str, hashes: list[bytes]) -> None:
+    index.store(worker, join_hashes(hashes))
+
+
+def remove(index: PrefixIndex, worker: str, hashes: list[bytes]) -> None:
+    index.remove(worker, join_hashes(hashes))
+
+
+def prefixes(index: PrefixIndex, chain: list[bytes]) -> dict[str, int]:
+    return index.longest_prefix(names_of(join_hashes(chain)))
+
+
 def test_each_worker_is_credited_with_its_own_leading_blocks() -> None:
     index = PrefixIndex()
     chain = blocks(10)
-    index.store("a", chain[:4])
-    index.store("b", chain)
-    index.store("c", chain[1:])
-    assert index.longest_prefix(chain) == {"a": 4, "b": 10}
+    store(index, "a", chain[:4])
+    store(index, "b", chain)
+    store(index, "c", chain[1:])
+    assert prefixes(index, chain) == {"a": 4, "b": 10}
 
 
 def test_a_hole_ends_the_prefix() -> None:
     index = PrefixIndex()
     chain = blocks(5)
-    index.store("a", chain)
-    index.remove("a", chain[2:3])
-    assert index.longest_prefix(chain) == {"a": 2}
-    index.store("a", chain[2:3])
-    assert index.longest_prefix(chain) == {"a": 5}
+    store(index, "a", chain)
+    remove(index, "a", chain[2:3])
+    assert prefixes(index, chain) == {"a": 2}
+    store(index, "a", chain[2:3])
+    assert prefixes(index, chain) == {"a": 5}
 
 
 def test_nothing_known_and_nothing_asked_give_nothing() -> None:
     index = PrefixIndex()
-    assert index.longest_prefix(blocks(3)) == {}
-    index.store("a", blocks(3))
-    assert index.longest_prefix([]) == {}
-    assert index.longest_prefix(blocks(3, start=999)) == {}
+    assert prefixes(index, blocks(3)) == {}
+    store(index, "a", blocks(3))
+    assert prefixes(index, []) == {}
+    assert prefixes(index, blocks(3, start=999)) == {}
 
 
 def test_a_slot_that_is_given_on_brings_nothing_along() -> None:
     index = PrefixIndex()
     chain = blocks(4)
-    index.store("a", chain)
-    index.store("b", chain[:1])
+    store(index, "a", chain)
+    store(index, "b", chain[:1])
     freed = index.slot("a")
     index.forget("a")
     assert index.slot("new") == freed
-    assert index.longest_prefix(chain) == {"b": 1}
+    assert prefixes(index, chain) == {"b": 1}
     assert index.count("new") == 0
 
 
 def test_a_full_index_stops_learning_and_stays_right() -> None:
-    index = PrefixIndex(max_bytes=3 * (BYTES_PER_BLOCK + BYTES_PER_COPY))
-    chain = blocks(5)
-    index.store("a", chain)
-    assert index.longest_prefix(chain) == {"a": 3}
-    assert index.overflow_total == 2
+    many = 1000
+    chains = [[digest(number)] for number in range(many)]
+    index = PrefixIndex(max_bytes=PrefixIndex().nbytes)
+    for chain in chains:
+        store(index, "a", chain)
+    fitted = len(index)
+    assert 100 < fitted < many and index.overflow_total == many - fitted
+    assert index.count("a") == fitted == sum(prefixes(index, chain) == {"a": 1} for chain in chains)
     assert index.digest("a") is None
-    index.store("b", chain)
-    assert index.longest_prefix(chain) == {"a": 3}
-    assert index.bytes_estimate <= index.max_bytes
+    store(index, "b", [block for chain in chains for block in chain])
+    assert index.count("b") == fitted == len(index)
+    assert index.nbytes <= PrefixIndex().nbytes
     index.clear("a")
+    index.clear("b")
     assert len(index) == 0
-    assert index.digest("a") == 0
-    index.store("b", chain[:3])
-    assert index.longest_prefix(chain) == {"b": 3}
+    assert index.digest("a") == index.digest("b") == 0
+    store(index, "b", POOL)
+    assert prefixes(index, POOL) == {"b": len(POOL)}
 
 
-def test_memory_is_accounted_for_and_given_back() -> None:
+def test_memory_is_accounted_for_and_given_back_and_a_second_holder_costs_none() -> None:
     index = PrefixIndex()
-    empty = index.bytes_estimate
-    index.store("a", blocks(100))
-    one = index.bytes_estimate
-    index.store("b", blocks(100))
-    assert empty < one < index.bytes_estimate < 2 * one
+    empty = index.nbytes
+    hashes = [digest(number) for number in range(5000)]
+    store(index, "a", hashes)
+    one = index.nbytes
+    assert len(hashes) * 16 < one < len(hashes) * 60
+    store(index, "b", hashes)
+    assert index.nbytes == one
     index.forget("a")
     index.forget("b")
-    assert index.bytes_estimate == empty
+    assert index.nbytes == empty
+
+
+def test_more_workers_than_a_word_has_bits_are_told_apart() -> None:
+    index, chain = PrefixIndex(), blocks(30)
+    workers = [f"w{number}" for number in range(2 * WORD + 3)]
+    for number, worker in enumerate(workers):
+        store(index, worker, chain[:1 + number % len(chain)])
+    assert prefixes(index, chain) == {worker: 1 + number % len(chain) for number, worker in enumerate(workers)}
+    for worker in workers[::2]:
+        index.forget(worker)
+    assert prefixes(index, chain) == {
+        worker: 1 + number % len(chain) for number, worker in enumerate(workers) if number % 2}
+
+
+def digest(number: int) -> bytes:
+    return blake2b(number.to_bytes(4, "little"), digest_size=HASH_BYTES).digest()
 
 
 operations = st.lists(st.tuples(
@@ -93,10 +130,10 @@ def test_the_index_equals_one_set_per_worker(history: list[tuple[str, str, list[
     for operation, worker, hashes in history:
         match operation:
             case "store":
-                index.store(worker, hashes)
+                store(index, worker, hashes)
                 truth[worker] |= set(hashes)
             case "remove":
-                index.remove(worker, hashes)
+                remove(index, worker, hashes)
                 truth[worker] -= set(hashes)
             case "clear":
                 index.clear(worker)
@@ -109,37 +146,7 @@ def test_the_index_equals_one_set_per_worker(history: list[tuple[str, str, list[
         depth = next((i for i, block in enumerate(POOL) if block not in held), len(POOL))
         if depth:
             expected[worker] = depth
-        assert index.blocks(worker) == held
+        assert index.blocks(worker) == named(held)
         assert index.digest(worker) == fold(join_hashes(sorted(held)))
-    assert index.longest_prefix(POOL) == expected
+    assert prefixes(index, POOL) == expected
     assert len(index) == len(set().union(*truth.values()))
-
-
-def test_expected_blocks_count_until_their_time_is_over() -> None:
-    index, expected = PrefixIndex(), ExpectedBlocks(ttl_s=4.0)
-    chain = blocks(6)
-    index.store("a", chain[:2])
-    expected.expect(index.slot("a"), chain[2:], now=10.0)
-    assert index.longest_prefix(chain, expected.bits) == {"a": 6}
-    assert index.longest_prefix(chain) == {"a": 2}
-    expected.expire(11.9)
-    assert index.longest_prefix(chain, expected.bits) == {"a": 6}
-    expected.expire(14.1)
-    assert index.longest_prefix(chain, expected.bits) == {"a": 2}
-
-
-def test_expected_blocks_of_a_worker_that_died_are_not_inherited() -> None:
-    index, expected = PrefixIndex(), ExpectedBlocks()
-    chain = blocks(3)
-    expected.expect(index.slot("a"), chain, now=0.0)
-    expected.forget(index.slot("a"))
-    index.forget("a")
-    index.store("b", blocks(1, start=50))
-    assert index.longest_prefix(chain, expected.bits) == {}
-
-
-def test_expected_blocks_are_bounded() -> None:
-    expected = ExpectedBlocks(max_blocks=10)
-    for burst in range(20):
-        expected.expect(0, blocks(4, start=burst * 1000), now=0.0)
-    assert len(expected.bits) <= 14

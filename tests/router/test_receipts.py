@@ -15,13 +15,15 @@ from tests.router.builders import request, status
 def placed(workers: list[Candidate], **fields: Any) -> tuple[Receipt, Decision]:
     verdict = decide(request(**fields), workers, wall_s=0.0, rng=random.Random(1))
     assert isinstance(verdict, Decision)
-    return receipt_of("r0", 160, verdict, workers, 32, 0.0004, fields.get("cache_hint", "")), verdict
+    return receipt_of("r0", 160, verdict, workers, 0.0004, fields.get("cache_hint", "")), verdict
 
 
 def test_terms_add_up_to_the_cost_in_microseconds() -> None:
-    workers = [Candidate(status("a", running=3, queued_tokens=50), 2, 1, 40), Candidate(status("b"), 4)]
+    workers = [Candidate(status("a", running=3, queued_tokens=50), 2, 1, 40),
+               Candidate(status("b"), 4, certain_blocks=2)]
     told, verdict = placed(workers)
-    assert told.terms == TERMS == tuple(name.removesuffix("_s") for name in Terms._fields if name.endswith("_s"))
+    assert told.terms == TERMS == tuple(name.removesuffix("_s") for name in Terms._fields
+                                         if name.endswith("_s") and name != "cost_s")
     assert {row.worker for row in told.candidates} == {"a", "b"}
     for row, terms in zip(told.candidates, sorted(verdict.candidates, key=lambda terms: terms.cost_s), strict=True):
         assert (row.worker, row.cached_tokens, row.cost_us) == (
@@ -46,7 +48,7 @@ def test_what_decided_between_near_equals_is_named() -> None:
     assert placed([Candidate(status("quick")), slower])[0].because in ("cache", "cost")
     verdict = decide(request(), twins, wall_s=0.0, rng=random.Random(1), policy="round_robin", turn=2)
     assert isinstance(verdict, Decision)
-    assert receipt_of("r0", 160, verdict, twins, 0, 0.0).because == "round_robin"
+    assert receipt_of("r0", 160, verdict, twins, 0.0).because == "round_robin"
 
 
 def test_a_worker_that_had_more_and_was_too_busy_shows() -> None:
@@ -64,7 +66,7 @@ def test_a_receipt_is_small_and_names_the_chosen_and_counts_the_rest(eligible: i
                 for number in range(walled)]
     verdict = decide(request(), workers, wall_s=0.0, rng=rng, policy=rng.choice(("cost", "random")))
     assert isinstance(verdict, Decision)
-    told = receipt_of("r0", 160, verdict, workers, 0, 0.001)
+    told = receipt_of("r0", 160, verdict, workers, 0.001)
     assert unpack(pack(told)) == told
     assert len(pack(told)) < 1500
     assert len(told.candidates) <= MOST_CANDIDATES and told.worker in {row.worker for row in told.candidates}

@@ -10,7 +10,7 @@ from router.resync import ApplyEvents, AskSnapshot, DropBlocks, ReplaceBlocks, R
 from router.view import View
 from shared.blocks import join_hashes
 from shared.messages import Cleared, KvEvent, KvEvents, KvMessage, KvSnapshot, Removed, Stored, WorkerStatus
-from tests.router.builders import blocks, status
+from tests.router.builders import blocks, named, status
 
 CHAIN = blocks(20)
 
@@ -204,7 +204,7 @@ def test_whatever_the_bus_does_the_index_ends_as_the_workers_cache(seed: int) ->
             asked += view.on_kv(message, now)
         for _ in asked:
             flying += worker.snapshot()
-    assert view.index.blocks("w0") == worker.held
+    assert view.index.blocks("w0") == named(worker.held)
     assert view.complete
 
 

@@ -16,7 +16,7 @@ from shared.clock import LoopClock
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.messages import KvEvents, Residency, encode
 from shared.settings import RouterSettings
-from tests.router.builders import blocks, request
+from tests.router.builders import blocks, named, request
 from tests.router.mesh import Mesh
 from tests.virtual_time import run_virtual
 
@@ -80,7 +80,7 @@ def test_a_router_that_starts_again_knows_every_cache_before_it_says_ready() -> 
         assert [status.state for status in gateway.routers][-1] == "ready"
         assert all(worker.snapshots_sent == 1 for worker in workers)
         for worker in workers:
-            assert again.view.index.blocks(worker.name) == set(worker.held)
+            assert again.view.index.blocks(worker.name) == named(worker.held)
         await gateway.ask(request(prompt_tokens=320, start=20_000))
         await asyncio.sleep(0.1)
         (got,) = workers[2].requests
@@ -114,7 +114,7 @@ def test_lost_events_are_noticed_and_made_good() -> None:
         worker.store(blocks(6, start=5000))
         await asyncio.sleep(0.1)
         assert worker.snapshots_sent == 1
-        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.view.index.blocks("w0") == named(worker.held)
         assert router.view.resync.gaps_total == 1
 
     play(scenario)
@@ -127,7 +127,7 @@ def test_a_loss_that_no_event_follows_is_noticed_by_the_status() -> None:
         worker.mute = True
         worker.store(blocks(4))
         await asyncio.sleep(1.6)
-        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.view.index.blocks("w0") == named(worker.held)
 
     play(scenario)
 
@@ -149,7 +149,7 @@ def test_the_index_ends_as_the_workers_caches_whatever_is_lost(seed: int) -> Non
         await asyncio.sleep(8)
         for router in routers:
             for worker in workers:
-                assert router.view.index.blocks(worker.name) == set(worker.held)
+                assert router.view.index.blocks(worker.name) == named(worker.held)
 
     play(scenario, bad, seed)
 
@@ -169,13 +169,13 @@ def test_a_worker_that_starts_again_is_not_credited_with_its_old_cache() -> None
         # its numbers start at 1 again, and count
         new.store(blocks(3))
         await asyncio.sleep(0.1)
-        assert router.view.index.blocks("w0") == set(new.held)
+        assert router.view.index.blocks("w0") == named(new.held)
         # an echo of the old one
         late = MemoryBus(mesh.broker)
         await late.publish(subjects.worker_kv("w0"), encode(KvEvents("w0", 1, 10, ())))
         await gateway.ask(request(prompt_tokens=320))
         await asyncio.sleep(0.1)
-        assert router.view.index.blocks("w0") == set(new.held)
+        assert router.view.index.blocks("w0") == named(new.held)
         assert new.requests[0].placement is not None and new.requests[0].placement.cached_tokens == 48
         assert new.snapshots_sent == 0
 
@@ -329,7 +329,7 @@ def test_an_outage_of_the_bus_is_survived() -> None:
         await gateway.ask(request())
         await asyncio.sleep(0.1)
         assert len(worker.requests) == 1
-        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.view.index.blocks("w0") == named(worker.held)
         assert router.router.metrics.lost.labels("bus")._value.get() >= 1
 
     play(scenario)
@@ -349,7 +349,7 @@ def test_bytes_that_are_no_message_are_counted_and_change_nothing() -> None:
         await asyncio.sleep(0.1)
         assert mesh.broker.handler_errors == 0
         assert router.router.metrics.bad_messages._value.get() == 16
-        assert router.view.index.blocks("w0") == set(worker.held)
+        assert router.view.index.blocks("w0") == named(worker.held)
 
     # a listening gateway would stumble over these bytes itself
     async def scene() -> None:

@@ -114,10 +114,10 @@ def test_a_system_prompt_on_one_worker_does_not_draw_every_conversation_there() 
         tokens = system + list(range(1000 * (number + 1), 1000 * (number + 1) + 144))
         hashes = hash_chain(tokens, b"salt")
         ask = request(request_id=str(number), tokens=pack(tokens), block_hashes=join_hashes(hashes))
-        verdict = decide(ask, known.candidates(hashes, now), wall_s=0.0, rng=rng)
+        verdict = decide(ask, known.candidates(join_hashes(hashes), now), wall_s=0.0, rng=rng)
         assert isinstance(verdict, Decision)
         worker = verdict.chosen.worker
-        known.index.store(worker, hashes[:1])
+        known.index.store(worker, hashes[0])
         known.on_placed(replace(ask, placement=Placement("r", worker, verdict.chosen.cached_tokens)), 160, now)
         placed[worker] += 1
     assert len(placed) == 4
@@ -130,7 +130,7 @@ def test_a_worker_that_starts_again_has_room_again() -> None:
         known.on_status(status(name, blocks_total=100), 0.0)
     for number in range(30):
         known.on_placed(request(request_id=str(number), placement=Placement("r", "a", 0)), 160, 0.0)
-    turnover = {one.status.id: one.turnover for one in known.candidates([], 0.0)}
+    turnover = {one.status.id: one.turnover for one in known.candidates(b"", 0.0)}
     assert turnover["a"] > 1.0 and turnover["b"] == 0.0
     known.on_status(status("a", epoch=2, blocks_total=100), 0.1)
-    assert {one.turnover for one in known.candidates([], 0.1)} == {0.0}
+    assert {one.turnover for one in known.candidates(b"", 0.1)} == {0.0}

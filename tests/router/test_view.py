@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from router.prefix_index import PrefixIndex
 from router.view import View
-from shared.blocks import fold, join_hashes, split_hashes
+from shared.blocks import fold, join_hashes
 from shared.messages import Generate, KvEvents, KvSnapshot, Placement, Removed, Stored
 from shared.parity import expected_answer
 from tests.router.builders import blocks, request, status
@@ -24,7 +25,7 @@ def sent_to(worker: str, ask: Generate | None = None, router: str = "r0", cached
 
 
 def seen(known: View, now: float, ask: Generate | None = None) -> dict[str, tuple[int, int, int]]:
-    hashes = split_hashes((ask or request()).block_hashes)
+    hashes = (ask or request()).block_hashes
     return {worker.status.id: (worker.cached_blocks, worker.sent_requests, worker.sent_tokens)
             for worker in known.candidates(hashes, now)}
 
@@ -74,7 +75,7 @@ def test_what_was_sent_to_a_worker_that_started_again_is_forgotten() -> None:
     known.on_status(status("a", epoch=2), 0.11)
     assert seen(known, 0.11) == {"a": (0, 0, 0)}
     known.on_status(status("a", epoch=1, running=9), 0.2)
-    assert known.candidates([], 0.2)[0].status.running == 0
+    assert known.candidates(b"", 0.2)[0].status.running == 0
 
 
 def test_events_and_placements_of_unknown_workers_leave_no_trace() -> None:
@@ -180,9 +181,11 @@ def test_a_worker_that_always_contradicts_itself_costs_fewer_and_fewer_snapshots
 
 def test_an_index_that_is_full_compares_nothing() -> None:
     known = view("a")
-    known.index.max_bytes = 0
-    known.on_kv(KvEvents("a", 1, 1, (Stored(join_hashes(blocks(6))),)), 0.0)
-    assert known.on_status(status("a", kv_seq=1, kv_digest=digest(blocks(6))), 0.1) == []
+    known.index = PrefixIndex(max_bytes=PrefixIndex().nbytes)
+    many = [block for start in range(60) for block in blocks(10, start)]
+    known.on_kv(KvEvents("a", 1, 1, (Stored(join_hashes(many)),)), 0.0)
+    assert known.index.count("a") < len(many)
+    assert known.on_status(status("a", kv_seq=1, kv_digest=digest(many)), 0.1) == []
     assert not known.alarms
 
 
