@@ -176,8 +176,13 @@ def up(
 
 @app.command()
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="requests as JSON lines: a Mooncake trace or a record",
-                                          exists=True, dir_okay=False, readable=True)],
+    trace: Annotated[Path | None, typer.Argument(metavar="TRACE", help="requests as JSON lines: a Mooncake trace, or "
+                                                 "what a gateway wrote with --record", exists=True, dir_okay=False,
+                                                 readable=True)] = None,
+    synthetic: Annotated[str, typer.Option(metavar="KIND", help="no TRACE but traffic made up: chat, agents or "
+                                           "files")] = "",
+    requests: Annotated[int, typer.Option(metavar="N", help="of made up traffic: how many requests", min=1)] = 6000,
+    seed: Annotated[int, typer.Option(metavar="N", help="of made up traffic: another seed, other requests")] = 0,
     workers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 8,
     policy: Annotated[str, typer.Option(metavar="P[,P2...]", help="cost, prefix, least_loaded, round_robin, random; "
                                         "or all")] = "all",
@@ -194,11 +199,13 @@ def replay(
     import msgspec
 
     from deploy import replay as replaying
-    from deploy import replay_plot
+    from deploy import replay_plot, replay_synthetic
     from deploy.replay_fleet import Device, Fleet
     from deploy.replay_report import drawing, table
-    from deploy.replay_trace import BadTrace
+    from deploy.replay_trace import BadTrace, read
 
+    if (trace is None) == (not synthetic):
+        _leave("name a TRACE, or a kind of traffic to make up with --synthetic")
     if not speed > 0:
         _leave(f"--speed {speed:g} is no speed: give a number above 0")
     if plot is not None and not replay_plot.possible():
@@ -215,7 +222,12 @@ def replay(
             progress.update(tasks[name], completed=done)
 
         try:
-            page = replaying.replay(trace, replaying.policies_named(policy), fleet, block_size, speed, report)
+            if trace is not None:
+                name, arrivals = trace.name, read(trace, speed)
+            else:
+                name = f"{synthetic}, seed {seed}"
+                arrivals = replay_synthetic.synthetic(synthetic, requests, seed, speed)
+            page = replaying.replay(name, arrivals, replaying.policies_named(policy), fleet, block_size, speed, report)
         except (BadTrace, OSError, ValueError) as error:
             _leave(str(error))
     typer.echo("\n".join([*table(page.report), "", *drawing(page.ttft_ms)]))

@@ -1,17 +1,16 @@
 """`tokenmill replay`: a trace of traffic through the router's and the workers' own code, on a virtual clock.
 
 Answers "what if": another policy, more workers, less cache, twice the traffic. `deploy.replay_trace` says what is read,
-`deploy.replay_fleet` what is real and what is modelled.
+`deploy.replay_synthetic` what is made up, `deploy.replay_fleet` what is real and what is modelled.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from deploy import replay_report as reporting
 from deploy.replay_fleet import Fleet, Replay, infinite_reuse
-from deploy.replay_trace import Trace, read
+from deploy.replay_trace import Arrival, Trace
 from router.placement import POLICIES
 
 
@@ -31,13 +30,13 @@ def policies_named(names: str) -> list[str]:
     return wanted
 
 
-def replay(path: Path, policies: Sequence[str], fleet: Fleet, block_size_tokens: int = 64, speed: float = 1.0,
-           report: Callable[[str, int, int], None] = lambda policy, done, requests: None) -> Page:
-    """Play `path` once for each policy. `report` hears the policy, how many requests have ended, and of how many.
+def replay(name: str, arrivals: Sequence[Arrival], policies: Sequence[str], fleet: Fleet, block_size_tokens: int = 64,
+           speed: float = 1.0, report: Callable[[str, int, int], None] = lambda policy, done, requests: None) -> Page:
+    """Play these requests once for each policy. `report` hears the policy, how many have ended, and of how many.
 
-    Raises replay_trace.BadTrace for a file that is no trace, OSError for one that cannot be read.
+    `name` and `speed` are for the report: the arrivals are as they are (`replay_trace.read`, `replay_synthetic`).
     """
-    trace = Trace(read(path, speed), block_size_tokens)
+    trace = Trace(arrivals, block_size_tokens)
     requests = len(trace.arrivals)
     most = infinite_reuse(trace)
     found: dict[str, reporting.Figures] = {}
@@ -49,5 +48,5 @@ def replay(path: Path, policies: Sequence[str], fleet: Fleet, block_size_tokens:
         report(policy, requests, requests)
         found[policy] = reporting.figures(outcome, most, time.process_time() - begun_s)
         ttft_ms[policy] = [1e3 * one.ttft_s for one in outcome.served]
-    return Page(reporting.Report(path.name, requests, fleet.workers, fleet.blocks, block_size_tokens, speed,
+    return Page(reporting.Report(name, requests, fleet.workers, fleet.blocks, block_size_tokens, speed,
                                  fleet.device._asdict(), round(most, 4), found), ttft_ms)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,6 +29,7 @@ from gateway.failover import Limits
 from gateway.metrics import Metrics
 from gateway.prompt import ServedModel
 from gateway.receipts import Receipts
+from gateway.record import Record
 from gateway.residency import check_reachable
 from gateway.streams import Streams
 from gateway.tenants import Tenant
@@ -58,7 +60,8 @@ class Gateway:
 
     def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock,
                  models: ServedModel | Sequence[ServedModel] | None) -> None:
-        """Raises ValueError for an id, an alias or a policy that is none, and for tenants that cannot be read."""
+        """Raises ValueError for an id, an alias or a policy that is none, and for tenants that cannot be read.
+        OSError when the record cannot be written."""
         self.id = subjects.check_id(settings.id or new_id("gateway"))
         self.epoch = new_epoch(clock)
         self.bus = bus
@@ -71,7 +74,8 @@ class Gateway:
         self.metrics = Metrics(self.workers)
         self.admission = Admission(settings.max_active)
         limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
-        self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics)
+        self.record = Record(Path(settings.record), settings.record_mib << 20) if settings.record else None
+        self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics, self.record)
         self.access = Access(source_of(settings), clock)
         self.metrics.tenants_refused.set_function(lambda: self.access.refused)
         self.answers: set[Answer] = set()
@@ -189,7 +193,7 @@ class Gateway:
                     for kind in ("worker", "router")]
         async with asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
-                     for loop in (self._send, self._keep_time, self._beat, self._follow)]
+                     for loop in (self._send, self._keep_time, self._beat, self._follow, self._write_record)]
             try:
                 yield
             finally:
@@ -198,6 +202,8 @@ class Gateway:
                 await replies.unsubscribe()
                 for standing in statuses:
                     await standing.unsubscribe()
+                if self.record is not None:
+                    await asyncio.to_thread(self.record.write)
 
     async def drain(self) -> None:
         """Take nothing new and let what runs end, for `drain_s` at most; then end it with an error."""
@@ -245,6 +251,12 @@ class Gateway:
                 async with asyncio.timeout(self.settings.heartbeat_s):
                     await self._changed.wait()
             self._changed.clear()
+
+    async def _write_record(self) -> None:
+        while self.record is not None:
+            await self.clock.sleep(self.settings.heartbeat_s)
+            if self.record.some_wait:
+                await asyncio.to_thread(self.record.write)
 
     async def _follow(self) -> None:
         while self.access.keyed:

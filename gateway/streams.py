@@ -16,6 +16,7 @@ import structlog
 from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit, Withdraw
 from gateway.metrics import Metrics
 from gateway.receipts import MOST_NOTES, Note
+from gateway.record import Record
 from shared import subjects
 from shared.clock import Clock
 from shared.errors import MillError, NoEligibleWorker, Overloaded, TooLarge
@@ -117,7 +118,7 @@ class Streams:
     """The streams under way, by request id."""
 
     def __init__(self, gateway: str, limits: Limits, silence_s: float, clock: Clock, fleet: Fleet,
-                 metrics: Metrics) -> None:
+                 metrics: Metrics, record: Record | None = None) -> None:
         self.outbox: asyncio.Queue[Outgoing] = asyncio.Queue()  # bounded by the streams admitted
         self.some = asyncio.Event()  # set while there are streams
         self._gateway = gateway
@@ -126,6 +127,7 @@ class Streams:
         self._clock = clock
         self._fleet = fleet
         self._metrics = metrics
+        self._record = record
         self._streams: dict[str, Stream] = {}
         self._senders = Senders()
         self._cancelled: OrderedDict[tuple[str, str, int], float] = OrderedDict()
@@ -303,7 +305,10 @@ class Streams:
         return error
 
     def _forget(self, stream: Stream) -> None:
-        self._streams.pop(stream.state.request.request_id, None)
+        known = self._streams.pop(stream.state.request.request_id, None)
+        if known is not None and self._record is not None:
+            came_s = self._clock.wall() - (self._clock.now() - stream.opened_s)
+            self._record.note(came_s, stream.state.request, len(stream.state.delivered))
         if not self._streams:
             self.some.clear()
 

@@ -50,6 +50,8 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     max_attempts: int = 4
     keep_alive_s: float = 15.0
     cache_secret: str = "tokenmill"  # of cache salts, where there is no tenants file
+    record: str = ""  # file to which lengths, times and block names of all traffic go, never its text; empty: none
+    record_mib: int = 256  # the file grows to this size and no further
 
 
 class RouterSettings(Settings, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from deploy.cli import app
 from deploy.replay import Page, policies_named, replay
 from deploy.replay_fleet import Device, Fleet, Outcome, Replay, infinite_reuse
 from deploy.replay_report import drawing, percentile, table
-from deploy.replay_trace import BadTrace, Trace, parse
+from deploy.replay_trace import BadTrace, Trace, parse, read
 from router.placement import POLICIES
 from shared.blocks import hash_chain, split_hashes
 from shared.tokens import count, unpack
@@ -87,7 +87,7 @@ def test_a_line_that_is_no_request_is_named_by_its_number(line: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return replay(EXCERPT, policies_named("all"), SMALL)
+    return replay(EXCERPT.name, read(EXCERPT), policies_named("all"), SMALL)
 
 
 def test_placement_by_cost_reuses_most_at_the_least_mean_wait(page: Page) -> None:
@@ -108,7 +108,7 @@ def test_every_request_is_served_under_every_policy(page: Page) -> None:
 
 
 def test_the_same_trace_gives_the_same_figures_again(page: Page) -> None:
-    again = replay(EXCERPT, ["cost", "random"], SMALL).report.policies
+    again = replay(EXCERPT.name, read(EXCERPT), ["cost", "random"], SMALL).report.policies
     for name, one in again.items():
         assert msgspec.structs.replace(one, cpu_s=0.0) == msgspec.structs.replace(page.report.policies[name], cpu_s=0.0)
 
