@@ -24,6 +24,7 @@ from deploy.local_mesh import (
     Options,
     UpFailed,
     Waiting,
+    check_aliases,
     check_drafter,
     check_ports,
     folder_problems,
@@ -108,6 +109,7 @@ class OneProcess:
         """Start every service as a task. Raises UpFailed."""
         options = self.options
         check_drafter(options)
+        check_aliases(options)
         check_ports(options)
         with folder_problems(options.data):
             self._claim = claim(options.data)

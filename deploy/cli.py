@@ -11,6 +11,7 @@ tokenmill keys    the keys of tenants
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -91,11 +92,14 @@ def models(
 def up(
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="port of the first gateway")] = 8000,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="address the gateways listen on")] = "127.0.0.1",
-    workers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
+    workers: Annotated[int, typer.Option(metavar="N", help="how many of each model", min=1)] = 1,
     drafters: Annotated[int, typer.Option(metavar="N", help="how many", min=0)] = 1,
     routers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
     gateways: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
-    model: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)] = "default",
+    model: Annotated[list[str] | None, typer.Option(metavar="MODEL", help=f"{MODEL_HELP}; may be given several "
+                                                    "times")] = None,
+    alias: Annotated[list[str] | None, typer.Option(metavar="NAME=MODEL", help="another name for a model's name; may "
+                                                    "be given several times")] = None,
     drafter_kind: Annotated[str, typer.Option(metavar="KIND", help="suffix, model or hybrid")] = "suffix",
     drafter_model: Annotated[
         str, typer.Option(metavar="MODEL", help="for kinds model and hybrid: a small model of the same vocabulary")
@@ -143,9 +147,10 @@ def up(
         _check_tenants(tenants)
     if engine == "cuda":
         _check_cuda()
-    folder = _pull(model)
+    aliases = _pairs(alias or [])
+    folder, *more = map(_pull, model or ["default"])
     if engine in ("auto", "cpu"):
-        _check_memory(folder, workers)
+        _check_memory([folder, *more], workers)
     small = _pull(drafter_model) if drafter_model else None
     if engine in ("auto", "cpu"):
         _compile()
@@ -167,6 +172,8 @@ def up(
         log_level=log_level,
         drain_s=drain_s,
         tenants=tenants,
+        more_models=more,
+        aliases=aliases,
     )
     try:
         uvloop.run(bring_up.run(options, Console(), one_process=all_in_one, quiet=quiet))
@@ -311,6 +318,16 @@ def explain(
                else "\n".join(explaining.page(receipt)))
 
 
+def _pairs(said: list[str]) -> dict[str, str]:
+    """`NAME=MODEL` of each --alias."""
+    from gateway.catalogue import pairs_of
+
+    try:
+        return pairs_of(",".join(said), "--alias")
+    except ValueError as error:
+        _leave(str(error))
+
+
 def _pull(ref: str) -> Path:
     """Pull with a progress bar; a failure is one sentence and exit code 1."""
     from deploy import pull as pulling
@@ -335,18 +352,21 @@ def _pull(ref: str) -> Path:
     _leave(reason)
 
 
-def _check_memory(folder: Path, workers: int) -> None:
-    """Say before anything is started that it would not fit."""
+def _check_memory(folders: Sequence[Path], workers: int) -> None:
+    """Say before anything is started that it would not fit, one beside the other."""
     from deploy import models as shelf
     from kernels.checkpoint import open_checkpoint
     from kernels.config import CheckpointError
 
-    try:
-        needed = shelf.memory_needed(open_checkpoint(folder))
-    except CheckpointError as error:
-        _leave(str(error))
-    if problem := shelf.too_large(needed, shelf.available_memory(), workers):
-        _leave(f"{folder.name} {problem}")
+    left = shelf.available_memory()
+    for folder in folders:
+        try:
+            needed = shelf.memory_needed(open_checkpoint(folder))
+        except CheckpointError as error:
+            _leave(str(error))
+        if problem := shelf.too_large(needed, left, workers):
+            _leave(f"{folder.name} {problem}")
+        left -= workers * needed
 
 
 def _compile() -> None:

@@ -51,7 +51,7 @@ class Options:
     port: int = 8000
     gateways: int = 1
     routers: int = 1
-    workers: int = 1
+    workers: int = 1  # of each model
     drafters: int = 1
     drafter_kind: str = "suffix"
     drafter_model: Path | None = None  # a pulled model of the same vocabulary, for the kinds that need one
@@ -63,6 +63,20 @@ class Options:
     drain_s: float = 30.0
     tenants: Path | None = None  # the file of who may use it; None: everybody, without a key
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module -> more settings for its processes
+    more_models: Sequence[Path] = ()  # pulled ones beside `model`, each with workers of its own
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names that models answer to
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Every model by its name in the mesh, the first one first. Raises UpFailed when two have one name."""
+        found: dict[str, Path] = {}
+        for folder in (self.model, *self.more_models):
+            name = load_card(folder).name
+            if name in found:
+                raise UpFailed(f"{folder} and {found[name]} are both called {name!r}: leave one out, or rename its "
+                               "folder and pull it again")
+            found[name] = folder
+        return found
 
     @property
     def url(self) -> str:
@@ -76,38 +90,44 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
 
     On a broker that others may use the ids get random letters, so that two meshes never share one.
     """
-    name = load_card(options.model).name
-    threads = max(1, _cores() // max(1, options.workers))
+    models = options.models
+    threads = max(1, _cores() // max(1, options.workers * len(models)))
     common: dict[str, Any] = {
         "nats": nats,
         "otlp": options.otlp,
         "log_level": options.log_level,
         "drain_s": options.drain_s,
     }
-    model: dict[str, Any] = {"model": str(options.model), "model_name": name}
+    (first, folder), *others = models.items()
+    served = {
+        "model": str(folder), "model_name": first,
+        "models": ",".join(f"{name}={folder}" for name, folder in others),
+        "aliases": ",".join(f"{alias}={name}" for alias, name in options.aliases.items()),
+    }
+    decoding = {"engine": options.engine, "threads": threads, "speculation": options.drafters > 0}
     tenants = str(options.tenants.absolute()) if options.tenants is not None else ""
-    kinds: dict[str, tuple[type[Settings], int, dict[str, Any]]] = {
-        "router": (RouterSettings, options.routers, {}),
-        "drafter": (DrafterSettings, options.drafters,
-                    {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}),
-        "worker": (
-            WorkerSettings,
-            options.workers,
-            model | {"engine": options.engine, "threads": threads, "speculation": options.drafters > 0},
-        ),
-        "gateway": (GatewaySettings, options.gateways, model | {"host": options.host, "tenants": tenants}),
+    drafting = {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}
+    # a module's processes, each with what is its own
+    kinds: dict[str, tuple[type[Settings], list[dict[str, Any]]]] = {
+        "router": (RouterSettings, [{}] * options.routers),
+        "drafter": (DrafterSettings, [drafting] * options.drafters),
+        "worker": (WorkerSettings, [decoding | {"model": str(folder), "model_name": name}
+                                    for name, folder in models.items() for _ in range(options.workers)]),
+        "gateway": (GatewaySettings, [served | {"host": options.host, "tenants": tenants}] * options.gateways),
     }
     services: dict[str, list[Settings]] = {}
     metrics_ports = itertools.count(options.metrics_port)
-    for module, (kind, count, own) in kinds.items():
-        own = common | own | dict(options.settings.get(module, {}))
-        ports: list[dict[str, Any]] = [
-            {"port": options.port + i} if module == "gateway"
-            else {"metrics_port": next(metrics_ports)} if options.metrics_port else {}
-            for i in range(count)
-        ]
-        ids = [new_id(f"{module}-{i + 1}") if options.nats else f"{module}-{i + 1}" for i in range(count)]
-        services[module] = [kind(id=id, **(own | port)) for id, port in zip(ids, ports, strict=True)]
+    for module, (kind, processes) in kinds.items():
+        services[module] = []
+        for number, own in enumerate(processes, 1):
+            name = f"{module}-{number}"
+            port: dict[str, Any] = {}
+            if module == "gateway":
+                port = {"port": options.port + number - 1}
+            elif options.metrics_port:
+                port = {"metrics_port": next(metrics_ports)}
+            services[module].append(kind(id=new_id(name) if options.nats else name,
+                                         **(common | own | dict(options.settings.get(module, {})) | port)))
     return services
 
 
@@ -128,9 +148,19 @@ def check_drafter(options: Options) -> None:
         raise UpFailed(f"--drafter-kind {kind} needs a drafter: leave out --drafters 0")
     if options.engine == "mock":
         raise UpFailed(f"the mock engine speaks no model's ids: leave out --drafter-kind {kind}")
-    if load_card(model).vocabulary != load_card(options.model).vocabulary:
-        raise UpFailed(f"the drafter's model {model} speaks other token ids than {options.model}, so every draft would "
-                       "be wrong: give --drafter-model one of the same tokenizer, such as `tokenmill distil` makes")
+    served = list(options.models.values())
+    if load_card(model).vocabulary not in {load_card(folder).vocabulary for folder in served}:
+        raise UpFailed(f"the drafter's model {model} speaks other token ids than {' and '.join(map(str, served))}, so "
+                       "every draft would be wrong: give --drafter-model one of the same tokenizer, such as `tokenmill distil` makes")
+
+
+def check_aliases(options: Options) -> None:
+    """Raises UpFailed for another name that is taken, or stands for no model of this mesh."""
+    for alias, name in options.aliases.items():
+        if alias in options.models:
+            raise UpFailed(f"--alias {alias}={name}: {alias!r} is the name of a model, choose another")
+        if name not in options.models:
+            raise UpFailed(f"--alias {alias}={name}: no such model here, the names are {', '.join(options.models)}")
 
 
 def _own_ports(settings: Settings) -> list[str]:
@@ -182,6 +212,7 @@ class LocalMesh:
         """Start the broker (unless one was named) and every service. Raises UpFailed."""
         options = self.options
         check_drafter(options)
+        check_aliases(options)
         check_ports(options)
         with folder_problems(options.data):
             self._claim = claim(options.data)
@@ -252,7 +283,8 @@ def folder_problems(data: Path) -> Iterator[None]:
 def check_ports(options: Options) -> None:
     """Raises UpFailed when a gateway, or who serves figures, could not listen on its port."""
     gateways = range(options.port, options.port + options.gateways)
-    others = options.routers + options.drafters + options.workers if options.metrics_port else 0
+    workers = options.workers * (1 + len(options.more_models))
+    others = options.routers + options.drafters + workers if options.metrics_port else 0
     metrics = range(options.metrics_port, options.metrics_port + others)
     if set(gateways) & set(metrics):
         raise UpFailed(f"the ports of gateways ({_span(gateways)}) and of --metrics-port ({_span(metrics)}) overlap: "

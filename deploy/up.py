@@ -96,7 +96,7 @@ def figures_at(options: Options) -> str:
     """Where Prometheus finds everyone's figures; empty when only gateways have any."""
     if not options.metrics_port:
         return ""
-    counts = {"router": options.routers, "drafter": options.drafters, "worker": options.workers}
+    counts = {"router": options.routers, "drafter": options.drafters, "worker": options.workers * len(options.models)}
     names = [f"{kind}-{i + 1}" for kind, count in counts.items() for i in range(count)]
     ports = itertools.count(options.metrics_port)
     shown = ", ".join(f"{name} :{port}" for name, port in zip(names, ports, strict=False))

@@ -54,6 +54,8 @@ TIE_SHARE, TIE_S = 0.01, 0.0005
 # within this share of the best cost, the cheaper worker
 PRICE_SHARE = 0.10
 RETRY_AFTER_LEAST_S, RETRY_AFTER_MOST_S = 1.0, 60.0
+# when to come back for a model that no worker serves: as long as a worker takes to start
+NOBODY_RETRY_S = 10.0
 
 
 class Candidate(NamedTuple):
@@ -283,7 +285,8 @@ def _nobody(request: Generate, turned_away: Mapping[str, str], served_lately: bo
     if served_lately:
         return Refused(Overloaded.code, f"the workers of {request.model} are gone for the moment", True,
                        RETRY_AFTER_LEAST_S, turned_away)
-    return Refused(NoEligibleWorker.code, f"no worker serves {request.model}", False, 0.0, turned_away)
+    return Refused(NoEligibleWorker.code, f"no worker serves {request.model}: start one, or retry when there is one",
+                   False, NOBODY_RETRY_S, turned_away)
 
 
 def _too_late(candidates: Sequence[Terms], time_left_s: float, max_queue_s: float,
