@@ -70,14 +70,14 @@ def _choice(choice: dict[str, Any], several: bool) -> list[str]:
              f"{_plural(choice['attempts_made'], 'attempt')}"]
     for attempt in choice["attempts"]:
         lines.append("")
-        lines += _attempt(attempt)
+        lines += _attempt(attempt, choice["prompt_tokens"])
     if not choice["attempts"]:
         lines.append("no receipt came with it: its messages got lost, or its router is of an older version")
     lines += ["", _cache(choice), *_drafts(choice)]
     return lines
 
 
-def _attempt(attempt: dict[str, Any]) -> list[str]:
+def _attempt(attempt: dict[str, Any], prompt_tokens: int) -> list[str]:
     lines = []
     if attempt["refused"]:
         lines.append(f"attempt {attempt['attempt']}: refused by {attempt['router']} ({attempt['refused']})")
@@ -96,9 +96,22 @@ def _attempt(attempt: dict[str, Any]) -> list[str]:
         left_out = attempt["considered"] - len(attempt["candidates"])
         if left_out > 0:
             lines.append(f"and {_plural(left_out, 'worker')} that cost more")
+        lines += _learned(attempt, prompt_tokens)
     for wall in attempt["filtered"]:
         more = ", ..." if wall["count"] > len(wall["workers"]) else ""
         lines.append(f"not eligible: {wall['reason']}: {wall['count']} ({', '.join(wall['workers'])}{more})")
+    return lines
+
+
+def _learned(attempt: dict[str, Any], prompt_tokens: int) -> list[str]:
+    """The rates behind the terms of the chosen one and the runner-up, as their workers had measured them."""
+    lines = []
+    for row in attempt["candidates"]:
+        computed, terms_ms = prompt_tokens - row["cached_tokens"], row["terms_ms"]
+        if row["worker"] in (attempt["worker"], attempt["runner_up"]) and terms_ms.get("prefill", 0.0) > 0 < computed:
+            step = f", {terms_ms['step']:.2f} ms a step with this request in it" if "step" in terms_ms else ""
+            lines.append(f"learned of {row['worker']}: {1000 * computed / terms_ms['prefill']:,.0f} prompt tokens a "
+                         f"second{step}")
     return lines
 
 

@@ -151,7 +151,8 @@ def check_drafter(options: Options) -> None:
     served = list(options.models.values())
     if load_card(model).vocabulary not in {load_card(folder).vocabulary for folder in served}:
         raise UpFailed(f"the drafter's model {model} speaks other token ids than {' and '.join(map(str, served))}, so "
-                       "every draft would be wrong: give --drafter-model one of the same tokenizer, such as `tokenmill distil` makes")
+                       "every draft would be wrong: give --drafter-model one of the same tokenizer, such as "
+                       "`tokenmill distil` makes")
 
 
 def check_aliases(options: Options) -> None:

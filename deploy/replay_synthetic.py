@@ -6,8 +6,8 @@
 
 Rule: a turn's prompt is all that was said before in its session, the earlier answers too, and something new. Lengths
 are log-normal, times between turns and sessions exponential, the choice of a prompt or document Zipf's. The same seed
-gives the same requests everywhere. What answers bring to a cache is not modelled: in a replay nobody asks for an answer's own
-blocks, so the turn after computes them once.
+gives the same requests everywhere. What answers bring to a cache is not modelled: in a replay nobody asks for an
+answer's own blocks, so the turn after computes them once.
 Pure.
 """
 

@@ -8,12 +8,20 @@ from contextlib import AbstractContextManager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from router.admission import REASONS
+from shared.messages import WorkerStatus
 from shared.telemetry import metrics_served
 from shared.tiers import TIERS
 
 _ESTIMATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _WAITED_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _DECISION_S = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+
+# measured by each worker, told in its statuses, set by nobody; 0 while unknown
+LEARNED = {
+    "prefill_tokens_per_second": "how fast the worker computes prompts.",
+    "step_base_seconds": "what a step of the worker costs with nobody in it.",
+    "step_row_seconds": "what each stream adds to a step of the worker.",
+}
 
 
 class Metrics:
@@ -56,10 +64,23 @@ class Metrics:
         self.overflow = Gauge("mill_router_index_overflow_total", "Blocks that did not fit into the index.",
                               registry=own)
         self.workers = Gauge("mill_router_workers", "Workers heard lately.", registry=own)
+        self.learned = {name: Gauge(f"mill_router_worker_{name}", f"What placement reckons with: {what}", ["worker"],
+                                    registry=own) for name, what in LEARNED.items()}
         self.estimate_s = Histogram("mill_router_estimate_seconds", "Expected time to the first token.",
                                     buckets=_ESTIMATE_S, registry=own)
         self.decision_s = Histogram("mill_router_decision_seconds", "Time to place one request.",
                                     buckets=_DECISION_S, registry=own)
+
+    def learn(self, status: WorkerStatus) -> None:
+        """What a worker told of its rates."""
+        rates = status.prefill_tok_s, status.step_base_s, status.step_row_s
+        for gauge, rate in zip(self.learned.values(), rates, strict=True):
+            gauge.labels(status.id).set(rate)
+
+    def forget(self, worker: str) -> None:
+        """It is gone, and with it all that was counted of it alone."""
+        for own in (self.placed, *self.learned.values()):
+            own.remove(worker)
 
     def served(self, port: int, host: str = "127.0.0.1") -> AbstractContextManager[None]:
         """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""

@@ -161,7 +161,7 @@ class Router:
                 self._start_over(now)
             for worker in self.view.forget_silent(now):
                 _log.info("worker_silent", worker=worker)
-                self.metrics.placed.remove(worker)
+                self.metrics.forget(worker)
                 self.desk.admission.forget(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
             if self.state == "starting" and (now - self._started_at >= STARTING_S or self._has_caught_up(now)):
@@ -202,7 +202,10 @@ class Router:
         self.metrics.indexed_bytes.set(index.nbytes)
         self.metrics.overflow.set(index.overflow_total)
         self.metrics.gaps.set(self.view.resync.gaps_total)
-        self.metrics.workers.set(len(self.view.fleet.workers()))
+        workers = self.view.fleet.workers()
+        self.metrics.workers.set(len(workers))
+        for worker in workers:
+            self.metrics.learn(worker)
         self.metrics.blind_workers.set(len(self.view.blind))
         for tier, waiting in desk.admission.by_tier().items():
             self.metrics.held.labels(tier).set(waiting)

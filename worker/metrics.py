@@ -52,6 +52,7 @@ GAUGES = {
     "blocks_named": "KV blocks that can be reused.",
     "tier_blocks": "KV blocks in the host-memory tier.",
     "tier_bytes": "Memory of the KV blocks in the tier.",
+    "prefill_tokens_per_second": "Learned rate at which prompts are computed.",
     "step_base_seconds": "Learned cost of a step.",
     "step_row_seconds": "Learned cost of a row.",
     "draft_wait": "1 while steps are held back for drafts.",

@@ -442,6 +442,7 @@ class Worker:
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
             "queued_tokens": scheduler.queued_tokens, "blocks": pool.blocks,
             "blocks_held": pool.blocks - pool.available, "blocks_named": pool.named,
+            "prefill_tokens_per_second": scheduler.cost.prefill_tok_s(self._settings.step_tokens),
             "step_base_seconds": scheduler.cost.base_s, "step_row_seconds": scheduler.cost.row_s,
             "draft_wait": float(engine.draft_wait.waiting), **tier_figures(pool.tier, self._runner.tier),
         }

@@ -67,6 +67,8 @@ def test_the_page_names_choice_terms_and_miss(gateway: str) -> None:
         "*  w2          64    12.50   0.00    11.00    0/0    0",
         "   w1          96    20.00   9.00     7.25  2/300  1.5",
         "and 10 workers that cost more",
+        "learned of w2: 8,727 prompt tokens a second",
+        "learned of w1: 8,828 prompt tokens a second",
         "",
         "48 tokens were cached, 16 fewer (evicted: the rest gave way while the request waited at the worker)",
     ]

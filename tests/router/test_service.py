@@ -256,6 +256,24 @@ def test_when_the_only_worker_died_the_gateway_is_told_at_once_to_try_again() ->
     play(scenario)
 
 
+def test_the_rates_that_placement_reckons_with_are_figures_for_as_long_as_their_worker_lives() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        router, worker = await mesh.router(), await mesh.worker(prefill_tok_s=4321.0, step_base_s=0.0125,
+                                                                step_row_s=0.0005)
+        await asyncio.sleep(1)
+
+        def told() -> list[float | None]:
+            return [router.router.metrics.registry.get_sample_value(f"mill_router_worker_{name}", {"worker": "w0"})
+                    for name in ("prefill_tokens_per_second", "step_base_seconds", "step_row_seconds")]
+
+        assert told() == [4321.0, 0.0125, 0.0005]
+        worker.crash()
+        await asyncio.sleep(3)
+        assert told() == [None, None, None]
+
+    play(scenario)
+
+
 def test_a_silent_worker_is_forgotten_with_all_it_held() -> None:
     async def scenario(mesh: Mesh) -> None:
         router, worker = await mesh.router(), await mesh.worker()
