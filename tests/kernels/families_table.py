@@ -37,8 +37,9 @@ def main() -> None:
         equal = sum(one == other for one, other in zip(tokens, case["output"], strict=True))
         largest = int((logits.argmax(-1) == case["largest"]).sum())
         off = float(np.abs(logits[-1, : len(case["last"])] - case["last"]).max())
-        print(f"| {name} | {case['class']} | {equal} of {len(case['output'])} | {largest} of {len(prompt)} | {off:.0e} | "
-              f"{'to the bit' if exact else 'DIFFERS'} |")
+        step_is = "to the bit" if exact else "DIFFERS"
+        ids = f"{equal} of {len(case['output'])} | {largest} of {len(prompt)}"
+        print(f"| {name} | {case['class']} | {ids} | {off:.0e} | {step_is} |")
 
 
 if __name__ == "__main__":
