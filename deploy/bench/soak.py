@@ -169,6 +169,7 @@ class Soak:
         await hurry.listen()
         await hurry.fill(FILLERS, "worker-1")
         self._began = time.monotonic()
+        await self._rest()  # a worker that last spoke of thousands waiting gets nothing until it speaks again
         self._may_send.set()
         clients = [asyncio.create_task(self._client(number, shared, hurry)) for number in range(self._streams)]
         try:
