@@ -53,7 +53,7 @@ class Row(Struct, omit_defaults=True):
 
 def create(path: Path, tenant: str, now: datetime, expires: datetime | None = None) -> Row:
     """A new key for `tenant`, which is added when there is none of that name. Raises KeysFailed."""
-    with _failing(), _editing(path, begin=True) as (change, found):
+    with _failing(path), _editing(path, begin=True) as (change, found):
         check_name(tenant)
         key = _new_key(found)
         change(lambda document: _add(document, tenant, key, now, expires))
@@ -62,13 +62,13 @@ def create(path: Path, tenant: str, now: datetime, expires: datetime | None = No
 
 def listed(path: Path, now: datetime) -> list[Row]:
     """All keys in the order of the file. Raises KeysFailed."""
-    with _failing():
+    with _failing(path):
         return _rows(tenants_file.TenantsFile(path).read(), now)
 
 
 def revoke(path: Path, prefix: str, now: datetime) -> Row:
     """This key opens nothing any more. Raises KeysFailed."""
-    with _failing(), _editing(path) as (change, found):
+    with _failing(path), _editing(path) as (change, found):
         row = _row(found, prefix, path, now)
         if row.state != "revoked":
             change(lambda document: _entry(document, row).update({"revoked": True}))
@@ -82,7 +82,7 @@ def rotate(path: Path, prefix: str, now: datetime, expires: datetime | None = No
 
     Without `expires` the new one lives as long as the old one was given to live.
     """
-    with _failing(), _editing(path) as (change, found):
+    with _failing(path), _editing(path) as (change, found):
         row = _row(found, prefix, path, now)
         if row.state != "valid":
             raise KeysFailed(f"the key {row.prefix} is {row.state}: make another with `tokenmill keys create "
@@ -278,10 +278,10 @@ def _keep_owner(path: Path, descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def _failing() -> Iterator[None]:
+def _failing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise KeysFailed(f"{error.filename}: {error.strerror}") from None
+        raise KeysFailed(f"the tenants file {path}: {error.strerror}, nothing was changed") from None
     except ValueError as error:
         raise KeysFailed(str(error)) from None

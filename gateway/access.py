@@ -94,10 +94,6 @@ class Access:
         """Whether what stands in the source now is not what holds here."""
         return bool(self._complaint)
 
-    def tenants(self) -> list[Tenant]:
-        """Everybody who may ask."""
-        return list(self._tenants.named.values())
-
     def asking(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
         """Whose key came with a request. Raises NotAuthorised."""
         return self._tenants.asking(headers, self._clock.wall())
