@@ -77,6 +77,9 @@ class Gateway:
         self.record = Record(Path(settings.record), settings.record_mib << 20) if settings.record else None
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics, self.record)
         self.access = Access(source_of(settings), clock)
+        if self.access.keyed:
+            for model in self.catalogue.models:
+                model.tokenizer.learn_nothing()
         self.metrics.tenants_refused.set_function(lambda: self.access.refused)
         self.answers: set[Answer] = set()
         self.receipts = Receipts()

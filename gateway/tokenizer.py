@@ -21,6 +21,7 @@ class Tokenizer:
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary_size: int) -> None:
         self._library = library
+        self._learns = True
         characters = {byte: character for character, byte in byte_characters().items() if byte < 128}
         self._words = Words.of(library, characters)
         self._adds_none = library.post_processor is None
@@ -53,6 +54,14 @@ class Tokenizer:
                 raise
             raise BadRequest("the text holds half of a surrogate pair: send whole Unicode characters") from None
 
+    def learn_nothing(self) -> None:
+        """From now on no text makes another one quicker: it would tell a tenant of another's words (law 10)."""
+        self._learns = False
+        self.__dict__.pop("_plain", None)
+        _forget_words(self._library)
+        if self._words is not None:
+            self._words.learn_nothing(text.decode("ascii", "replace") for text in self._bytes)
+
     def token_bytes(self, id: int) -> bytes:
         """What one token stands for; nothing for an id without a token."""
         return self._bytes[id] if id < len(self._bytes) else b""
@@ -71,4 +80,13 @@ class Tokenizer:
         # a copy: the switch is a property of the library's object, which others use at the same time
         copy = tokenizers.Tokenizer.from_str(self._library.to_str())
         copy.encode_special_tokens = True
+        if not self._learns:
+            _forget_words(copy)
         return copy
+
+
+def _forget_words(library: tokenizers.Tokenizer) -> None:
+    """What the library keeps of words it has merged goes, and it keeps no more."""
+    resize = getattr(library.model, "_resize_cache", None)  # of BPE and Unigram, which keep any
+    if resize is not None:
+        resize(0)

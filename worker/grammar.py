@@ -2,8 +2,8 @@
 
 Rules: what is permitted follows from grammar, vocabulary and the answer so far, so it is the same on every worker and a
 state can be had again from the tokens alone. Text that the grammar leaves no choice about is spelt in the longest
-tokens there are. A grammar is compiled once, in a thread; each stream has a copy. The library is imported with the
-first one, which takes 0.1 s.
+tokens there are. A grammar is compiled once for each tenant, in a thread; each stream has a copy. The library is
+imported with the first one, which takes 0.1 s.
 
     begin(grammar, answer) -> GrammarState --advance(token)--> ... finished
                                    |-- admitted(drafts), forced()      what of a draft it permits, what it demands
@@ -87,24 +87,25 @@ class Grammars:
         self._lock = threading.Lock()
         self._words: LLTokenizer | None = None
         self._end_ids: list[int] = []
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[bytes, Grammar], LLMatcher] = OrderedDict()
 
-    def begin(self, grammar: Grammar, answer: Sequence[int]) -> GrammarState:
+    def begin(self, grammar: Grammar, answer: Sequence[int], owner: bytes = b"") -> GrammarState:
         """The state behind the tokens of `answer`. Milliseconds, or a second for the first; for a thread.
 
+        `owner`: a tenant's cache salt; whether another has sent the same grammar does not show in the time it takes.
         Raises BadRequest for a grammar that cannot be used, or does not permit `answer`.
         """
         with self._lock:
-            state = GrammarState(self._matcher(grammar).deep_copy(), self._end_ids)
+            state = GrammarState(self._matcher(grammar, owner).deep_copy(), self._end_ids)
         if not all(state.advance(token) for token in answer):
             raise BadRequest("the grammar does not permit what was generated so far", param="grammar")
         return state
 
-    def _matcher(self, grammar: Grammar) -> "LLMatcher":
+    def _matcher(self, grammar: Grammar, owner: bytes) -> "LLMatcher":
         from llguidance import LLMatcher
 
-        if (known := self._compiled.get(grammar)) is not None:
-            self._compiled.move_to_end(grammar)
+        if (known := self._compiled.get((owner, grammar))) is not None:
+            self._compiled.move_to_end((owner, grammar))
             return known
         if self._words is None:
             self._words = self._tokenizer()
@@ -112,7 +113,7 @@ class Grammars:
         if matcher.is_error():
             raise BadRequest(f"the {grammar.kind} grammar cannot be used: {matcher.get_error()[:_SHOWN]}",
                              param="grammar")
-        self._compiled[grammar] = matcher
+        self._compiled[owner, grammar] = matcher
         if len(self._compiled) > REMEMBERED_GRAMMARS:
             self._compiled.popitem(last=False)
         return matcher

@@ -280,7 +280,8 @@ class Worker:
                 request = arrival.request
                 assert request.grammar is not None
                 try:
-                    state = await asyncio.to_thread(self._grammars.begin, request.grammar, unpack(request.generated))
+                    state = await asyncio.to_thread(self._grammars.begin, request.grammar, unpack(request.generated),
+                                                    request.cache_salt)
                 except BadRequest as error:
                     self._submit(arrival._replace(grammar=error))
                 except Exception as error:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.access import Access
+from gateway.prompt import ServedModel
 from gateway.service import FOLLOW_S, Gateway
 from gateway.tenants import Tenants
 from gateway.tenants_file import TenantsFile, read
@@ -23,6 +24,7 @@ from shared.tokens import pack
 from tests.gateway.fake_mesh import MODEL, gateway_and_mesh, refusal, tiny_model
 from tests.gateway.tenants_files import SECRET, bearer, rewrite, write
 from tests.gateway.test_openai_client import served
+from tests.models import default_folder
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -368,6 +370,22 @@ async def test_the_file_is_followed_and_one_that_goes_bad_changes_nothing_and_is
             while await status(keys["gone"]) != 200:
                 await asyncio.sleep(0.02)
         assert await figure() == "mill_gateway_tenants_refused 0.0"
+
+
+async def test_a_gateway_of_several_tenants_keeps_nothing_of_the_words_it_reads(tmp_path: Path) -> None:
+    """A word that was read before is faster: it would tell one tenant what another wrote."""
+    keys = write(tmp_path / "t.toml", acme={})
+    for tenants, learns in ((str(tmp_path / "t.toml"), False), ("", True)):
+        model = ServedModel.load(default_folder(), MODEL)
+        async with gateway_and_mesh(model, tenants=tenants) as (client, _, __):
+            words = model.tokenizer._words
+            assert words is not None
+            before = set(words._known)
+            response = await client.post(TEXT, json=body(TEXT, prompt="vorpal Jabberwock slithytoves"),
+                                         headers=bearer(keys["acme"]))
+            assert response.status_code == 200
+            learned = set(words._known) - before
+            assert ("vorpal" in learned) == bool(learned) == learns
 
 
 async def test_logs_name_the_tenant_and_no_key(tmp_path: Path) -> None:

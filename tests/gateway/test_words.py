@@ -54,6 +54,22 @@ def test_any_text_has_the_librarys_ids_or_is_left_to_it(name: str, text: str) ->
         assert found is None
 
 
+@settings(deadline=None)
+@given(name=st.sampled_from(sorted(SPLITS)), texts=st.lists(
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join), min_size=1, max_size=6))
+def test_who_learns_nothing_gives_the_same_ids_and_knows_afterwards_what_it_knew(name: str, texts: list[str]) -> None:
+    words = Words.of(library_of(name), SPELLING)
+    assert words is not None
+    words.encode("of before")
+    words.learn_nothing(library_of(name).decode([id]) for id in range(library_of(name).get_vocab_size()))
+    known = dict(words._known)
+    assert known and "before" not in known and " before" not in known
+    for text in texts:
+        if text.isascii():
+            assert words.encode(text) == library_of(name).encode(text, add_special_tokens=False).ids
+    assert words._known == known
+
+
 def test_the_default_models_odd_strings_have_the_librarys_ids() -> None:
     library = tokenizers.Tokenizer.from_file(str(default_folder() / "tokenizer.json"))
     words = Words.of(library, SPELLING)

@@ -6,12 +6,14 @@ import random
 import re
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+import worker.grammar
 from deploy.bench.schemas import schema
 from kernels.adjust import allowed_ids
 from shared.errors import BadRequest
@@ -187,6 +189,15 @@ def test_a_grammar_that_cannot_be_used_is_refused(grammar: Grammar, says: str) -
     with pytest.raises(BadRequest, match=says) as caught:
         grammars().begin(grammar, [])
     assert len(caught.value.message) < 500
+
+
+def test_a_grammar_is_compiled_once_for_each_tenant_and_is_the_same_for_all() -> None:
+    compiled, shared = [], grammars()
+    source = worker.grammar._source
+    with mock.patch("worker.grammar._source", lambda grammar: compiled.append(grammar) or source(grammar)):
+        states = [shared.begin(Grammar("regex", "ab+c"), [97], owner) for owner in (b"one", b"one", b"two", b"one")]
+    assert len(compiled) == 2
+    assert {state.admitted([98, 98, 99]) for state in states} == {3}
 
 
 def test_an_answer_that_the_grammar_does_not_permit_is_no_beginning() -> None:
