@@ -61,8 +61,12 @@ class Load:
     texts: dict[int, str] = field(default_factory=dict)  # request number -> what it said
 
 
-async def run(url: str, bodies: Sequence[dict[str, object]], streams: int, timeout_s: float = 300.0) -> Load:
-    """Send `bodies` (chat or completion requests), `streams` at a time. Raises TimeoutError after `timeout_s`."""
+async def run(url: str, bodies: Sequence[dict[str, object]], streams: int, timeout_s: float = 300.0,
+              key: str = "") -> Load:
+    """Send `bodies` (chat or completion requests), `streams` at a time, with the `key` of a tenant if there is one.
+
+    Raises TimeoutError after `timeout_s`.
+    """
     load = Load()
     host, port = url.removeprefix("http://").split(":")
     todo = iter(enumerate(bodies))
@@ -70,7 +74,7 @@ async def run(url: str, bodies: Sequence[dict[str, object]], streams: int, timeo
     async def lane() -> None:
         for number, body in todo:
             try:
-                await _one(host, int(port), number, body, load)
+                await _one(host, int(port), number, body, load, key)
             except (OSError, asyncio.IncompleteReadError) as error:
                 load.failures.append(repr(error))
 
@@ -81,11 +85,13 @@ async def run(url: str, bodies: Sequence[dict[str, object]], streams: int, timeo
     return load
 
 
-async def _one(host: str, port: int, number: int, body: dict[str, object], load: Load) -> None:
+async def _one(host: str, port: int, number: int, body: dict[str, object], load: Load, key: str) -> None:
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     reader, writer = await asyncio.open_connection(host, port)
     head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    if key:
+        head += f"authorization: Bearer {key}\r\n"
     start = time.perf_counter()
     writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
     status = (await reader.readline()).split()[1].decode()
