@@ -33,6 +33,8 @@ def refusal(adjust: Adjust, vocabulary_size: int) -> BadRequest | None:
     packed = (adjust.biased, adjust.allowed, *adjust.bad_words)
     if any(len(ids) % 4 for ids in packed) or len(adjust.biases) != len(adjust.biased) or not all(adjust.bad_words):
         return BadRequest("packed ids must take 4 bytes each, every biased id one bias, and a bad word one id or more")
+    if len(set(unpack(adjust.biased))) < len(adjust.biased) // 4:
+        return BadRequest("every token has one bias at most")
     if max((max(unpack(ids)) for ids in packed if ids), default=0) >= vocabulary_size:
         return BadRequest(f"logit_bias, allowed_token_ids and bad words must hold ids below {vocabulary_size}")
     numbers = (adjust.repetition_penalty, adjust.frequency_penalty, adjust.presence_penalty, *biases(adjust).tolist())
@@ -115,6 +117,8 @@ class Adjuster:
         self.dead.clear()
         if self.grammar is not None:
             self.grammar.fill(masks, drafts)
+            if self.grammar.broken:
+                masks[:] = 0
         elif self._allowed is not None:
             masks[:] = self._allowed
         for row, mask in enumerate(masks):

@@ -44,8 +44,13 @@ class GrammarState:
         self.finished = False  # nothing may follow but the end
         self._matcher = matcher
 
+    @property
+    def broken(self) -> str:
+        """Why the grammar cannot be kept to any more: it grew beyond what its library bears. Empty while it can."""
+        return f"the grammar is too complex: {self._matcher.get_error()[:_SHOWN]}" if self._matcher.is_error() else ""
+
     def advance(self, token: int) -> bool:
-        """Take a token of the answer. False when the grammar does not permit it."""
+        """Take a token of the answer. False when the grammar does not permit it, or is broken."""
         if self.finished:
             return token in self.end_ids
         permitted = bool(self._matcher.consume_token(token))

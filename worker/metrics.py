@@ -29,6 +29,7 @@ COUNTERS = {
     "outcomes_hit": "Of those, the one that came was among them.",
     "verified_drafts": "Verifications, one for each stream and step.",
     "late_draft_tokens": "Tokens proposed for places that were taken when they came.",
+    "forced_tokens": "Tokens that came with others because a grammar left no choice.",
     "draft_holds": "Steps that were held back for drafts.",
     "draft_hold_seconds": "For how long, all together.",
     "drafter_seconds": "Time that drafters worked for this worker.",

@@ -363,7 +363,8 @@ class Scheduler:
                     sequence.verified_until = now
             if sequence.adjuster is not None and not sequence.adjuster.dead.isdisjoint(range(len(tokens))):
                 self._end(sequence, failed(sequence.request, BadRequest(
-                    "no token is left: allowed_token_ids and the grammar exclude each other")))
+                    (sequence.adjuster.grammar and sequence.adjuster.grammar.broken)
+                    or "no token is left: allowed_token_ids and the grammar exclude each other")))
                 continue
             self._append(sequence, work.start + work.rows - len(work.drafts), tokens, now, records)
         return self.take_events()
@@ -590,10 +591,13 @@ class Scheduler:
             sequence.first_token_at = now
         index = sequence.delivered
         reason: Literal["stop", "length"] | None = None
+        grammar = sequence.adjuster.grammar if sequence.adjuster is not None else None
+        broken = False
         for count, token in enumerate(tokens, 1):
             sequence.tokens.append(token)
-            if sequence.adjuster is not None and sequence.adjuster.grammar is not None:
-                sequence.adjuster.grammar.advance(token)
+            if grammar is not None and not grammar.advance(token):
+                tokens, broken = tokens[:count], True
+                break
             if (reason := _end_reason(sequence)) is not None:
                 tokens = tokens[:count]
                 break
@@ -601,7 +605,10 @@ class Scheduler:
         self._store(sequence)
         told = len(tokens) * record_bytes(sequence.request.logprobs) if records else 0
         self._events.append(Advanced(sequence, index, tokens, records[:told]))
-        if reason is not None:
+        if grammar is not None and broken:
+            self._end(sequence, failed(sequence.request, BadRequest(
+                grammar.broken or "the grammar does not permit what was chosen")))
+        elif reason is not None:
             self._end(sequence, self._finished(sequence, reason, now))
 
     def _store(self, sequence: Sequence) -> None:

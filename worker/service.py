@@ -432,6 +432,7 @@ class Worker:
             "drafts_wanted": scheduler.drafts.wanted, "drafts_ready": scheduler.drafts.used,
             "drafts_foreseen": scheduler.drafts.foreseen, "outcomes_prepared": scheduler.drafts.prepared,
             "outcomes_hit": scheduler.drafts.hits, "late_draft_tokens": scheduler.late_draft_tokens,
+            "forced_tokens": scheduler.forced_tokens,
             "verified_drafts": scheduler.verified_steps, "draft_saved_seconds": scheduler.saved_s,
             "draft_holds": engine.holds, "draft_hold_seconds": engine.held_s,
             "draft_latency_seconds": engine.draft_wait.latency_s, "drafter_seconds": self._drafter_s,

@@ -150,7 +150,8 @@ def test_walls_stand_before_what_is_not_wanted() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    Adjust(biased=pack([VOCABULARY]), biases=b"\0\0\0\0"), Adjust(biased=pack([1])), Adjust(allowed=b"abc"),
+    Adjust(biased=pack([VOCABULARY]), biases=b"\0\0\0\0"), Adjust(biased=pack([3, 3]), biases=bytes(8)),
+    Adjust(biased=pack([1])), Adjust(allowed=b"abc"),
     Adjust(bad_words=(b"",)), Adjust(bad_words=(pack([1, VOCABULARY]),)), Adjust(repetition_penalty=0.0),
     Adjust(presence_penalty=float("nan")), Adjust(allowed=pack([VOCABULARY]))])
 def test_what_cannot_be_applied_is_refused_and_nothing_changes(wrong: Adjust) -> None:

@@ -223,3 +223,22 @@ def test_what_grammar_and_allowed_ids_leave_nothing_of_ends_alone() -> None:
     (bad,) = bench.ends["bad", 1]
     assert isinstance(bad, Failed) and "exclude each other" in bad.message
     assert spell(bench.streams["good", 1]) == "aaab" and ("bad", 1) not in bench.streams
+
+
+def test_a_grammar_that_breaks_ends_its_stream_with_an_error_and_no_other() -> None:
+    """The library permits nothing but an end when it gives up: that must not pass for the end of an answer."""
+    state = grammars().begin(Grammar("regex", "a{9}"), [])
+    assert not state.advance(98) and "too complex" in state.broken
+    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0)
+    bad, good = asked(Grammar("regex", "a{9}"), "bad"), asked(Grammar("regex", "a{9}"), "good")
+    add(bench, bad)
+    add(bench, good)
+    for _ in range(3):
+        bench.step()
+    (broken,) = (one for one in bench.scheduler.running if one.request is bad)
+    assert broken.adjuster is not None and broken.adjuster.grammar is not None
+    broken.adjuster.grammar._matcher.consume_token(98)  # what it does not permit puts it into that state
+    bench.finish()
+    (end,) = bench.ends["bad", 1]
+    assert isinstance(end, Failed) and "too complex" in end.message and not end.retryable
+    assert spell(bench.streams["good", 1]) == "a" * 9 and spell(bench.streams["bad", 1]) == "aaa"
