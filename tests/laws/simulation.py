@@ -32,7 +32,7 @@ from shared.blocks import BLOCK_SIZE_TOKENS, hash_chain, join_hashes
 from shared.clock import LoopClock
 from shared.errors import MillError
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
-from shared.messages import Finished, Generate, Residency, Sampling, Status, WorkerStatus, decode
+from shared.messages import Adjust, Finished, Generate, Residency, Sampling, Status, WorkerStatus, decode
 from shared.residency import allows
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, WorkerSettings
 from shared.tokens import pack
@@ -78,6 +78,7 @@ class Ask:
     hang_up_after: int  # tokens read; 0: it stays
     tenant: str = "red"
     residency: Residency = ANYWHERE
+    adjust: Adjust | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,22 @@ def _ask(rng: random.Random, number: int, shared: list[int], room_tokens: int) -
         () if hangs_up else tuple(rng.randrange(1024, 1536) for _ in range(rng.choice((0, 0, 8)))),
         rng.randint(1, 30) if hangs_up else 0,
         rng.choice(("red", "red", "blue")),
+        adjust=_adjust(random.Random(repr(prompt))),
+    )
+
+
+def _adjust(rng: random.Random) -> Adjust | None:
+    """What one client in four asks to shift or mask; by a chance of its own, so that schedules stay what they were."""
+    if rng.random() < 0.75:
+        return None
+    likely = [rng.randrange(1024, 1536) for _ in range(40)]
+    return Adjust(
+        repetition_penalty=rng.choice((1.0, 1.3)),
+        frequency_penalty=rng.choice((0.0, 1.5)),
+        presence_penalty=rng.choice((0.0, 0.7)),
+        min_tokens=rng.choice((0, 10)),
+        bad_words=(pack(likely[:1]), pack(likely[1:3])),
+        allowed=pack(sorted(set(likely))) if rng.random() < 0.5 else b"",
     )
 
 
@@ -394,7 +411,7 @@ def _first_difference(tokens: list[int], truth: tuple[int, ...]) -> int:
 @cache
 def expected(ask: Ask) -> tuple[int, ...]:
     """The stream as a decoder gives it that does nothing else: one token at a time, no cache, no drafts."""
-    return mock_stream(_mock(), ask.prompt, ask.sampling, ask.max_tokens, ask.stop_token_ids)
+    return mock_stream(_mock(), ask.prompt, ask.sampling, ask.max_tokens, ask.stop_token_ids, ask.adjust)
 
 
 @cache
@@ -670,6 +687,7 @@ class _Mesh:
             max_tokens=ask.max_tokens,
             deadline=self.clock.wall() + 300.0,
             sampling=ask.sampling,
+            adjust=ask.adjust,
             tenant=ask.tenant,
             residency=ask.residency,
             cache_salt=salt,
