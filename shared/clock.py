@@ -28,13 +28,18 @@ def stopwatch() -> float:
 
 
 class LoopClock:
-    """The clock of the running event loop. Under a virtual-time loop all of it is virtual."""
+    """The clock of the running event loop. Under a virtual-time loop all of it is virtual.
+
+    uvloop counts whole milliseconds, and only when it turns: too coarse for what a step costs, so the same clock is
+    read from the system there.
+    """
 
     def __init__(self, wall_offset_s: float | None = None) -> None:
         self._wall_offset_s = wall_offset_s
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        return time.monotonic() if type(loop).__module__ == "uvloop" else loop.time()
 
     def wall(self) -> float:
         if self._wall_offset_s is None:

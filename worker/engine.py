@@ -33,6 +33,8 @@ AUDIT_PERIOD_S = 10.0
 RATE_WINDOW_S = 5.0
 # tokens of steps shorter than this travel together: a message to gateway and client per token would cost more than it
 GATHER_S = 0.002
+# a timer of the loop goes off so much later than asked for
+TIMER_S = 0.001
 
 _log = structlog.get_logger("worker.engine")
 
@@ -187,7 +189,7 @@ class Engine:
             return 0.0
         began = self._clock.now()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(seconds - TIMER_S, 0.5 * TIMER_S)):
                 await self._fresh.wait()
         except TimeoutError:
             self.draft_wait.missed()

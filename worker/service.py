@@ -56,7 +56,7 @@ from worker.outbox import Outbox, Outgoing
 from worker.pace import Pace
 from worker.probe import probe_answer
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_file, vocabulary_of
-from worker.scheduler import Ended, Event, Limits, Refused, Scheduler, Started, failed
+from worker.scheduler import Advanced, Ended, Event, Limits, Refused, Scheduler, Started, failed
 from worker.trace import record_stream
 
 # a gateway unheard for so many times the usual silence has lost its clients long ago
@@ -342,8 +342,9 @@ class Worker:
         told: list[Outgoing] = []
         tells = False
         if self._speculates:
+            tokens = sum(len(event.tokens) for event in events if isinstance(event, Advanced))
             tells = self._scheduler.speculates and bool(events) and self._pace.tell(
-                self._scheduler.accepted_draft_tokens, any(isinstance(event, Started) for event in events))
+                tokens, self._scheduler.accepted_draft_tokens, any(isinstance(event, Started) for event in events))
             told = self._following.follow(events, self._scheduler.live, tells)
         await self._sender.send(replies + told)
         now = self._clock.now()

@@ -143,7 +143,7 @@ async def measure_one(rig: Rig, model: ServedModel, workload: Workload, rounds: 
     with machine.Disturbance() as lost:
         for number, (kind, prompts, temperature) in enumerate(turns):
             sides: dict[Residency, list[Stream]] = {}
-            for residency in (WITHOUT, WITH_DRAFTS) if number % 2 else (WITH_DRAFTS, WITHOUT):
+            for residency in (WITHOUT, WITH_DRAFTS) if number // 2 % 2 else (WITH_DRAFTS, WITHOUT):
                 sides[residency] = await asyncio.gather(*(
                     rig.ask(prompt, Sampling(temperature, seed=1000 * number + place), workload.max_tokens, residency,
                             model.card.stop_token_ids)

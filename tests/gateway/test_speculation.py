@@ -91,6 +91,13 @@ ASKS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "seed": 11, "max_tokens": 1},
     {"temperature": 0.8, "seed": 12, "n": 3, "stop_token_ids": list(range(40, 60)), "return_token_ids": True},
     {"temperature": 0, "prompt": ["The mill turns. " * 8, "The wheel stands. " * 8], "n": 2},
+    {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {"temperature": 0.9, "seed": 13, "frequency_penalty": 0.8, "n": 2},
+    # so few words that they repeat, and drafts agree under the penalty too
+    {"temperature": 0.7, "seed": 14, "allowed_token_ids": [97, 98], "presence_penalty": 0.2, "n": 2},
+    {"temperature": 0, "logit_bias": {"97": 100}, "bad_words": ["aaaa"]},
+    {"temperature": 0.8, "seed": 15, "logprobs": 2, "return_token_ids": True},
+    {"temperature": 0.8, "seed": 16, "min_tokens": 30, "stop_token_ids": list(range(100))},
 )
 
 
@@ -107,8 +114,9 @@ async def answers(drafters: int, asks: tuple[dict[str, Any], ...], stream: bool)
             texts: dict[int, list[Any]] = {}
             for document in documents:
                 for choice in document["choices"]:
-                    text, ids, reason = texts.setdefault(choice["index"], ["", [], None])
+                    text, ids, logprobs, reason = texts.setdefault(choice["index"], ["", [], [], None])
                     texts[choice["index"]] = [text + choice["text"], ids + choice.get("token_ids", []),
+                                              logprobs + (choice["logprobs"] or {}).get("token_logprobs", []),
                                               reason or choice["finish_reason"]]
             usage = documents[-1]["usage"]
             accepted += usage["mill"]["accepted_draft_tokens"]
@@ -130,7 +138,7 @@ async def test_whatever_a_request_asks_for_it_gets_the_same_with_drafts_and_with
 async def test_a_stop_string_ends_an_answer_at_the_same_place_with_drafts_and_without() -> None:
     plain, _ = await answers(0, ASKS[:2], False)
     # pieces of what will be said, each of which ends it somewhere else
-    stops = [[text[at:at + length]] for texts, _ in plain for text, _, _ in texts.values()
+    stops = [[text[at:at + length]] for texts, _ in plain for text, *_ in texts.values()
              for at in (3, 17, 30) for length in (1, 2, 3) if text[at:at + length]]
     asks = tuple({"temperature": 0, "stop": stop, "include_stop_str_in_output": bool(number % 2)}
                  for number, stop in enumerate(stops))
@@ -139,4 +147,4 @@ async def test_a_stop_string_ends_an_answer_at_the_same_place_with_drafts_and_wi
     with lying(6, vocabulary=258):
         drafted, _ = await answers(1, asks, False)
     assert drafted == without
-    assert any(reason == "stop" for texts, _ in without for _, _, reason in texts.values())
+    assert any(reason == "stop" for texts, _ in without for *_, reason in texts.values())
