@@ -103,7 +103,7 @@ def _figures(status: Status | None) -> tuple[str, str, str, str]:
             return (
                 f"{status.decode_tok_s:.0f}",
                 f"{status.blocks_used}/{status.blocks_total}",
-                f"{accepted / drafted:.0%}" if drafted else "-",
+                (f"{accepted / drafted:.0%}" if drafted else "-") + _aside(status.drafting),
                 f"{status.running} running{waiting}",
             )
         case RouterStatus():
@@ -114,6 +114,11 @@ def _figures(status: Status | None) -> tuple[str, str, str, str]:
         case GatewayStatus():
             return ("", "", "", f"{status.active} active")
     return ("", "", "", "")
+
+
+def _aside(drafting: str) -> str:
+    """Why there are no drafts now, if there could be."""
+    return f", {drafting}" if drafting not in ("", "on") else ""
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -123,7 +123,8 @@ async def measure(names: Sequence[str], options: argparse.Namespace) -> dict[str
                     settings = DrafterSettings(id=followed, kind=options.kind, model=options.drafter_model)
                     await rig.start_drafter(settings, proxy.url if followed == "far" else "")
                 row = await measure_one(rig, model, workload, options.rounds)
-                report["rows"].append({"workload": name} | row | {"command": command})
+                run = {"command": command, "commit": report["machine"]["commit"]}
+                report["rows"].append({"workload": name} | row | {"run": run})
                 if options.json:  # a long run that is cut off leaves what it has
                     options.json.write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from io import StringIO
 
+import msgspec
 from rich.console import Console
 
 from deploy.live import SILENT_S, Board, Row, table
@@ -42,6 +43,12 @@ async def test_a_worker_shows_its_speed_blocks_acceptance_and_load() -> None:
 
 async def test_a_worker_that_drafted_nothing_shows_no_acceptance() -> None:
     assert _row(_board(WorkerStatus("worker-1", 1, "m")), Process("worker-1")).drafts == "-"
+
+
+async def test_a_worker_that_leaves_its_drafter_alone_says_why() -> None:
+    status = WorkerStatus("worker-1", 1, "m", draft_tokens_total=200, accepted_draft_tokens_total=20, drafting="slower")
+    assert _row(_board(status), Process("worker-1")).drafts == "10%, slower"
+    assert _row(_board(msgspec.structs.replace(status, drafting="on")), Process("worker-1")).drafts == "10%"
 
 
 async def test_everyone_shows_what_he_does() -> None:
