@@ -33,8 +33,6 @@ AUDIT_PERIOD_S = 10.0
 RATE_WINDOW_S = 5.0
 # tokens of steps shorter than this travel together: a message to gateway and client per token would cost more than it
 GATHER_S = 0.002
-# a timer of the loop goes off so much later than asked for
-TIMER_S = 0.001
 
 _log = structlog.get_logger("worker.engine")
 
@@ -169,10 +167,12 @@ class Engine:
         if scheduler.speculates:
             self.draft_wait.observe(streams, tokens, seconds)
         if step.rows == step.sampled and (scheduler.speculates or not scheduler.paying):
-            if self.payback.observe(streams, tokens, seconds, scheduler.cost.rows_s(streams), self.usd_per_hour):
-                _log.info("drafter_followed_again" if self.payback.following else "drafter_left_alone",
-                          drafter=scheduler.drafter, gain=round(self.payback.gain, 3), state=self.payback.state,
-                          why=self.payback.why)
+            before = self.payback.state
+            self.payback.observe(streams, tokens, seconds, scheduler.cost.rows_s(streams), self.usd_per_hour)
+            after = self.payback.state
+            if (before, after) in (("following", "left"), ("trial without", "left"), ("trial with", "following")):
+                _log.info("drafter_left_alone" if after == "left" else "drafter_followed_again",
+                          drafter=scheduler.drafter, gain=round(self.payback.gain, 3), why=self.payback.why)
             scheduler.paying = self.payback.following
 
     async def _wait_for_drafts(self) -> float:
@@ -189,7 +189,7 @@ class Engine:
             return 0.0
         began = self._clock.now()
         try:
-            async with asyncio.timeout(max(seconds - TIMER_S, 0.5 * TIMER_S)):
+            async with asyncio.timeout(seconds):
                 await self._fresh.wait()
         except TimeoutError:
             self.draft_wait.missed()

@@ -420,9 +420,10 @@ class Worker:
         """What becomes of drafts, in a word."""
         if not self._following.name:
             return ""
-        if not self._scheduler.paying:
-            return self._engine.payback.why or "on"
-        return "on" if self._scheduler.speculates else "full"
+        if self._engine.payback.state in ("left", "trial with"):
+            return self._engine.payback.why
+        # a short trial without drafts is part of following one
+        return "on" if self._scheduler.speculates or not self._scheduler.paying else "full"
 
     def figures(self) -> Figures:
         """What Prometheus reads."""
@@ -437,7 +438,7 @@ class Worker:
             "verified_drafts": scheduler.verified_steps, "draft_saved_seconds": scheduler.saved_s,
             "draft_holds": engine.holds, "draft_hold_seconds": engine.held_s,
             "draft_latency_seconds": engine.draft_wait.latency_s, "drafter_seconds": self._drafter_s,
-            "drafter_left": engine.payback.times_left, "drafter_left_alone": float(not scheduler.paying),
+            "drafter_left": engine.payback.times_left, "drafter_left_alone": float(engine.payback.state == "left"),
             "drafter_gain": engine.payback.gain, "alien_proposals": self._following.alien,
             "strange_proposals": self._following.strange, "repeated_proposals": self._following.repeated,
             "draft_lead_tokens": self._following.lead_tokens,
