@@ -53,10 +53,16 @@ def download(
     if (came := _size(part)) != size_bytes:
         part.unlink()
         raise Broken(f"{target.name} came with {came} bytes instead of {size_bytes}: nothing was kept")
-    if sha256 and _sha256(part) != sha256:
+    if sha256 and sha256_of(part) != sha256:
         part.unlink()
         raise Broken(f"{target.name} is not what its source says it is (another SHA-256): nothing was kept")
     part.replace(target)
+
+
+def sha256_of(file: Path) -> str:
+    """In hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _go_on(url: str, part: Path, headers: Mapping[str, str], report: Callable[[int], None]) -> None:
@@ -86,8 +92,3 @@ def _etag_file(part: Path) -> Path:
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

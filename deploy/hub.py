@@ -9,11 +9,15 @@ import importlib
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.download import Broken, download
+import msgspec
+from msgspec import Struct
+
+from deploy.download import Broken, download, sha256_of
 from gateway import model_files
 from kernels.checkpoint_config import hugging_face_config
 from kernels.config import CheckpointError
@@ -30,10 +34,18 @@ SMALL_FILES = (
     "model.safetensors.index.json",
 )
 MOST_NAMED = 12
+STATE = "pulled.json"
 
 
 class HubRefused(Exception):
     """One sentence on why nothing was fetched, and what would help."""
+
+
+class State(Struct, frozen=True):
+    """What `pulled.json` says of a folder: the revision that its files are of, and whether all are there."""
+
+    revision: str
+    whole: bool
 
 
 class File(NamedTuple):
@@ -71,48 +83,77 @@ def needed(ref: str, files: Sequence[File], which: str = "") -> list[File]:
 
 
 def fetch(ref: str, which: str, folder: Path, report: Report) -> None:
-    """Put the needed files into `folder`. Raises HubRefused, or OSError when the disk is full."""
-    import httpx
+    """Put the needed files into `folder`. Raises HubRefused, or OSError when the disk is full.
+
+    A model that is whole is used as it is where the hub cannot be asked.
+    """
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-    from huggingface_hub.utils import build_hf_headers
 
     endpoint = os.environ.get("HF_ENDPOINT")
+    have = _state(folder)
     try:
         info = HfApi(endpoint=endpoint).model_info(ref, files_metadata=True)
     except RepositoryNotFoundError:
         raise HubRefused(f"Hugging Face knows no model {ref!r} (or it is private or gated: set HF_TOKEN)") from None
     except (HfHubHTTPError, OSError, *_transport_errors()) as error:
+        if have.whole:
+            return
         raise HubRefused(f"could not ask Hugging Face for {ref!r}: {_first_line(error)}") from None
+    if have == State(info.sha or "", whole=True):
+        return
     sums = {one.rfilename: one.lfs.sha256 for one in info.siblings or () if one.lfs}
     files = needed(ref, [File(one.rfilename, one.size or 0) for one in info.siblings or ()], which)
     total, done = sum(file.size_bytes for file in files), 0
+
+    def get(file: File, to: Path, before: int) -> None:
+        url = hf_hub_url(ref, file.name, revision=info.sha, endpoint=endpoint)
+        _download(url, ref, file, to, sums.get(file.name, ""), lambda now: report("download", before + now, total))
+
     _check_disk(folder, total)
-    for file in files:  # small ones first: what they say may end it
+    if config := next((file for file in files if file.name == "config.json"), None):
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as scratch:
+            get(config, Path(scratch) / config.name, 0)
+            _check_family(ref, Path(scratch))
+    same = have.revision == info.sha
+    (folder / STATE).write_bytes(msgspec.json.encode(State(info.sha or "", whole=False)))
+    for file in files:
         target = folder / file.name
-        if not target.exists() or target.stat().st_size != file.size_bytes:
-            try:
-                download(
-                    hf_hub_url(ref, file.name, revision=info.sha, endpoint=endpoint),
-                    target,
-                    size_bytes=file.size_bytes,
-                    sha256=sums.get(file.name, ""),
-                    headers=build_hf_headers(),
-                    report=lambda so_far, before=done: report("download", before + so_far, total),  # type: ignore[misc]
-                )
-            except (Broken, httpx.HTTPStatusError) as error:
-                raise HubRefused(f"could not download {file.name} of {ref!r}: {_first_line(error)}") from None
+        if not _is_there(target, file, sums.get(file.name, ""), same):
+            get(file, target, done)
         done += file.size_bytes
         report("download", done, total)
-        if file.name == "config.json":
-            _check_family(ref, folder)
+    (folder / STATE).write_bytes(msgspec.json.encode(State(info.sha or "", whole=True)))
+
+
+def _download(url: str, ref: str, file: File, to: Path, sha256: str, report: Callable[[int], None]) -> None:
+    import httpx
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        download(url, to, size_bytes=file.size_bytes, sha256=sha256, headers=build_hf_headers(), report=report)
+    except (Broken, httpx.HTTPStatusError) as error:
+        raise HubRefused(f"could not download {file.name} of {ref!r}: {_first_line(error)}") from None
+
+
+def _is_there(target: Path, file: File, sha256: str, same_revision: bool) -> bool:
+    """Whether a file need not be fetched again: of another revision its sum decides, and where it has none it goes."""
+    if not target.exists() or target.stat().st_size != file.size_bytes:
+        return False
+    return same_revision or (bool(sha256) and sha256_of(target) == sha256)
+
+
+def _state(folder: Path) -> State:
+    try:
+        return msgspec.json.decode((folder / STATE).read_bytes(), type=State)
+    except (OSError, msgspec.DecodeError):
+        return State("", whole=False)
 
 
 def _check_family(ref: str, folder: Path) -> None:
     try:
         hugging_face_config(folder)
     except CheckpointError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise HubRefused(f"{ref} cannot be served: {str(error).replace(str(folder), ref)}") from None
 
 

@@ -117,10 +117,15 @@ def available_memory() -> int:
     except (OSError, KeyError, ValueError):
         pass
     try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if most == "max" else min(free, int(most) - used)
-    except (OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most = (group / "memory.max").read_text().strip()
+        if most == "max":
+            return free
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # counted as used, and given up when asked for
+        return min(free, int(most) - used + cached)
+    except (OSError, KeyError, ValueError):
         return free
 
 

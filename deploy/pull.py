@@ -175,7 +175,7 @@ def _pull_hub(ref: str, report: Progress) -> Path:
         hub.fetch(name, which, folder, report)
     except hub.HubRefused as error:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # where nothing came
+            folder.rmdir()  # unless something came
         raise PullFailed(str(error)) from None
     hub.prepare(folder)
     return folder

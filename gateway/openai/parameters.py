@@ -265,7 +265,7 @@ def _bias(bias: dict[str, float]) -> dict[int, float]:
     if len(bias) > MAX_BIASED:
         raise BadRequest(f"logit_bias takes at most {MAX_BIASED} tokens, got {len(bias)}", param="logit_bias")
     for id, value in bias.items():
-        if not (id.isascii() and id.isdecimal() and int(id) < 1 << 32):
+        if not (id.isascii() and id.isdecimal() and len(id) <= 10 and int(id) < 1 << 32):
             raise BadRequest(f"logit_bias has a key that is no token id: {id[:32]!r}", param="logit_bias")
         within(f"logit_bias[{id}]", value, -100, 100)
     return dict(sorted((int(id), value) for id, value in bias.items() if value))

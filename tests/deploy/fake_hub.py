@@ -19,6 +19,7 @@ class FakeHub:
         self.asked: list[tuple[str, str]] = []  # file, its Range
         self.breaks_at: int | None = None
         self.sums: dict[str, str] = {}  # SHA-256 that it announces
+        self.commit = COMMIT
         self.url = ""
 
     def fetched(self) -> list[str]:
@@ -46,9 +47,9 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                     siblings.append({"rfilename": name, "size": len(content)})
                     if name in hub.sums:
                         siblings[-1]["lfs"] = {"sha256": hub.sums[name], "size": len(content), "pointerSize": 1}
-                self._send(200, json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": siblings}).encode(),
+                self._send(200, json.dumps({"id": hub.repository, "sha": hub.commit, "siblings": siblings}).encode(),
                            {"content-type": "application/json"}, with_body)
-            elif path.startswith(f"/{hub.repository}/resolve/{COMMIT}/"):
+            elif path.startswith(f"/{hub.repository}/resolve/{hub.commit}/"):
                 self._file(path.rsplit("/", 1)[-1], with_body)
             else:
                 self._send(404, b"", {"x-error-code": "RepoNotFound"}, with_body)
@@ -56,7 +57,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         def _file(self, name: str, with_body: bool) -> None:
             content = hub.files[name]
             digest = hashlib.sha256(content).hexdigest()
-            headers = {"x-repo-commit": COMMIT, "etag": f'"{digest}"', "accept-ranges": "bytes"}
+            headers = {"x-repo-commit": hub.commit, "etag": f'"{digest}"', "accept-ranges": "bytes"}
             if not with_body:
                 return self._send(200, content, headers, with_body)
             asked = self.headers.get("range", "")

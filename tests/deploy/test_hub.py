@@ -1,5 +1,6 @@
 """Models from Hugging Face: only what is needed, from where it stopped, and a sentence for what cannot be served."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def test_a_model_is_pulled_with_the_needed_files_only_and_is_told_how_far_it_is(cache: Path, hub: FakeHub) -> None:
     seen: list[tuple[int, int]] = []
     folder = pulling.pull(REPOSITORY, lambda what, done, total: seen.append((done, total)))
-    assert hub.fetched() == ["config.json", "tokenizer.json", "model.safetensors"]
+    assert sorted(hub.fetched()) == ["config.json", "model.safetensors", "tokenizer.json"]
     total = sum(len(hub.files[name]) for name in hub.fetched())
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
@@ -56,7 +57,7 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(
     before = len(hub.asked)
     folder = pulling.pull(REPOSITORY)
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
-    assert hub.asked[before:] == [("model.safetensors", "bytes=3000000-")]
+    assert hub.asked[before:] == [("config.json", ""), ("model.safetensors", "bytes=3000000-")]
 
 
 def test_a_file_that_changed_at_its_source_is_begun_anew(
@@ -75,6 +76,30 @@ def test_a_file_that_changed_at_its_source_is_begun_anew(
     assert not list(folder.glob("*.part*"))
 
 
+def test_a_pulled_model_is_used_where_the_hub_cannot_be_asked(
+    cache: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pulling.pull(REPOSITORY)
+    asked = len(hub.asked)
+    assert pulling.pull(REPOSITORY) == folder
+    assert len(hub.asked) == asked
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert pulling.pull(REPOSITORY) == folder
+
+
+def test_a_new_revision_replaces_files_of_the_same_size(cache: Path, hub: FakeHub) -> None:
+    pulling.pull(REPOSITORY)
+    hub.commit = "f" * 40
+    other = bytearray(hub.files["model.safetensors"])
+    other[-4:] = b"\0\0\0\0"
+    hub.files["model.safetensors"] = bytes(other)
+    hub.sums["tokenizer.json"] = hashlib.sha256(hub.files["tokenizer.json"]).hexdigest()
+    before = len(hub.asked)
+    folder = pulling.pull(REPOSITORY)
+    assert (folder / "model.safetensors").read_bytes() == bytes(other)
+    assert {name for name, _ in hub.asked[before:]} == {"config.json", "model.safetensors"}
+
+
 def test_a_file_with_another_sum_is_not_kept(cache: Path, hub: FakeHub) -> None:
     hub.sums["model.safetensors"] = "0" * 64
     with pytest.raises(pulling.PullFailed, match="another SHA-256"):
@@ -87,7 +112,7 @@ def test_a_family_that_cannot_be_served_is_refused_before_its_weights_come(cache
     with pytest.raises(pulling.PullFailed, match=f"{REPOSITORY} cannot be served: .*'falcon'; supported in"):
         pulling.pull(REPOSITORY)
     assert hub.fetched() == ["config.json"]
-    assert not list(cache.rglob("*.json"))
+    assert not list((cache / "models").iterdir())
 
 
 def test_an_unknown_repository_is_one_sentence(cache: Path, hub: FakeHub) -> None:

@@ -241,7 +241,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 3}, "logprobs"), ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"prompt_logprobs": -1}, "prompt_logprobs"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs with stream"),
-    ({"logit_bias": {"five": 1}}, "logit_bias"),
+    ({"logit_bias": {"five": 1}}, "logit_bias"), ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias[5]"), ({"logit_bias": {"258": 1}}, "logit_bias"),
     ({"logit_bias": {str(id): 1 for id in range(1025)}}, "logit_bias"),
     ({"allowed_token_ids": []}, "allowed_token_ids"), ({"allowed_token_ids": [258]}, "allowed_token_ids"),
