@@ -31,7 +31,8 @@ def distil(target: Path, out: Path, *, layers: str, prompts_file: Path | None, d
 
     try:
         total = open_checkpoint(target).config.layers
-        recipe = Recipe(layers=_layers(layers, total), half=_half_is_fast(device), **counts)  # type: ignore[arg-type]
+        recipe = Recipe(layers=_layers(layers, total), half=_half_is_fast(device),
+                        shard=32 if device == "cpu" else 512, **counts)  # type: ignore[arg-type]
         prompts = _prompts(target, prompts_file, recipe.seed)
         certificate = Distillation(target, out, recipe, prompts, device, report).run()
         if not (out / "tokenizer.json").exists():

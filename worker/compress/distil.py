@@ -34,8 +34,6 @@ from worker.compress.student import Student, export
 from worker.compress.writing import Document, Job, Lessons, lessons, write
 
 FORMAT = 1
-# of one shard of text, and of what it measures itself by
-SHARD_TEXTS = 32
 HELD_OUT_TEXTS = 16
 # every so many-th text is written greedily, the others at temperature 1
 GREEDY_EVERY = 4
@@ -61,6 +59,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     texts: int = 0
     steps: int = 0
     minutes: float = 20.0
+    shard: int = 32  # texts that are written together
     batch: int = 8  # texts of a training step
     peak_rate: float = 5e-4
     on_policy: float = 0.1  # the share of the steps, the last ones, that learn from the drafter's own continuations
@@ -204,15 +203,15 @@ class Distillation:
     def _written(self, decoder: Decoder) -> Text:
         """All shards of text; the first says how many there is time for."""
         text = Text([], [], [])
-        shard = 0
+        shard, shard_texts = 0, self._recipe.shard
         while not self.plan.texts or len(text.documents) < self.plan.texts:
-            count = min(SHARD_TEXTS, self.plan.texts - len(text.documents)) if self.plan.texts else SHARD_TEXTS
+            count = min(shard_texts, self.plan.texts - len(text.documents)) if self.plan.texts else shard_texts
             jobs = [self._job(len(text.documents) + number) for number in range(count)]
             began = stopwatch()
             documents, thoughts = self._kept(f"text-{shard:05}", partial(self._shard, decoder, jobs))
             if not self.plan.texts:
                 left = self._recipe.minutes * 60 * WRITE_SHARE - (began - self._began)
-                self.plan.texts = SHARD_TEXTS * max(1, int(left / max(1e-3, stopwatch() - began)))
+                self.plan.texts = shard_texts * max(1, int(left / max(1e-3, stopwatch() - began)))
                 self._save_plan()
             text.jobs.extend(jobs)
             text.documents.extend(documents)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from kernels.step import Decoder, StepInputs
 
-TOGETHER = 32
 # rows of one step that lessons are taken from: each has a logit for every id
 LESSON_ROWS = {"cpu": 256, "cuda": 4096}
 
@@ -53,12 +52,15 @@ class _Slot(NamedTuple):
 def write(decoder: Decoder, jobs: Sequence[Job], most_tokens: int, stops: Sequence[int]) -> list[Document]:
     """What the target says to each job: until a token of `stops`, which is kept, or `most_tokens`.
 
-    Raises ValueError when a prompt does not fit into the cache with its answer.
+    As many at once as the cache holds. Raises ValueError when a prompt does not fit into it with its answer.
     """
     ends = frozenset(stops)
-    together = max(1, min(TOGETHER, len(jobs)))
-    per_slot = decoder.blocks // together
-    longest = min(per_slot * decoder.block_size_tokens, decoder.context_length)
+    longest = max((len(job.prompt) for job in jobs), default=0) + most_tokens
+    per_slot = -(-longest // decoder.block_size_tokens)
+    together = min(len(jobs), decoder.blocks // per_slot)
+    if jobs and (not together or longest > decoder.context_length):
+        raise ValueError(f"a prompt and {most_tokens} tokens behind it are {longest} in all, more than fit: use "
+                         "shorter prompts, or fewer tokens a text")
     said: dict[int, list[int]] = {}
     waiting = list(enumerate(jobs))[::-1]
     free = [np.arange(slot * per_slot, (slot + 1) * per_slot, dtype=np.int32) for slot in range(together)]
@@ -66,9 +68,6 @@ def write(decoder: Decoder, jobs: Sequence[Job], most_tokens: int, stops: Sequen
     while waiting or active:
         while waiting and free:
             number, job = waiting.pop()
-            if len(job.prompt) + most_tokens > longest:
-                raise ValueError(f"a prompt of {len(job.prompt)} tokens and {most_tokens} behind it are more than the "
-                                 f"{longest} that fit: use shorter prompts, or fewer tokens a text")
             active.append(_Slot(number, job, free.pop(), []))
         chosen = decoder.step(step_inputs([(slot.job, slot.blocks, _next(slot)) for slot in active]))
         going = []
