@@ -35,7 +35,7 @@ class RequestMetrics(Struct, frozen=True):
     time_to_first_token_ms: float  # from when the worker took it up
     generation_time_ms: float  # from the first token to the last
     queue_time_ms: float
-    mean_itl_ms: float | None
+    mean_itl_ms: float | None  # of a stream that moved nobody knows the time of all its tokens
     tokens_per_second: float | None
     speculative_decoding: Speculation
 
@@ -56,10 +56,11 @@ def metrics_of(end: Finished) -> RequestMetrics | None:
     speculation = speculation_of(end)
     if speculation is None:
         return None
-    gaps = end.completion_tokens - 1
+    tokens = end.completion_tokens if end.attempt == 1 else 0
     return RequestMetrics(
-        _ms(end.prefill_s), _ms(end.decode_s), _ms(end.queue_s), _ms(end.decode_s / gaps) if gaps > 0 else None,
-        round(end.completion_tokens / end.decode_s, 3) if end.decode_s > 0 else None, speculation)
+        _ms(end.prefill_s), _ms(end.decode_s), _ms(end.queue_s),
+        _ms(end.decode_s / (tokens - 1)) if tokens > 1 else None,
+        round(tokens / end.decode_s, 3) if tokens and end.decode_s > 0 else None, speculation)
 
 
 def accepted_at(end: Finished) -> list[int]:

@@ -116,7 +116,7 @@ class Payback:
             self._start_over(settle=False)
 
     def _judge(self) -> None:
-        self.gain = self._with / self._baseline
+        self.gain = self._over_plain()
         self._windows = 0
         if self.gain < LOSS:
             self._windows_between = 1
@@ -154,7 +154,7 @@ class Payback:
 
     def _end_retry(self) -> None:
         self._with = self._efficiency
-        self.gain = self._with / self._baseline if self._baseline else 1.0
+        self.gain = self._over_plain()
         if self.gain > GAIN and not self._is_dear():
             self._windows, self._windows_between = 0, 1
             self._patience = max(FIRST_PATIENCE, self._patience // 2)
@@ -167,6 +167,10 @@ class Payback:
     def _learn_baseline(self) -> None:
         seen = self._efficiency
         self._baseline += (BASELINE_MEMORY if self._baseline else 1.0) * (seen - self._baseline)
+
+    def _over_plain(self) -> float:
+        """What the drafter gained; 1 while plain steps are worth nothing that could be measured."""
+        return self._with / self._baseline if self._baseline else 1.0
 
     @property
     def _efficiency(self) -> float:

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from gateway.speculation import accepted_at
+from gateway.speculation import accepted_at, metrics_of
 from shared.messages import Accepted, Finished, Generate, Reply, Tokens
 from shared.tokens import pack
 from tests.gateway.fake_mesh import END, gateway_and_mesh
@@ -78,6 +79,16 @@ def test_what_was_accepted_at_each_place_follows_from_how_many_each_step_accepte
     end = Finished("r", 1, "stop", accepted_counts=counts)
     assert accepted_at(end) == [3, 1, 1]
     assert sum(accepted_at(end)) == sum(accepted * steps for accepted, steps in enumerate(counts))
+
+
+def test_of_a_stream_that_moved_nothing_is_said_of_all_its_tokens_over_its_last_workers_time() -> None:
+    """Its last worker counts 102 tokens and has said two of them, in 20 ms."""
+    end = Finished("r", 2, "stop", completion_tokens=102, drafter="d1", accepted_counts=(1, 1), draft_steps=2,
+                   decode_s=0.02)
+    moved, first = metrics_of(end), metrics_of(replace(end, attempt=1))
+    assert moved is not None and (moved.mean_itl_ms, moved.tokens_per_second) == (None, None)
+    assert moved.generation_time_ms == 20.0
+    assert first is not None and first.tokens_per_second == 5100.0
 
 
 # whatever a request may ask for: with drafts it gets what it gets without

@@ -108,3 +108,10 @@ def test_of_another_drafter_nothing_is_held_against_it() -> None:
     assert not payback.following
     payback.new_drafter()
     assert payback.following and payback.gain == 0.0 and payback.times_left == 1
+
+
+def test_where_plain_steps_take_no_time_that_could_be_measured_nobody_loses_and_nothing_breaks() -> None:
+    payback = Payback()
+    for _ in range(20 * (WINDOW_STEPS + TRIAL_STEPS)):
+        payback.observe(1, 1, PLAIN_S, 0.0)
+    assert (payback.times_left, payback.gain) == (0, 1.0)
