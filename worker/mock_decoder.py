@@ -17,8 +17,8 @@ from kernels.logprobs import fill
 from kernels.step import StepInputs
 
 ODD = np.uint64(0x9E3779B97F4A7C15)
-# of so many tokens one depends on the whole stream; the others follow from the token before, as words in a phrase
-PHRASE = np.uint64(8)
+# one token of eight depends on the whole stream; the others follow from the token before, as words in a phrase
+IN_PHRASE, DRAW = np.uint64(7), np.uint64(16)
 WORDS = 96
 # byte-level vocabularies have whole words from about here on, so that a mock mesh streams text and not broken bytes
 FIRST_WORD = 1024
@@ -37,6 +37,7 @@ class MockDecoder:
         self.vocabulary_size = vocabulary_size
         self.context_length = context_length
         self.block_size_tokens = block_size_tokens
+        self._size = np.int64(block_size_tokens)
         self.blocks = blocks
         self.recipe = f"mock-{vocabulary_size}"
         self._first = min(FIRST_WORD, vocabulary_size // 2)
@@ -49,46 +50,51 @@ class MockDecoder:
         self._mixed = mix(np.arange(vocabulary_size, dtype=np.uint64))
         self._powers = np.full(context_length, ODD, np.uint64).cumprod(dtype=np.uint64)
         # never zero, so that an unwritten slot is as visible as a wrong one
-        self._kv: Hashes = rng.integers(1, 1 << 63, (blocks, block_size_tokens), np.uint64)
+        self._kv: Hashes = rng.integers(1, 1 << 63, blocks * block_size_tokens, np.uint64)
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
-        size = self.block_size_tokens
-        tables, positions = inputs.block_tables, inputs.positions.astype(np.int64)
-        starts = inputs.sequence_starts.astype(np.int64)
-        self._check(inputs)
-        sequences = np.arange(len(starts) - 1)
-        one_each = len(positions) == len(sequences)
-        sequence_of = sequences if one_each else np.repeat(sequences, np.diff(starts))
+        size, starts = self._size, inputs.sequence_starts
+        positions, tokens, rows = inputs.positions.astype(np.int64), inputs.tokens, inputs.sample_rows
+        one_each = len(positions) == len(starts) - 1
+        blocks, places = np.divmod(positions, size)
+        self._check(inputs, blocks if one_each else blocks.take(starts[1:] - 1))
+        tables = inputs.block_tables.ravel()
+        numbers = np.arange(inputs.block_tables.shape[1])
+        heads = np.arange(0, len(tables), len(numbers))  # where the table of each row's sequence begins
+        first, first_heads = positions, heads
+        if not one_each:
+            first, heads = positions.take(starts[:-1]), np.repeat(heads, np.diff(starts))
+        slots = tables.take(heads + blocks) * size + places
         # 1. the hash up to each row: what the cache says before the sequence's first row, and a running sum
-        terms = self._mixed[inputs.tokens] * self._powers[positions]
-        first = positions if one_each else positions[starts[:-1]]
-        previous = np.maximum(first - 1, 0)
-        held = self._kv[tables[sequences, previous // size], previous % size]
-        before = held * (first > 0)
+        hashes = self._mixed.take(tokens) * self._powers.take(positions)
+        block, place = np.divmod(np.maximum(first - 1, 0), size)
+        before = self._kv.take(tables.take(first_heads + block) * size + place) * (first > 0)
         if one_each:
-            hashes = before + terms
+            hashes += before
         else:
-            running = np.concatenate(([np.uint64(0)], terms.cumsum(dtype=np.uint64)))
-            hashes = before[sequence_of] + running[1:] - running[starts[:-1]][sequence_of]
+            running = np.concatenate(([np.uint64(0)], hashes.cumsum(dtype=np.uint64)))
+            hashes = np.repeat(before - running.take(starts[:-1]), np.diff(starts)) + running[1:]
         # 2. keys and values
-        self._kv[tables[sequence_of, positions // size], positions % size] = hashes
+        self._kv[slots] = hashes
         # 3. attention: the row's own slot and the last slot of every full block up to it
-        rows = inputs.sample_rows
-        own, place = tables[sequence_of[rows]], positions[rows]
-        full = np.arange(own.shape[1]) < ((place + 1) // size)[:, None]
-        ends = self._kv[own * full, size - 1] * full
-        state = self._kv[own[np.arange(len(rows)), place // size], place % size]
-        state = mix(state + mix(np.bitwise_xor.reduce(ends, axis=1)))
+        own = inputs.block_tables
+        if not one_each or len(rows) != len(positions):
+            positions, tokens, slots = positions.take(rows), tokens.take(rows), slots.take(rows)
+            own = tables.take(heads.take(rows)[:, None] + numbers)
+        full = numbers < ((positions + 1) // size)[:, None]
+        ends = self._kv.take(own * full * size + (size - 1)) * full
+        state = self._kv.take(slots) + np.bitwise_xor.reduce(ends, axis=1) * ODD
         # 4. sampling
         sampled = inputs.temperature > 0
-        seeded = mix(state ^ mix(inputs.seeds + ODD) * sampled if sampled.any() else state)
-        word = (inputs.tokens[rows] - self._first).astype(np.int64) % self._words
-        fresh = (seeded >> np.uint64(16)) % np.uint64(self._words)
-        words = np.where(seeded % PHRASE == 0, fresh, self._follows[word])
-        chosen = (words + np.uint64(self._first)).astype(np.int32)
+        if sampled.any():
+            state ^= mix(inputs.seeds + ODD) * sampled
+        state = mix(state)
+        word = (tokens - self._first) % self._words
+        words = np.where(state & IN_PHRASE, self._follows.take(word), (state >> DRAW) % np.uint64(self._words))
+        chosen = words.astype(np.int32) + np.int32(self._first)
         # 5. where logits are shifted, masked or told, there are some that every shift can change
         if inputs.adjustments is not None or inputs.logprobs is not None:
-            logits = self._flat(seeded, chosen)
+            logits = self._flat(state, chosen)
             if inputs.adjustments is not None:
                 these = inputs.adjustments.samples
                 chosen[these] = adjusted(logits, inputs.adjustments)[these].argmax(1)
@@ -116,29 +122,38 @@ class MockDecoder:
 
     def read_block(self, block: int, to: NDArray[np.uint8]) -> None:
         """As `kernels.step.BlockStore`."""
-        to.view(np.uint64)[:] = self._kv[block]
+        to.view(np.uint64)[:] = self._kv[self._slots(block)]
 
     def write_block(self, block: int, data: NDArray[np.uint8]) -> None:
         """As `kernels.step.BlockStore`."""
-        self._kv[block] = data.view(np.uint64)
+        self._kv[self._slots(block)] = data.view(np.uint64)
 
-    def _check(self, inputs: StepInputs) -> None:
-        """Raises ValueError where a real device would read or write somebody else's memory."""
+    def _slots(self, block: int) -> slice:
+        return slice(block * self.block_size_tokens, (block + 1) * self.block_size_tokens)
+
+    def _check(self, inputs: StepInputs, last: NDArray[np.int64]) -> None:
+        """Raises ValueError where a real device would read or write somebody else's memory.
+
+        `last`: of each sequence the number of the block that its last row lies in.
+        """
         # as unsigned numbers what is negative is large
-        if inputs.tokens.view(np.uint32).max() >= self.vocabulary_size:
+        if np.maximum.reduce(inputs.tokens.view(np.uint32)) >= self.vocabulary_size:
             raise ValueError("a token id outside the vocabulary")
-        if inputs.positions.view(np.uint32).max() >= self.context_length:
+        if np.maximum.reduce(inputs.positions.view(np.uint32)) >= self.context_length:
             raise ValueError("a position outside the context")
-        last = inputs.positions[inputs.sequence_starts[1:] - 1] // self.block_size_tokens
-        if last.max() >= inputs.block_tables.shape[1]:
+        width = inputs.block_tables.shape[1]
+        if np.maximum.reduce(last) >= width:
             raise ValueError("a block table shorter than its sequence")
-        needed = np.arange(inputs.block_tables.shape[1]) <= last[:, None]
-        if (inputs.block_tables.view(np.uint32) * needed).max() >= self.blocks:
+        needed = np.arange(width) <= last[:, None]
+        if np.maximum.reduce(inputs.block_tables.view(np.uint32) * needed, axis=None) >= self.blocks:
             raise ValueError("a block table with a hole")
 
 
 def mix(values: Hashes) -> Hashes:
     """A bijection of 64 bits that leaves no pattern (the finaliser of splitmix64)."""
-    values = (values ^ (values >> _SHIFTS[0])) * _FACTORS[0]
-    values = (values ^ (values >> _SHIFTS[1])) * _FACTORS[1]
-    return values ^ (values >> _SHIFTS[2])
+    mixed = values ^ (values >> _SHIFTS[0])
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> _SHIFTS[1]
+    mixed *= _FACTORS[1]
+    mixed ^= mixed >> _SHIFTS[2]
+    return mixed

@@ -7,7 +7,7 @@ import numpy as np
 from kernels.step import Decoder, StepInputs
 from shared.adjust import adjusted
 from shared.messages import Adjust, Sampling
-from worker.mock_decoder import ODD, PHRASE, MockDecoder
+from worker.mock_decoder import DRAW, IN_PHRASE, ODD, MockDecoder
 
 
 def plain_stream(
@@ -71,8 +71,8 @@ def mock_stream(
             continue
         if len(made) == max_tokens or (made and made[-1] in stop_token_ids):
             return tuple(made)
-        seeded = _mix(_mix(total + _mix(ends)) ^ noise)
-        word = (seeded >> 16) % words if seeded % int(PHRASE) == 0 else follows[(token - first) % words]
+        seeded = _mix(total + ends * int(ODD) & _MASK ^ noise)
+        word = follows[(token - first) % words] if seeded & int(IN_PHRASE) else (seeded >> int(DRAW)) % words
         chosen = word + first
         if adjust is not None:
             (logits,) = decoder._flat(np.array([seeded], np.uint64), np.array([chosen], np.int32))
