@@ -24,6 +24,8 @@ OUTLIER = 4.0
 WARM_STEPS = 8
 # the shortest step counts for this many times as long with each step since, so that a device may become slower
 SHORTEST_GROWTH = 1.0005
+# solving takes as long as planning a step of one row (15 us): done when somebody asks, and behind so many steps
+SOLVE_AFTER = 16
 
 
 class StepCost:
@@ -33,37 +35,65 @@ class StepCost:
         self.table = RowCost()
         self.steps = 0
         self.prefill_tokens = 0
-        self.base_s = 0.0
-        self.row_s = 0.0
-        self.token_s = 0.0
+        self._base_s = 0.0
+        self._row_s = 0.0
+        self._token_s = 0.0
+        self._unsolved = 0  # steps that are not in these yet
         self._shortest_s = float("inf")
-        self._matrix = [[0.0] * 3 for _ in range(3)]
-        self._vector = [0.0] * 3
+        self._weight = 0.0
+        # sums over the steps: of rows, prefill tokens and seconds, of products of two of them
+        self._r = self._p = self._s = 0.0
+        self._rr = self._rp = self._pp = self._rs = self._ps = 0.0
         self._row_share = FIRST_ROW_SHARE
         self._token_share = 0.1 * FIRST_ROW_SHARE
 
+    @property
+    def base_s(self) -> float:
+        self._solve()
+        return self._base_s
+
+    @property
+    def row_s(self) -> float:
+        self._solve()
+        return self._row_s
+
+    @property
+    def token_s(self) -> float:
+        self._solve()
+        return self._token_s
+
     def observe(self, rows: int, prefill_tokens: int, seconds: float) -> None:
         """Learn from one step."""
+        if self.steps < WARM_STEPS or self._unsolved >= SOLVE_AFTER:
+            self._solve()
         if self.steps >= WARM_STEPS:
-            seconds = min(seconds, OUTLIER * self.expected_s(rows, prefill_tokens))
+            seconds = min(seconds, OUTLIER * self._expected_s(rows, prefill_tokens))
         if not prefill_tokens:
             self.table.observe(rows, seconds)
         self._shortest_s = min(SHORTEST_GROWTH * self._shortest_s, seconds)
         self.steps += 1
         self.prefill_tokens += prefill_tokens
-        features = (1.0, float(rows), float(prefill_tokens))
-        for i in range(3):
-            for j in range(3):
-                self._matrix[i][j] = FORGETTING * self._matrix[i][j] + features[i] * features[j]
-            self._vector[i] = FORGETTING * self._vector[i] + features[i] * seconds
-        self._solve()
+        self._weight = FORGETTING * self._weight + 1.0
+        self._r = FORGETTING * self._r + rows
+        self._p = FORGETTING * self._p + prefill_tokens
+        self._s = FORGETTING * self._s + seconds
+        self._rr = FORGETTING * self._rr + rows * rows
+        self._rp = FORGETTING * self._rp + rows * prefill_tokens
+        self._pp = FORGETTING * self._pp + prefill_tokens * prefill_tokens
+        self._rs = FORGETTING * self._rs + rows * seconds
+        self._ps = FORGETTING * self._ps + prefill_tokens * seconds
+        self._unsolved += 1
 
     def expected_s(self, rows: int, prefill_tokens: int = 0) -> float:
-        return self.base_s + rows * self.row_s + prefill_tokens * self.token_s
+        self._solve()
+        return self._expected_s(rows, prefill_tokens)
 
     def rows_s(self, rows: int) -> float:
         """What a step of so many rows and no prompt takes: by the table if there is one."""
         return self.table.seconds(rows) if self.table.known else self.expected_s(rows)
+
+    def _expected_s(self, rows: int, prefill_tokens: int) -> float:
+        return self._base_s + rows * self._row_s + prefill_tokens * self._token_s
 
     def prefill_tok_s(self, step_tokens: int) -> float:
         """Prompt tokens a second when steps are full of them; 0 while no prompt was seen."""
@@ -71,13 +101,16 @@ class StepCost:
         return step_tokens / seconds if self.prefill_tokens and seconds > 0 else 0.0
 
     def _solve(self) -> None:
+        if not self._unsolved:
+            return
+        self._unsolved = 0
         # the prior: the known proportions, at the level of what a step costs now on average
-        weight = self._matrix[0][0]
-        mean_rows, mean_tokens = self._matrix[0][1] / weight, self._matrix[0][2] / weight
-        empty_s = self._vector[0] / weight / (1.0 + self._row_share * mean_rows + self._token_share * mean_tokens)
+        weight = self._weight
+        mean_rows, mean_tokens = self._r / weight, self._p / weight
+        empty_s = self._s / weight / (1.0 + self._row_share * mean_rows + self._token_share * mean_tokens)
         prior = (empty_s, self._row_share * empty_s, self._token_share * empty_s)
-        matrix = [row[:] for row in self._matrix]
-        vector = self._vector[:]
+        matrix = [[weight, self._r, self._p], [self._r, self._rr, self._rp], [self._p, self._rp, self._pp]]
+        vector = [self._s, self._rs, self._ps]
         for i in range(3):
             matrix[i][i] += PRIOR_WEIGHT
             vector[i] += PRIOR_WEIGHT * prior[i]
@@ -86,17 +119,17 @@ class StepCost:
             base = self._shortest_s
             row, token = solve([line[1:] for line in matrix[1:]],
                                [sum_ - base * line[0] for sum_, line in zip(vector[1:], matrix[1:], strict=True)])
-        self.row_s = max(row, 0.0)
-        self.token_s = max(token, 0.0)
-        self.base_s = max(base, 0.0)
-        if self.base_s > 0.0:
-            if self._differ(1, mean_rows):
-                self._row_share = self.row_s / self.base_s
-            if self._differ(2, mean_tokens):
-                self._token_share = self.token_s / self.base_s
+        self._row_s = max(row, 0.0)
+        self._token_s = max(token, 0.0)
+        self._base_s = max(base, 0.0)
+        if self._base_s > 0.0:
+            if self._differ(self._rr, mean_rows):
+                self._row_share = self._row_s / self._base_s
+            if self._differ(self._pp, mean_tokens):
+                self._token_share = self._token_s / self._base_s
 
-    def _differ(self, feature: int, mean: float) -> bool:
-        variance = self._matrix[feature][feature] / self._matrix[0][0] - mean * mean
+    def _differ(self, squares: float, mean: float) -> bool:
+        variance = squares / self._weight - mean * mean
         return mean > 0.0 and variance > (SPREAD * mean) ** 2
 
 
