@@ -1,10 +1,14 @@
 """A step of the scheduler as the arrays of a decoder.
 
 Rule: what belongs to a sequence lies in the row of its slot for as long as it runs (block table, sampling); a step is
-an index into those rows. The arrays handed out are copies, so nothing in flight changes.
+an index into those rows. The arrays handed out are copies, so nothing in flight changes; nobody writes to them, so what
+did not change since the last step (most of them, while the same streams decode) is handed out again.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from kernels.step import Logprobs, StepInputs
 from worker.adjust import Builder
@@ -12,6 +16,18 @@ from worker.scheduler import Step
 from worker.sequence import Sequence
 
 SEED_MASK = (1 << 64) - 1
+
+
+class _Rows(NamedTuple):
+    """What a step took from the rows of its slots; `sampling` in the order of StepInputs."""
+
+    slots: list[int]
+    tables: NDArray[np.int32]
+    sample_slots: list[int]
+    sampling: tuple[NDArray[Any], ...]
+
+
+_NOTHING = tuple(np.zeros(0) for _ in range(5))
 
 
 class Batch:
@@ -27,6 +43,9 @@ class Batch:
         self._seeds = np.zeros(slots, np.uint64)
         self._leases = [0] * slots
         self._written = [0] * slots  # blocks of each row that are in the table
+        self._counting = np.arange(slots + 1, dtype=np.int32)
+        self._last = _Rows([], np.zeros((0, 1), np.int32), [], _NOTHING)
+        self._changed = True  # a row of a slot, since `_last`
 
     def build(self, step: Step) -> StepInputs:
         """The inputs of one step; sequences and rows in the order of `step.works`."""
@@ -44,18 +63,17 @@ class Batch:
         most = 0
         for work in step.works:
             sequence = work.sequence
-            slot = sequence.slot
-            if self._written[slot] != len(sequence.blocks) or self._leases[slot] != sequence.lease:
+            slot, blocks = sequence.slot, len(sequence.blocks)
+            if self._written[slot] != blocks or self._leases[slot] != sequence.lease:
                 self._write(sequence)
-            longest = max(longest, len(sequence.blocks))
+            longest = blocks if blocks > longest else longest
             slots.append(slot)
-            end = work.start + work.rows
-            known = end - len(work.drafts)
             if work.rows == 1:
                 tokens.append(sequence.tokens[work.start])
                 positions.append(work.start)
             else:
-                tokens += sequence.tokens[work.start:known]
+                end = work.start + work.rows
+                tokens += sequence.tokens[work.start:end - len(work.drafts)]
                 tokens += work.drafts
                 positions += range(work.start, end)
             if work.scored:
@@ -76,30 +94,46 @@ class Batch:
                     told += range(len(sample_rows), len(sample_rows) + wanted)
                     targets += [-1] * wanted
                     most = max(most, sequence.request.logprobs)
-                sample_rows += range(len(tokens) - wanted, len(tokens))
-                sample_slots += [slot] * wanted
+                if wanted == 1:
+                    sample_rows.append(len(tokens) - 1)
+                    sample_slots.append(slot)
+                else:
+                    sample_rows += range(len(tokens) - wanted, len(tokens))
+                    sample_slots += [slot] * wanted
             starts.append(len(tokens))
-        rows = np.array(sample_slots, np.intp)
-        temperature = self._temperature[rows]
-        temperature[scored] = 0.0
+        one_each = len(sample_rows) == len(tokens) == len(slots)
+        last = self._last = self._rows(slots, longest, sample_slots)
+        temperature, top_k, top_p, min_p, seeds = last.sampling
+        if scored:
+            temperature = temperature.copy()
+            temperature[scored] = 0.0
         return StepInputs(
             tokens=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),
-            sequence_starts=np.array(starts, np.int32),
-            block_tables=np.ascontiguousarray(self._tables[np.array(slots, np.intp), :longest]),
-            sample_rows=np.array(sample_rows, np.int32),
-            temperature=temperature,
-            top_k=self._top_k[rows],
-            top_p=self._top_p[rows],
-            min_p=self._min_p[rows],
-            seeds=self._seeds[rows],
+            sequence_starts=self._counting[:len(starts)] if one_each else np.array(starts, np.int32),
+            block_tables=last.tables,
+            sample_rows=self._counting[:len(slots)] if one_each else np.array(sample_rows, np.int32),
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds,
             adjustments=adjusted.build() if adjusted is not None else None,
             logprobs=Logprobs.asked(told, targets, most) if told else None,
         )
 
+    def _rows(self, slots: list[int], longest: int, sample_slots: list[int]) -> "_Rows":
+        """What the step needs of the rows of its slots."""
+        last = self._last
+        if not self._changed and slots == last.slots and longest == last.tables.shape[1] \
+                and sample_slots == last.sample_slots:
+            return last
+        self._changed = False
+        rows = np.array(sample_slots, np.intp)
+        return _Rows(
+            slots, np.ascontiguousarray(self._tables[np.array(slots, np.intp), :longest]), sample_slots,
+            (self._temperature[rows], self._top_k[rows], self._top_p[rows], self._min_p[rows], self._seeds[rows]))
+
     def _write(self, sequence: Sequence) -> None:
         """Bring the row of a sequence up to date: all of it for a new owner, else the blocks behind the known ones."""
         slot, blocks = sequence.slot, sequence.blocks
+        self._changed = True
         if self._leases[slot] != sequence.lease:
             self._leases[slot] = sequence.lease
             self._tables[slot, :self._written[slot]] = -1
