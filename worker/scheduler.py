@@ -80,12 +80,12 @@ class Step(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sum(work.rows for work in self.works)
+        return sum([work.rows for work in self.works])
 
     @property
     def sampled(self) -> int:
         """Rows whose next token is wanted."""
-        return sum(1 + len(work.drafts) for work in self.works if work.samples)
+        return sum([1 + len(work.drafts) for work in self.works if work.samples])
 
     @property
     def scores(self) -> bool:
@@ -288,32 +288,30 @@ class Scheduler:
             self._expire(now)
         self._works = works = []
         preempted = self.preemptions
+        size = self.limits.block_size
         for sequence in list(self.running):
+            computed, length = sequence.computed, len(sequence.tokens)
             # a slot of -1: an older one has just taken its blocks
-            if sequence.missing == 1 and sequence.slot >= 0 and self._make_room(sequence, len(sequence.tokens)):
-                works.append(Work(sequence, sequence.computed, 1, True))
-        budget = self.limits.step_tokens - len(works)
-        if works:
-            budget = min(budget, self._bearable_prompt(len(works)))
-        computing: set[bytes] = set()
-        for sequence in list(self.running):
-            if budget and sequence.missing > 1 and sequence.slot >= 0:
-                budget -= self._prefill(sequence, budget, computing)
-        if self.preemptions == preempted:
-            self._admit(budget, computing, now)
+            if length - computed == 1 and sequence.slot >= 0 \
+                    and (length <= len(sequence.blocks) * size or self._make_room(sequence, length)):
+                works.append(Work(sequence, computed, 1, True))
+        if len(works) < len(self.running) or self.waiting:
+            budget = self.limits.step_tokens - len(works)
+            if works:
+                budget = min(budget, self._bearable_prompt(len(works)))
+            computing: set[bytes] = set()
+            for sequence in list(self.running):
+                if budget and sequence.missing > 1 and sequence.slot >= 0:
+                    budget -= self._prefill(sequence, budget, computing)
+            if self.preemptions == preempted:
+                self._admit(budget, computing, now)
         if self.limits.max_draft_tokens:
             self._add_forced()
             # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
             streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
             self.speculates = self.paying and can_pay(streams, self.cost.rows_s, self.speculates)
             if self.speculates:
-                self._add_drafts(streams)
-        for work in works:
-            sequence = work.sequence
-            sequence.steps += 1
-            if work.drafts and not work.forced:
-                sequence.verifying_steps += 1
-                sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
+                self._add_drafts(streams, now)
         return Step(works, self.pool.take_copies()) if works else None
 
     def offer(self, proposal: Proposal, seconds: float = 0.0) -> None:
@@ -339,6 +337,7 @@ class Scheduler:
         offset = told = 0
         for work in step.works:
             sequence = work.sequence
+            sequence.steps += 1
             if work.scored and logprobs is not None:
                 first, count = sequence.scored + 1, len(work.scored)
                 most = sequence.request.prompt_logprobs
@@ -493,7 +492,7 @@ class Scheduler:
         self._leave(victim)
         self.waiting.push_back(victim)
 
-    def _add_drafts(self, streams: int) -> None:
+    def _add_drafts(self, streams: int, now: float) -> None:
         """Fill what is left of the budget with the drafts that are worth it to so many streams."""
         budget = self.limits.step_tokens - sum(work.rows for work in self._works)
         drafted: list[tuple[Work, Found]] = []
@@ -518,6 +517,8 @@ class Scheduler:
             if taken:
                 work.drafts, work.stated = found.tokens[:taken], found.stated[:taken]
                 work.rows += taken
+                sequence.verifying_steps += 1
+                sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
             sequence.luck = self.survival.pass_by(self.drafter, found.stated, taken, sequence.luck)
 
     def _add_forced(self) -> None:
@@ -589,20 +590,24 @@ class Scheduler:
         """
         if sequence.first_token_at is None:
             sequence.first_token_at = now
+        stream = sequence.tokens
         index = sequence.delivered
         reason: Literal["stop", "length"] | None = None
         grammar = sequence.adjuster.grammar if sequence.adjuster is not None else None
         broken = False
         for count, token in enumerate(tokens, 1):
-            sequence.tokens.append(token)
+            stream.append(token)
             if grammar is not None and not grammar.advance(token):
                 tokens, broken = tokens[:count], True
                 break
-            if (reason := _end_reason(sequence)) is not None:
+            # asked of few tokens: most end nothing
+            if (token in sequence.stop_ids or len(stream) >= sequence.end_length or grammar is not None) \
+                    and (reason := _end_reason(sequence)) is not None:
                 tokens = tokens[:count]
                 break
         sequence.computed = sure + len(tokens) - 1
-        self._store(sequence)
+        if sequence.computed >= (sequence.stored + 1) * self.limits.block_size:
+            self._store(sequence)
         told = len(tokens) * record_bytes(sequence.request.logprobs) if records else 0
         self._events.append(Advanced(sequence, index, tokens, records[:told]))
         if grammar is not None and broken:
