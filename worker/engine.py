@@ -24,15 +24,17 @@ from worker.draft_wait import DraftWait
 from worker.grammar import GrammarState
 from worker.payback import Payback
 from worker.runner import Runner
-from worker.scheduler import Advanced, Event, Scheduler, Started, Step, Work
+from worker.scheduler import Advanced, Event, Refused, Scheduler, Started, Step, Work
 from worker.sequence import Sequence
 
 # what may wait between two steps; a Generate beyond is refused, advice beyond is dropped
 INBOX_LIMIT = 4096
 AUDIT_PERIOD_S = 10.0
 RATE_WINDOW_S = 5.0
-# tokens of steps shorter than this travel together: a message to gateway and client per token would cost more than it
-GATHER_S = 0.002
+# what steps shorter than this say travels together for so long: messages to gateway and client, one for each of their
+# tokens, would cost several times what the tokens do
+SHORT_STEP_S = 0.0015  # between two ticks of the event loop's clock
+GATHER_S = 0.004
 
 _log = structlog.get_logger("worker.engine")
 
@@ -122,8 +124,9 @@ class Engine:
         self._wake = asyncio.Event()
         self._audited_at = clock.now()
         self._kept: list[Event] = []  # events not yet published
-        self._urgent = False  # there are some among them that somebody waits for
-        self._published_at = clock.now()
+        self._kept_since = clock.now()
+        self._begun: set[Sequence] = set()  # streams whose first token is among them
+        self._step_s = float("inf")  # what the last step took
         self._told_at = clock.now()  # when the drafter last heard of a step
         self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox
 
@@ -143,8 +146,9 @@ class Engine:
         """Until cancelled."""
         while True:
             started, tokens = self._clock.now(), self.rate.total
-            held_s = await self._wait_for_drafts()
-            self._take_inbox()
+            held_s = await self._wait_for_drafts() if self.scheduler.speculates else 0.0
+            if self._inbox:
+                self._take_inbox()
             step = self.scheduler.plan(self._clock.now())
             self._keep(self.scheduler.take_events())
             if step is None:
@@ -162,7 +166,7 @@ class Engine:
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
         """What waiting and drafts bring: from steps that are not in the way of a prompt."""
         scheduler, streams = self.scheduler, step.streams
-        if not streams or not any(self.heard_of(work.sequence) for work in step.works):
+        if not scheduler.limits.max_draft_tokens or not streams or not any(self.heard_of(work.sequence) for work in step.works):
             return
         if scheduler.speculates:
             self.draft_wait.observe(streams, tokens, seconds)
@@ -179,7 +183,7 @@ class Engine:
         """Hold the next step back where that has paid so far; for how many seconds it was."""
         scheduler = self.scheduler
         streams = len(scheduler.running)
-        if not scheduler.speculates or not self.draft_wait.waiting:
+        if not self.draft_wait.waiting:
             return 0.0
         seconds = self.draft_wait.seconds(streams, scheduler.cost.rows_s(streams))
         if not seconds or not any(self.heard_of(sequence) for sequence in scheduler.running):
@@ -236,36 +240,50 @@ class Engine:
 
     async def _execute(self, step: Step) -> Computed | None:
         """Run a step, and publish what came before it meanwhile. None when the step raised."""
-        running = asyncio.ensure_future(self._timed(step))
+        rows, sampled = step.rows, step.sampled
+        # a step of decoding takes as long as the one before
+        due = self._take_due(self._step_s if rows == sampled
+                             else self.scheduler.cost.expected_s(sampled, rows - sampled))
+        if due is None:
+            return await self._timed(step, rows, sampled)
+        running = asyncio.ensure_future(self._timed(step, rows, sampled))
         try:
             # the device starts before this thread turns to anything else
             await asyncio.sleep(0)
-            if not self._may_gather():
-                await self._publish_kept()
+            await self._tell(due)
             return await running
         finally:
             running.cancel()
 
-    def _may_gather(self) -> bool:
-        """Whether what is kept may leave with the tokens of the next step, because steps are that short.
+    def _take_due(self, step_s: float) -> list[Event] | None:
+        """What is to leave before a step that takes so long: all, or where steps are short what somebody waits for.
 
-        First tokens, ends and all that a drafter waits for never do.
+        That is first tokens, with all about their streams, and everything where a drafter listens. None: nothing is.
         """
-        return (not self._urgent and not self.scheduler.speculates
-                and self._clock.now() - self._published_at < GATHER_S)
+        gathers = not self.scheduler.speculates and step_s < SHORT_STEP_S
+        if not gathers or self._clock.now() - self._kept_since >= GATHER_S:
+            return self._take_kept()
+        if not self._begun:
+            return None
+        begun, kept = self._begun, self._take_kept()
+        due: list[Event] = []
+        for event in kept:
+            (self._kept if isinstance(event, Refused) or event.sequence not in begun else due).append(event)
+        return due
 
-    async def _timed(self, step: Step) -> Computed | None:
+    async def _timed(self, step: Step, rows: int, sampled: int) -> Computed | None:
         started = self._clock.now()
         try:
             inputs = self._batch.build(step)
             chosen = await self._runner.execute(inputs)
         except Exception as error:
             self.failed_steps += 1
-            _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=step.rows)
+            _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)
             return None
         self.steps += 1
+        self._step_s = self._clock.now() - started
         if not step.scores:
-            self.scheduler.cost.observe(step.sampled, step.rows - step.sampled, self._clock.now() - started)
+            self.scheduler.cost.observe(sampled, rows - sampled, self._step_s)
         return Computed(chosen, inputs.logprobs)
 
     async def _run_one_by_one(self, step: Step) -> None:
@@ -273,7 +291,7 @@ class Engine:
         broken: list[Work] = []
         for work in step.works:
             alone = Step([work])
-            computed = await self._timed(alone)
+            computed = await self._timed(alone, alone.rows, alone.sampled)
             if computed is None:
                 broken.append(work)
             else:
@@ -307,19 +325,37 @@ class Engine:
         return found.repairs > 0
 
     def _keep(self, events: list[Event]) -> None:
+        if not events:
+            return
+        now, tokens = self._clock.now(), 0
+        if not self._kept:
+            self._kept_since = now
         self._kept += events
-        self._urgent = self._urgent or any(not isinstance(event, Advanced) or not event.first for event in events)
-        if tokens := sum(len(event.tokens) for event in events if isinstance(event, Advanced)):
-            self.rate.count(tokens, self._clock.now())
-        if any(isinstance(event, Started) and self.heard_of(event.sequence) for event in events):
+        begun = False
+        for event in events:
+            if type(event) is Advanced:
+                tokens += len(event.tokens)
+                if not event.first:
+                    self._begun.add(event.sequence)
+            elif type(event) is Started:
+                begun = begun or self.heard_of(event.sequence)
+        if tokens:
+            self.rate.count(tokens, now)
+        if begun:
             self.payback.new_stream()
+
+    def _take_kept(self) -> list[Event]:
+        kept, self._kept, self._begun = self._kept, [], set()
+        return kept
 
     async def _publish_kept(self) -> bool:
         """Whether the drafter knows all of it now."""
-        events, self._kept = self._kept, []
-        self._urgent = False
-        self._published_at = self._clock.now()
+        return await self._tell(self._take_kept())
+
+    async def _tell(self, events: list[Event]) -> bool:
+        """Publish these; whether the drafter heard of them."""
+        told_at = self._clock.now()
         told = await self._publish(events)
         if told:
-            self._told_at = self._published_at
+            self._told_at = told_at
         return told

@@ -30,6 +30,7 @@ from shared.tokens import pack
 from worker.kv_blocks import BlockPool
 from worker.misses import MOST_REMEMBERED, Departed, miss_of, remembered
 from worker.scheduler import Advanced, Ended, Event, PromptScored, Refused, Registered
+from worker.sequence import Sequence
 
 # half a megabyte: a broker takes one, unless told otherwise
 SNAPSHOT_PART_BYTES = 480_000
@@ -65,32 +66,33 @@ class Outbox:
     def replies(self, events: list[Event]) -> list[Outgoing]:
         """All replies of a step, one message per gateway."""
         per_gateway: dict[str, list[Reply]] = {}
-        for event in events:
-            match event:
-                case Advanced(sequence, index, tokens, logprobs):
-                    key = sequence.key
-                    reply: Reply = Tokens(key.request_id, key.attempt, index, pack(tokens), logprobs)
-                    gateway = sequence.request.gateway
-                case PromptScored(sequence, index, logprobs):
-                    key = sequence.key
-                    reply = Scored(key.request_id, key.attempt, index, logprobs)
-                    gateway = sequence.request.gateway
-                case Registered(sequence, cached_tokens):
-                    key = sequence.key
-                    placement = sequence.request.placement
-                    reply = Accepted(key.request_id, key.attempt, self.worker, cached_tokens,
-                                     placement.receipt if placement is not None else b"")
-                    gateway = sequence.request.gateway
-                case Ended(sequence, last):
-                    miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
-                    reply = self._signed(last, miss)
-                    gateway = sequence.request.gateway
-                case Refused(request, last):
-                    reply, gateway = self._signed(last), request.gateway
-                case _:
-                    continue
-            per_gateway.setdefault(gateway, []).append(reply)
+        for event in together(events):
+            reply, gateway = self._reply(event)
+            if reply is not None:
+                per_gateway.setdefault(gateway, []).append(reply)
         return [self._to_gateway(gateway, replies) for gateway, replies in per_gateway.items()]
+
+    def _reply(self, event: Event) -> tuple[Reply | None, str]:
+        """What a gateway hears of an event, and which gateway."""
+        match event:
+            case Advanced(sequence, index, tokens, logprobs):
+                key = sequence.key
+                return (Tokens(key.request_id, key.attempt, index, pack(tokens), logprobs),
+                        sequence.request.gateway)
+            case PromptScored(sequence, index, logprobs):
+                key = sequence.key
+                return Scored(key.request_id, key.attempt, index, logprobs), sequence.request.gateway
+            case Registered(sequence, cached_tokens):
+                key, placement = sequence.key, sequence.request.placement
+                return (Accepted(key.request_id, key.attempt, self.worker, cached_tokens,
+                                 placement.receipt if placement is not None else b""), sequence.request.gateway)
+            case Ended(sequence, last):
+                miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
+                return self._signed(last, miss), sequence.request.gateway
+            case Refused(request, last):
+                return self._signed(last), request.gateway
+            case _:
+                return None, ""
 
     def kv_events(self, pool: BlockPool, now: float = 0.0) -> list[Outgoing]:
         """What changed in the cache since the last call, if anything did. `now`: monotonic seconds."""
@@ -139,3 +141,20 @@ class Outbox:
 
     def _signed(self, last: Reply, miss: str = "") -> Reply:
         return replace(last, worker=self.worker, miss=miss) if isinstance(last, Finished) else last
+
+
+def together(events: list[Event]) -> list[Event]:
+    """The same with each stream's tokens in one event, where the first of them stood."""
+    kept: list[Event] = []
+    begun: dict[Sequence, int] = {}  # where the tokens of a stream stand
+    for event in events:
+        if type(event) is Advanced:
+            place = begun.setdefault(event.sequence, len(kept))
+            if place < len(kept):
+                before = kept[place]
+                assert type(before) is Advanced
+                kept[place] = Advanced(event.sequence, before.first, before.tokens + event.tokens,
+                                       before.logprobs + event.logprobs)
+                continue
+        kept.append(event)
+    return kept
