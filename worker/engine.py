@@ -166,7 +166,9 @@ class Engine:
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
         """What waiting and drafts bring: from steps that are not in the way of a prompt."""
         scheduler, streams = self.scheduler, step.streams
-        if not scheduler.limits.max_draft_tokens or not streams or not any(self.heard_of(work.sequence) for work in step.works):
+        if not scheduler.limits.max_draft_tokens:
+            return
+        if not streams or not any(self.heard_of(work.sequence) for work in step.works):
             return
         if scheduler.speculates:
             self.draft_wait.observe(streams, tokens, seconds)
