@@ -68,6 +68,15 @@ def test_a_block_swapped_behind_its_back_changes_the_stream() -> None:
     assert first != second
 
 
+def test_few_streams_row_by_row_say_what_many_say_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(100 + number, 113 + number)) for number in range(3)]
+    for temperature in (0.0, 1.0):
+        few = [answers(decoder(), prompt, list(range(8)), temperature, 7) for prompt in prompts]
+        with monkeypatch.context() as patch:
+            patch.setattr("worker.mock_decoder.FEW", 0)
+            assert [answers(decoder(), prompt, list(range(8)), temperature, 7) for prompt in prompts] == few
+
+
 def test_the_seed_matters_when_sampling_and_only_then() -> None:
     greedy = {tuple(answers(decoder(), [5], list(range(8)), 0.0, seed)) for seed in range(5)}
     sampled = {tuple(answers(decoder(), [5], list(range(8)), 1.0, seed)) for seed in range(5)}
