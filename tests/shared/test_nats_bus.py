@@ -367,3 +367,17 @@ def test_a_server_is_gone_when_its_test_is():
             pass
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         pass
+
+
+async def test_messages_keep_their_order_whichever_way_they_are_written(connect):
+    bus, listener = await connect(), await connect()
+    heard: list[bytes] = []
+    await listener.subscribe("order", lambda delivery: heard.append(delivery.data))
+    # those with headers wait for a task that writes, all others are written on the spot
+    sent = [b"%d" % number for number in range(40)]
+    for number, data in enumerate(sent):
+        await bus.publish("order", data, {"n": str(number)} if number % 3 == 1 else None)
+        if number % 8 == 0:
+            await asyncio.sleep(0)
+    await until(lambda: len(heard) == len(sent))
+    assert heard == sent
