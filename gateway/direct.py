@@ -3,12 +3,12 @@
 Nearly all that a gateway writes is the middle of a stream: a chunk of a body whose headers are out, to a client that
 reads. An answer may hand it to the transport on the spot, while it handles the message that brought the tokens, instead
 of waking a task that awaits `send` through every middleware. Who is slow, gone or not yet answered is not written to
-here: `write` says no, and the usual way deals with it.
+here: `write` says no, and the usual way deals with it. That a client hung up is told by a call: no task waits for it.
 
 Rule: an extension of ASGI, absent under any other server (and in tests without a socket); nothing may depend on it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,10 +19,21 @@ EXTENSION = "tokenmill.direct"
 class DirectBody:
     """The body of one response, where its connection takes it at once."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "_left")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self._left: Callable[[], None] | None = None
+
+    def when_left(self, call: Callable[[], None] | None) -> bool:
+        """Have `call` made when the client hangs up before its answer is complete. False when it has already."""
+        self._left = call
+        return not self._cycle.disconnected
+
+    def left(self) -> None:
+        """The connection is gone."""
+        if self._left is not None and self._cycle.disconnected:
+            self._left()
 
     def write(self, data: bytes) -> bool:
         """Send `data`, not empty, as the next chunk. False, and nothing sent, when that would wait or be wrong."""
@@ -42,6 +53,11 @@ class DirectProtocol(HttpToolsProtocol):
         # the application has not run yet: it does so in a task, or behind the requests before it
         if self.cycle is not None and self.cycle.scope is self.scope:
             self.scope.setdefault("extensions", {})[EXTENSION] = DirectBody(self.cycle)  # type: ignore[typeddict-item, assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.cycle is not None and (body := direct_body(self.cycle.scope)) is not None:
+            body.left()
 
 
 def direct_body(scope: Mapping[str, Any]) -> DirectBody | None:

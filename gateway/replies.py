@@ -33,14 +33,19 @@ class Choice:
         self._end_tokens = end_tokens
         self._min_tokens = min_tokens
 
+    def text(self, tokens: list[int]) -> str:
+        """The text these tokens complete, of a choice without stop strings. What is half a character is held back."""
+        self.completion_tokens += len(tokens)
+        shown = tokens[:-1] if tokens and tokens[-1] in self._end_tokens else tokens
+        return self._detokenizer.push(shown) if shown else ""
+
     def push(self, tokens: Sequence[int]) -> Piece:
         """The text these tokens complete. What could begin a stop string or is half a character is held back."""
+        if self._stops is None:
+            return Piece(self.text(list(tokens)), list(tokens))
         shown = list(tokens)
         if self._end_tokens and shown and shown[-1] in self._end_tokens:
             del shown[-1]
-        if self._stops is None:
-            self.completion_tokens += len(tokens)
-            return Piece(self._detokenizer.push(shown) if shown else "", list(tokens))
         texts = []
         for number, token in enumerate(shown, 1):
             text = self._detokenizer.push([token])
