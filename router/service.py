@@ -79,6 +79,7 @@ class Router:
         """`view`: what it knows already, if anything."""
         self.id = settings.id
         self.epoch = new_epoch(clock)
+        self._own_placed = subjects.placed(self.id)
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self.view = view or View(settings.silence_s)
         self.metrics = Metrics()
@@ -124,8 +125,10 @@ class Router:
             self._sound_alarms()
 
     def on_placed(self, delivery: Delivery) -> None:
+        if delivery.subject == self._own_placed:
+            return
         request = self._decoded(delivery, Generate)
-        if request is not None and request.placement is not None and request.placement.router != self.id:
+        if request is not None and request.placement is not None:
             # the tokens were left out; the last block may be half full
             prompt_tokens = len(request.block_hashes) // HASH_BYTES * BLOCK_SIZE_TOKENS + BLOCK_SIZE_TOKENS // 2
             self.view.on_placed(request, prompt_tokens, self._clock.now())

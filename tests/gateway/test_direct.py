@@ -117,7 +117,7 @@ async def test_a_client_that_hangs_up_in_the_middle_stops_its_worker() -> None:
     async with served() as (url, mesh):
         mesh.says, mesh.batch, mesh.pause_s = b"one two three four " * 20, 1, 0.01
         async with (httpx.AsyncClient(base_url=url, trust_env=False) as client,
-                    client.stream("POST", "/v1/chat/completions", json=BODY | {"max_tokens": 400}) as answer):
+                    client.stream("POST", "/v1/chat/completions", json=BODY | {"max_tokens": 300}) as answer):
             async for _ in answer.aiter_bytes():
                 break
         async with asyncio.timeout(5.0):
