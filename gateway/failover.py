@@ -109,9 +109,10 @@ class StreamState:
     """One stream. `request` is its first attempt; `deadline_s` is on the caller's monotonic clock."""
 
     __slots__ = ("_accepted_once", "_barren_deaths", "_deaths", "_early", "_early_end", "_excluded",
-                 "_first_of_attempt", "_gap_s", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s", "_since_s",
-                 "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s", "delivered",
-                 "epoch", "held_by", "limits", "logprobs", "prompt_logprobs", "recipe", "request", "state", "worker")
+                 "_first_of_attempt", "_gap_s", "_mourned", "_pause_s", "_progress_s", "_prompt_hashes", "_resume_s",
+                 "_since_s", "_suspect_s", "_tries", "_unheard_since_s", "attempt", "cached_tokens", "deadline_s",
+                 "delivered", "epoch", "held_by", "limits", "logprobs", "prompt_logprobs", "recipe", "request",
+                 "state", "worker")
 
     def __init__(self, request: Generate, limits: Limits, deadline_s: float) -> None:
         self.request = request
@@ -132,6 +133,7 @@ class StreamState:
         self._tries = 1
         self._deaths = 0
         self._barren_deaths = 0
+        self._mourned: dict[str, tuple[int, bool]] = {}  # for silence: in which epoch, and whether without a token
         self._accepted_once = False
         self._first_of_attempt = 0
         self._pause_s = _PAUSE_S
@@ -229,9 +231,19 @@ class StreamState:
             return []
         if back_in_epoch is not None and back_in_epoch <= self.epoch:
             return []
+        barren = len(self.delivered) == self._first_of_attempt
         self._deaths += 1
-        self._barren_deaths += len(self.delivered) == self._first_of_attempt
+        self._barren_deaths += barren
+        if back_in_epoch is None:
+            self._mourned[worker] = (self.epoch, barren)
         return self._resubmit("worker_died", now_s, exclude=worker if back_in_epoch is None else "", cancel=False)
+
+    def lives(self, worker: str, epoch: int) -> None:
+        """`worker` is heard again: if in the life in which it was taken for dead, it had only been silent."""
+        if self._mourned and self._mourned.get(worker, (None, False))[0] == epoch:
+            _, barren = self._mourned.pop(worker)
+            self._deaths -= 1
+            self._barren_deaths -= barren
 
     def lost_reply(self, worker: str, now_s: float) -> list[Action]:
         """A message of `worker` went missing and may have been about this stream: watch it."""

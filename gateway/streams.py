@@ -7,6 +7,7 @@ handler to pick up, and figures. A handler waits on its call's `changed` and tak
 """
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -38,6 +39,7 @@ from shared.messages import (
 from shared.residency import allows
 
 _REMEMBERED_CANCELS = 4096
+_REMEMBERED_SENDERS = 4096
 _CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
 _BACK_SOON_S = 2.0
 
@@ -130,6 +132,7 @@ class Streams:
         self._record = record
         self._streams: dict[str, Stream] = {}
         self._senders = Senders()
+        self._replied_s: dict[str, float] = {}  # sender -> when it last replied: as good a sign of life as a status
         self._cancelled: OrderedDict[tuple[str, str, int], float] = OrderedDict()
         self._changed: dict[Wake, None] = {}  # who has something to take, in order
         self._waking = False
@@ -166,6 +169,7 @@ class Streams:
         """All replies of one step of one sender."""
         now_s = self._clock.now()
         sender, epoch = message.sender, message.epoch
+        self._replied_s[sender] = now_s
         match self._senders.heard(sender, epoch, message.seq):
             case "gap":
                 self._lost(sender, now_s)
@@ -202,6 +206,8 @@ class Streams:
         now_s = self._clock.now()
         if not self._streams:
             return
+        for stream in self._streams.values():
+            stream.state.lives(status.id, status.epoch)
         self._each_on(status.id, lambda state: state.worker_died(status.id, now_s, back_in_epoch=status.epoch))
         if self._senders.told(status.id, status.epoch, status.replies_sent.get(self._gateway, 0)):
             self._lost(status.id, now_s)
@@ -224,11 +230,15 @@ class Streams:
             self._perform(stream, state.tick(now_s, queueing=status is not None and status.waiting > 0))
         if not self._streams:
             self._ticked_s = None
+            self._replied_s.clear()
+        elif len(self._replied_s) > _REMEMBERED_SENDERS:
+            self._replied_s = {who: at_s for who, at_s in self._replied_s.items() if now_s - at_s <= self._silence_s}
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _silent(self, status: WorkerStatus, now_s: float) -> bool:
-        return (self._fleet.silent_s(status, now_s) or 0.0) > self._silence_s
+        silent_s = self._fleet.silent_s(status, now_s) or 0.0
+        return min(silent_s, now_s - self._replied_s.get(status.id, -math.inf)) > self._silence_s
 
     def _lost(self, sender: str, now_s: float) -> None:
         self._metrics.lost_messages.inc()

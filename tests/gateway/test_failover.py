@@ -179,6 +179,25 @@ def test_a_stream_that_makes_progress_survives_two_deaths_and_not_three() -> Non
     assert isinstance(fail, Fail) and isinstance(fail.error, WorkerFailed)
 
 
+def test_workers_that_were_only_silent_were_not_killed() -> None:
+    state = running(7)
+    for attempt in (2, 3, 4):
+        (submit,) = state.worker_died("w1", 2.0)
+        assert isinstance(submit, Submit)
+        state.lives("w1", 5)
+        assert state.hear(tokens(attempt - 1, 8, attempt=attempt), "w1", 5, 2.1) == [Deliver([8])]
+
+
+def test_a_worker_that_is_back_in_another_life_had_died() -> None:
+    state = running(7)
+    for attempt, worker in ((2, "w2"), (3, "w3")):
+        state.worker_died(state.worker, 2.0)
+        state.lives("w1", 6)
+        state.hear(tokens(attempt - 1, 8, attempt=attempt), worker, 1, 2.1)
+    (fail,) = state.worker_died("w3", 3.0)
+    assert isinstance(fail, Fail) and isinstance(fail.error, WorkerFailed)
+
+
 def test_a_stall_sends_it_elsewhere_and_cancels_the_silent_attempt() -> None:
     state = running(7)
     assert state.tick(20.9) == []
