@@ -29,8 +29,8 @@ from shared.ids import new_epoch, new_id
 from shared.messages import Cancel, Generate, KvMessage, RouterStatus, SnapshotRequest, Status, WorkerStatus, decode
 from shared.settings import RouterSettings
 
-# a router waits this long for snapshots before it calls itself ready
-STARTING_S = 1.0
+# a router waits this long to hear of a worker at all, and of what they hold, before it calls itself ready
+STARTING_S, CATCH_UP_S = 1.0, 5.0
 FLUSH_S = 1.0
 
 _log = structlog.get_logger("router")
@@ -167,9 +167,8 @@ class Router:
                 self.metrics.forget(worker)
                 self.desk.admission.forget(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
-            if self.state == "starting" and (now - self._started_at >= STARTING_S or self._has_caught_up(now)):
-                self.state = "ready"
-                self.desk.lose_patience()
+            if self.state == "starting":
+                self._catch_up(now - self._started_at)
             self.desk.look_after_held(now)
             self._say_status()
             await self._clock.sleep(self._settings.heartbeat_s)
@@ -188,9 +187,14 @@ class Router:
         except (TimeoutError, BusUnavailable):
             _log.warning("left_in_haste", outgoing=len(self.outbox))
 
-    def _has_caught_up(self, now: float) -> bool:
-        # every worker speaks once within a heartbeat
-        return self.view.complete and now - self._started_at >= self._settings.heartbeat_s
+    def _catch_up(self, waited_s: float) -> None:
+        """Ready when every cache is known: everybody speaks within a heartbeat, and snapshots come soon after."""
+        caught_up = self.view.complete and waited_s >= self._settings.heartbeat_s
+        if caught_up or waited_s >= (CATCH_UP_S if self.view.fleet.workers() else STARTING_S):
+            self.state = "ready"
+        if self.state == "ready" or waited_s >= STARTING_S:
+            # who is missing now is not only late
+            self.desk.lose_patience()
 
     def _start_over(self, now: float) -> None:
         # without a bus the silence of workers says nothing about them

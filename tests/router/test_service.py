@@ -89,6 +89,29 @@ def test_a_router_that_starts_again_knows_every_cache_before_it_says_ready() -> 
     play(scenario)
 
 
+@pytest.mark.parametrize(("lost", "ready_after_s"), [(0, (0.5, 1.0)), (2, (2.0, 4.0)), (99, (5.0, 5.6))])
+def test_a_router_is_not_ready_before_it_has_caught_up_or_waited_long_enough(
+        lost: int, ready_after_s: tuple[float, float]) -> None:
+    async def scenario(mesh: Mesh) -> None:
+        gateway, worker = await mesh.gateway(), await mesh.worker()
+        worker.store(blocks(20))
+        await asyncio.sleep(0.3)
+        worker.deaf_to_requests = lost
+        router = await mesh.router()
+        begun = mesh.clock.now()
+        while not any(status.state == "ready" for status in gateway.routers):
+            known = router.view.index.count("w0")
+            await asyncio.sleep(0.05)
+        assert ready_after_s[0] <= mesh.clock.now() - begun <= ready_after_s[1]
+        assert known == (20 if lost < 99 else 0)
+        # it works before as well, only without knowing
+        await gateway.ask(request())
+        await asyncio.sleep(0.1)
+        assert len(worker.requests) == 1
+
+    play(scenario)
+
+
 def test_a_request_that_meets_a_router_just_born_waits_for_the_first_heartbeat() -> None:
     async def scenario(mesh: Mesh) -> None:
         worker, gateway = await mesh.worker(), await mesh.gateway()
