@@ -225,6 +225,27 @@ def test_two_routers_share_the_load_place_each_request_once_and_spread_together(
     play(scenario)
 
 
+def test_what_one_router_placed_counts_at_the_others_at_once_as_load_and_as_cache_to_come() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        routers, gateway = [await mesh.router(f"r{i}") for i in range(2)], await mesh.gateway()
+        workers = [await mesh.worker(f"w{i}") for i in range(2)]
+        await asyncio.sleep(1)
+        for worker in workers:
+            worker.mute = True
+        await gateway.ask(request())
+        await asyncio.sleep(0.01)
+        (placed,) = gateway.placed
+        assert placed.placement is not None
+        for router in routers:
+            seen = {one.status.id: one for one in router.view.candidates(request().block_hashes, mesh.clock.now())}
+            there = seen.pop(placed.placement.worker)
+            (elsewhere,) = seen.values()
+            assert (there.sent_requests, there.cached_blocks, there.certain_blocks) == (1, 10, 0)
+            assert (elsewhere.sent_requests, elsewhere.cached_blocks) == (0, 0)
+
+    play(scenario)
+
+
 def test_a_message_that_comes_twice_is_placed_once() -> None:
     async def scenario(mesh: Mesh) -> None:
         await mesh.router()
