@@ -17,7 +17,7 @@ import structlog
 
 from kernels.step import Logprobs
 from shared.clock import Clock
-from shared.errors import BadRequest, WorkerFailed
+from shared.errors import MillError, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
@@ -45,7 +45,7 @@ class Arrival(NamedTuple):
     request: Generate
     deadline: float
     traceparent: str = ""
-    grammar: GrammarState | BadRequest | None = None
+    grammar: GrammarState | MillError | None = None
 
 
 class DropGateways(NamedTuple):

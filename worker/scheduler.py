@@ -23,7 +23,15 @@ from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
 from kernels.step import Logprobs
-from shared.errors import BadRequest, ContextTooLong, DeadlineExceeded, MillError, Overloaded, WorkerFailed
+from shared.errors import (
+    BadRequest,
+    ContextTooLong,
+    DeadlineExceeded,
+    MillError,
+    NoEligibleWorker,
+    Overloaded,
+    WorkerFailed,
+)
 from shared.logprobs import pack_likely, record_bytes
 from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
@@ -188,7 +196,7 @@ class Scheduler:
     # --- requests come and go ----------------------------------------------------------------------------------------
 
     def add(self, request: Generate, now: float, deadline: float,
-            grammar: GrammarState | BadRequest | None = None) -> Sequence | None:
+            grammar: GrammarState | MillError | None = None) -> Sequence | None:
         """Register a request, `deadline` on the clock of `now`; or say why not. A duplicate changes nothing.
 
         `grammar`: the state of the one it asks for, or why that cannot be used.
@@ -203,9 +211,11 @@ class Scheduler:
             self._end(older, self._finished(older, "cancelled", now))
         if request.grammar is not None and grammar is None:
             grammar = BadRequest("this worker keeps to no grammar: leave response_format and structured_outputs out")
-        refusal = self._refusal(request, now, deadline) or (grammar if isinstance(grammar, BadRequest) else None)
+        refusal = self._refusal(request, now, deadline) or (grammar if isinstance(grammar, MillError) else None)
         if refusal is not None:
-            self._events.append(Refused(request, failed(request, refusal)))
+            # another worker may have what this one lacks
+            elsewhere = True if isinstance(refusal, NoEligibleWorker) else None
+            self._events.append(Refused(request, failed(request, refusal, elsewhere)))
             return None
         self._arrivals += 1
         sequence = from_request(request, self._arrivals, now, deadline, self.length_limit,

@@ -24,7 +24,7 @@ from kernels.step import Decoder
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
-from shared.errors import BadRequest, NoEligibleWorker, Overloaded, WorkerFailed
+from shared.errors import BadRequest, MillError, NoEligibleWorker, Overloaded, WorkerFailed
 from shared.ids import new_epoch, new_id
 from shared.messages import (
     Cancel,
@@ -282,7 +282,7 @@ class Worker:
                 try:
                     state = await asyncio.to_thread(self._grammars.begin, request.grammar, unpack(request.generated),
                                                     request.cache_salt)
-                except BadRequest as error:
+                except MillError as error:
                     self._submit(arrival._replace(grammar=error))
                 except Exception as error:
                     _log.error("grammar_failed", error=repr(error))

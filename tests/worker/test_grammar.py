@@ -16,7 +16,7 @@ from msgspec.structs import replace
 import worker.grammar
 from deploy.bench.schemas import schema
 from kernels.adjust import allowed_ids
-from shared.errors import BadRequest
+from shared.errors import BadRequest, NoEligibleWorker, WorkerFailed
 from shared.messages import Adjust, Failed, Finished, Generate, Grammar, Proposal, Sampling
 from shared.tokens import pack
 from shared.vocabulary import Vocabulary
@@ -30,12 +30,16 @@ SIZE = 303
 SCHEMAS = 300
 
 
+TOKENS = [bytes([byte]) for byte in range(256)] + WORDS
+# with every byte, a few words, two special tokens and one id without a token
+VOCABULARY = Vocabulary("v", TOKENS + [b""] * (END - len(TOKENS)) + [b"<|end|>", b"<|start|>", b""], [END],
+                        [END, START])
+
+
 @cache
 def grammars() -> Grammars:
-    """Of a vocabulary with every byte, a few words, two special tokens and one id without a token."""
-    tokens = [bytes([byte]) for byte in range(256)] + WORDS
-    tokens += [b""] * (END - len(tokens)) + [b"<|end|>", b"<|start|>", b""]
-    return Grammars(lambda: Vocabulary("v", tokens, [END], [END, START]), SIZE)
+    """Of that vocabulary."""
+    return Grammars(lambda: VOCABULARY, SIZE)
 
 
 def spell(tokens: list[int]) -> str:
@@ -206,13 +210,18 @@ def test_an_answer_that_the_grammar_does_not_permit_is_no_beginning() -> None:
 
 
 def test_without_a_vocabulary_or_a_state_a_request_is_refused_and_says_why() -> None:
-    with pytest.raises(BadRequest, match="tokenmill pull"):
+    with pytest.raises(NoEligibleWorker, match="tokenmill pull") as missing:
         Grammars(lambda: None, SIZE).begin(Grammar("regex", "a"), [])
     bench = Bench(decoder())
     bench.add(asked(Grammar("regex", "a")))
     bench.finish()
     (end,) = bench.ends["r", 1]
     assert isinstance(end, Failed) and end.code == "invalid_request" and "no grammar" in end.message
+    generate = asked(Grammar("regex", "a"), "elsewhere")
+    bench.scheduler.add(generate, bench.now, generate.deadline, missing.value)
+    bench.finish()
+    (end,) = bench.ends["elsewhere", 1]
+    assert isinstance(end, Failed) and end.code == "no_eligible_worker" and end.retryable
 
 
 def test_what_grammar_and_allowed_ids_leave_nothing_of_ends_alone() -> None:
@@ -242,3 +251,76 @@ def test_a_grammar_that_breaks_ends_its_stream_with_an_error_and_no_other() -> N
     (end,) = bench.ends["bad", 1]
     assert isinstance(end, Failed) and "too complex" in end.message and not end.retryable
     assert spell(bench.streams["good", 1]) == "a" * 9 and spell(bench.streams["bad", 1]) == "aaa"
+
+
+BOMB = Grammar("lark", "start: " + " | ".join(f"/[a-z]*{letter}[a-z]{{{length}}}/" for length, letter in
+                                             enumerate("abcdefghijklmnopqrstuvwxyz", 12)))
+
+
+def test_a_stream_that_breaks_its_grammar_spoils_it_for_no_later_one() -> None:
+    """Copies share their lexer: once that was full, every later stream of the tenant was refused for good."""
+    shared = Grammars(lambda: VOCABULARY, SIZE)
+    masks, chooser = np.zeros((1, -(-SIZE // 32)), np.uint32), random.Random(1)
+    with mock.patch("worker.grammar.LEXER_STATES", 200):
+        first = shared.begin(BOMB, [])
+    said: list[int] = []
+    while not first.broken:
+        first.fill(masks, [])
+        assert len(said) < 400
+        if not first.broken:
+            said.append(chooser.choice([id for id in np.flatnonzero(allowed_ids(masks[0], SIZE)) if id < 256]).item())
+            first.advance(said[-1])
+    again = shared.begin(BOMB, said[:3])
+    again.fill(masks, [])
+    assert not again.broken and allowed_ids(masks[0], SIZE)[97]
+    assert shared.compilations == 2
+
+
+def test_an_answer_that_breaks_its_grammar_when_read_again_may_be_tried_elsewhere() -> None:
+    shared = Grammars(lambda: VOCABULARY, SIZE)
+    many = Grammar("json", json.dumps({"type": "object", "properties": {f"p{number}": {} for number in range(40)}}))
+    with mock.patch("worker.grammar.ROW_ITEMS", 50), pytest.raises(WorkerFailed, match="too complex") as caught:
+        shared.begin(many, [*b"{"])
+    assert caught.value.retryable and shared.compilations == 2
+    with pytest.raises(BadRequest, match="does not permit"):
+        shared.begin(many, [49])
+
+
+def test_text_that_the_vocabulary_cannot_spell_is_refused_or_breaks_off_without_an_exception() -> None:
+    """A byte without a token raised KeyError inside the library."""
+    tokens = [b"" if byte == 4 else bytes([byte]) for byte in range(256)] + [b"<|end|>"]
+    poor = Grammars(lambda: Vocabulary("v", tokens, [256], [256]), 257)
+    with pytest.raises(BadRequest, match="spell"):
+        poor.begin(Grammar("choice", '["ok", "x\\u0004y"]'), [])
+    state = poor.begin(Grammar("lark", 'start: "x" /\\x04y/'), [])
+    assert state.forced(8) in ([], [120])
+    assert poor.begin(Grammar("choice", '["ok"]'), []).forced(8)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "integer", "multipleOf": 9999991}, {"type": "number", "multipleOf": 0.9999991},
+    {"properties": {"a": {"allOf": [{"multipleOf": 10**300}]}}},
+    {"properties": {f"p{number}": {} for number in range(6000)}}, {"enum": [*range(6000)]}])
+def test_what_would_be_compiled_for_long_is_refused_before_and_is_remembered(schema: dict[str, Any]) -> None:
+    grammar, shared = Grammar("json", json.dumps(schema)), Grammars(lambda: VOCABULARY, SIZE)
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="at most"):
+            shared.begin(grammar, [])
+    assert shared.compilations == 1
+
+
+@pytest.mark.parametrize("number", [0.01, 5, 1000, 2.5, 86400 / 10])
+def test_ordinary_multiples_are_compiled(number: float) -> None:
+    Grammars(lambda: VOCABULARY, SIZE).begin(Grammar("json", json.dumps({"type": "number", "multipleOf": number})), [])
+
+
+def test_one_tenant_has_few_grammars_remembered_and_pushes_out_its_own_alone() -> None:
+    shared = Grammars(lambda: VOCABULARY, SIZE)
+    shared.begin(Grammar("regex", "z"), [], b"other")
+    for number in range(worker.grammar.REMEMBERED_OF_ONE + 1):
+        shared.begin(Grammar("regex", f"a{{{number + 1}}}"), [], b"one")
+    before = shared.compilations
+    shared.begin(Grammar("regex", "z"), [], b"other")
+    assert shared.compilations == before
+    shared.begin(Grammar("regex", "a{1}"), [], b"one")
+    assert shared.compilations == before + 1
