@@ -56,21 +56,20 @@ def source_of(settings: GatewaySettings) -> Source:
 class Use:
     """What one request has of its tenant's limits."""
 
-    def __init__(self, tenant: Tenant, meter: Meter, clock: Clock) -> None:
+    def __init__(self, meter: Meter, clock: Clock) -> None:
         self.used_tokens = 0  # to be told before it ends
-        self._limits = tenant.limits
         self._meter = meter
         self._clock = clock
         self._reserved = 0
 
     def reserve(self, tokens: int) -> None:
         """Set aside what it may come to, once. Raises RateLimited."""
-        self._meter.reserve(self._limits, tokens, self._clock.now())
+        self._meter.reserve(tokens, self._clock.now())
         self._reserved = tokens
 
     def settle(self) -> None:
         """Give back what was set aside and not used."""
-        self._meter.settle(self._limits, self._reserved, self.used_tokens if self._reserved else 0)
+        self._meter.settle(self._reserved, self.used_tokens if self._reserved else 0, self._clock.now())
 
 
 class Access:
@@ -100,15 +99,14 @@ class Access:
 
     def count(self, tenant: Tenant) -> None:
         """One request more of this minute. Raises RateLimited."""
-        if tenant.limits:
-            self._meter(tenant).count(tenant.limits, self._clock.now())
+        self._meter(tenant).count(self._clock.now())
 
     @contextlib.contextmanager
     def under_way(self, tenant: Tenant, streams: int) -> Iterator[Use]:
         """So many streams of one request while the block runs. Raises RateLimited."""
         meter = self._meter(tenant)
-        meter.enter(tenant.limits, streams)
-        use = Use(tenant, meter, self._clock)
+        meter.enter(streams)
+        use = Use(meter, self._clock)
         try:
             yield use
         finally:
@@ -117,7 +115,7 @@ class Access:
 
     def headers(self, tenant: Tenant) -> Headers:
         """What an answer to `tenant` says of its limits now; nothing where it has none."""
-        return self._meter(tenant).headers(tenant.limits, self._clock.now()) if tenant.limits else []
+        return self._meter(tenant).headers(self._clock.now())
 
     async def follow(self) -> None:
         """Take in what changed in the source."""
@@ -133,10 +131,16 @@ class Access:
         self._complaint = ""
         self._meters = {name: meter for name, meter in self._meters.items()
                         if name in self._tenants.named or meter.streams}
+        for name, meter in self._meters.items():
+            tenant = self._tenants.named.get(name)
+            if tenant is not None and tenant.limits != meter.limits:
+                meter.change(tenant.limits, self._clock.now())
         log.info("tenants_read", tenants=len(self._tenants.named))
 
     def _meter(self, tenant: Tenant) -> Meter:
         meter = self._meters.get(tenant.name)
         if meter is None:
-            meter = self._meters[tenant.name] = Meter(self._clock.now())
+            # a request may have come before its tenant's limits changed
+            limits = self._tenants.named.get(tenant.name, tenant).limits
+            meter = self._meters[tenant.name] = Meter(limits, self._clock.now())
         return meter

@@ -404,6 +404,41 @@ def test_a_gateway_with_a_file_that_is_none_does_not_start(tmp_path: Path) -> No
         Access(TenantsFile(tmp_path / "none.toml"), LoopClock())
 
 
+class Handed:
+    """A source that has what a test puts there: tenants, or the error of reading them."""
+
+    def __init__(self, found: Tenants) -> None:
+        self.found: Tenants | BaseException = found
+
+    def changed(self) -> bool:
+        return True
+
+    def read(self) -> Tenants:
+        if isinstance(self.found, BaseException):
+            raise self.found
+        return self.found
+
+
+def allowed(tokens: int) -> Tenants:
+    return read(f'secret = "{SECRET}"\n[tenants.a]\ntokens_per_minute = {tokens}')
+
+
+async def test_a_limit_lowered_in_the_file_holds_at_once_and_locks_nobody_out_for_what_was_used_before() -> None:
+    """Old use over the new rate once refused a tenant for hours."""
+    source = Handed(allowed(100_000))
+    access, clock = Access(source, Still()), Still()
+    before = access._tenants.named["a"]
+    with access.under_way(before, 1) as use:
+        use.reserve(100_000)
+        source.found = allowed(1000)
+        await access.follow()
+        use.used_tokens = 100_000
+    clock.now = lambda: 60.0  # type: ignore[method-assign]
+    access._clock = clock
+    for tenant in (access._tenants.named["a"], before):  # a request that came before the change is held to it too
+        assert dict(access.headers(tenant))[b"x-ratelimit-remaining-tokens"] == b"1000"
+
+
 steps = st.lists(st.tuples(st.sampled_from(["enter", "end", "fail"]), st.integers(1, 4), st.integers(0, 60),
                            st.floats(0, 1)), max_size=60)
 
