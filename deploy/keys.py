@@ -2,7 +2,8 @@
 
 Rules: whoever writes holds the file's lock and replaces the file whole, so that a gateway reads all of a change or
 nothing of it; only the change is made, and what people wrote (comments, order, limits) stays as it is; only its owner
-may read the file; what a gateway would refuse is never written. A key leaves here once, when it is made.
+may read the file, and its group where it could before; what a gateway would refuse is never written. A key leaves here
+once, when it is made.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 import tempfile
 import time
 import tomllib
@@ -26,6 +28,7 @@ from gateway import tenants_file
 from gateway.tenants import PREFIX_LETTERS, Key, Tenants, check_name, digest, new_key
 
 LOCK_WITHIN_S = 10.0
+LATEST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # that a file can say
 BEGINNING = """\
 # Tenants of this mesh and their keys. Cache salts derive from the secret: whoever changes it empties all caches.
 secret = "{secret}"
@@ -80,7 +83,7 @@ def rotate(path: Path, prefix: str, now: datetime, expires: datetime | None = No
            overlap: timedelta = timedelta()) -> Row:
     """A new key in the place of this one, which ends after `overlap`. Raises KeysFailed.
 
-    Without `expires` the new one lives as long as the old one was given to live.
+    Without `expires` the new one lives as long as the old one was given to live, `LATEST` at most.
     """
     with _failing(path), _editing(path) as (change, found):
         row = _row(found, prefix, path, now)
@@ -90,9 +93,9 @@ def rotate(path: Path, prefix: str, now: datetime, expires: datetime | None = No
         if expires is None and row.expires is not None:
             if row.created is None:
                 raise KeysFailed(f"it is not known how long the key {row.prefix} was given to live: say --expires")
-            expires = now + (row.expires - row.created)
+            expires = _after(now, row.expires - row.created)
         key = _new_key(found)
-        last = now + overlap if row.expires is None else min(row.expires, now + overlap)
+        last = _after(now, overlap) if row.expires is None else min(row.expires, _after(now, overlap))
 
         def both(document: Any) -> None:
             _entry(document, row).update({"expires": last} if overlap else {"revoked": True})
@@ -108,9 +111,9 @@ def until(said: str, now: datetime) -> datetime | None:
         return None
     try:
         found = now + span(said) if _SPAN.fullmatch(said) else datetime.fromisoformat(said)
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
     except (ValueError, OverflowError):
         raise KeysFailed(f"{said!r} is no time: write 90d, 12h or 30m, or a date such as 2030-12-31") from None
-    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
     if found <= now:
         raise KeysFailed(f"{said!r} has passed: a key has to expire later than now")
     return found.replace(microsecond=0)
@@ -121,7 +124,15 @@ def span(said: str) -> timedelta:
     found = _SPAN.fullmatch(said)
     if found is None:
         raise KeysFailed(f"{said!r} is no span of time: write 90d, 12h or 30m")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    try:
+        return timedelta(**{_UNITS[found[2]]: int(found[1])})
+    except (ValueError, OverflowError):  # int() itself refuses thousands of digits
+        raise KeysFailed(f"{said!r} is too long a span of time: write 90d, 12h or 30m, or leave it out") from None
+
+
+def _after(now: datetime, lived: timedelta) -> datetime:
+    """The sum, where there is one; never a time that cannot be said."""
+    return now + lived if lived < LATEST - now else LATEST
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
@@ -265,7 +276,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _keep_owner(path: Path, descriptor: int) -> None:
-    """A gateway that could read the file before still can."""
+    """A gateway that could read the file before, as its owner or of its group, still can. Others cannot."""
     if not path.exists():
         return
     before, after = path.stat(), os.fstat(descriptor)
@@ -275,6 +286,10 @@ def _keep_owner(path: Path, descriptor: int) -> None:
         except PermissionError:
             if before.st_uid != after.st_uid:
                 raise KeysFailed(f"{path} belongs to another user: run this as that user") from None
+            if before.st_mode & stat.S_IRGRP:
+                raise KeysFailed(f"{path} belongs to a group that reads it and that you are not in: run this as a user "
+                                 "of that group") from None
+    os.fchmod(descriptor, 0o600 | before.st_mode & stat.S_IRGRP)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def test_all_that_people_wrote_stays_and_only_the_change_is_made(written: Path) 
     lines = iter(after.splitlines())
     for line in before.splitlines():
         assert line in lines, f"{line!r} is gone or stands elsewhere"
-    assert stat.S_IMODE(written.stat().st_mode) == 0o600
+    assert stat.S_IMODE(written.stat().st_mode) == 0o640
     found = TenantsFile(written).read()
     assert (found.named["acme"].weight, found.named["acme"].residency.zones) == (4.0, ("eu",))
     assert found.named["lab"].limits.requests_per_minute == 10
@@ -181,10 +181,38 @@ def test_when_a_key_expires_can_be_said_as_a_span_or_a_date(said: str, expected:
     assert keys.until(said, NOW) == expected
 
 
-@pytest.mark.parametrize("said", ["soon", "5", "5y", "0d", "2020-01-01", "-1d", "99999999999d"])
+@pytest.mark.parametrize("said", ["soon", "5", "5y", "0d", "2020-01-01", "-1d", "99999999999d", "9999999d",
+                                  "9999-12-31T23:59:59-12:00", "9" * 5000 + "d"])
 def test_a_time_that_is_none_or_has_passed_is_refused(said: str) -> None:
     with pytest.raises(KeysFailed, match=f"'{said}'"):
         keys.until(said, NOW)
+
+
+@pytest.mark.parametrize("said", ["99999999999d", "9" * 5000 + "h"])
+def test_a_span_that_no_time_has_is_refused(said: str) -> None:
+    with pytest.raises(KeysFailed, match="too long a span"):
+        keys.span(said)
+
+
+def test_a_key_that_lives_to_the_end_of_time_is_made_listed_and_rotated(written: Path) -> None:
+    """Dates near the last one there is once ended in a traceback."""
+    far = keys.until("9999-12-31", NOW)
+    assert far == datetime(9999, 12, 31, tzinfo=UTC)
+    old = keys.create(written, "acme", NOW, far)
+    new = keys.rotate(written, old.prefix, NOW + timedelta(days=2), overlap=keys.span("9999999d"))
+    assert new.expires == keys.LATEST and opens(written, new.key) == opens(written, old.key) == "acme"
+    endless = keys.create(written, "lab", NOW)
+    keys.rotate(written, endless.prefix, NOW, overlap=keys.span("9999999d"))
+    ends = {row.prefix: row.expires for row in keys.listed(written, NOW)}
+    assert (ends[old.prefix], ends[endless.prefix]) == (far, keys.LATEST)
+
+
+@pytest.mark.parametrize("more", [("--overlap", "99999999999d"), ("--expires", "9999-12-31T23:59:59-12:00")])
+def test_a_time_out_of_reach_is_one_sentence_of_the_command(written: Path, more: tuple[str, str]) -> None:
+    before = written.read_text()
+    result = run("rotate", "tm-00000000", "--tenants", str(written), *more)
+    assert result.exit_code == 1 and more[1] in result.stderr and "Traceback" not in result.stderr
+    assert written.read_text() == before
 
 
 def test_a_link_to_the_file_stays_a_link(written: Path) -> None:
@@ -192,6 +220,41 @@ def test_a_link_to_the_file_stays_a_link(written: Path) -> None:
     link.symlink_to(written.name)
     row = keys.create(link, "lab", NOW)
     assert link.is_symlink() and opens(written, row.key) == "lab"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o600, 0o600), (0o640, 0o640), (0o660, 0o640), (0o664, 0o640),
+                                               (0o440, 0o640), (0o604, 0o600)])
+def test_a_gateway_that_read_the_file_by_its_group_still_does_after_a_key_was_revoked(written: Path, before: int,
+                                                                                   after: int) -> None:
+    """Once the file was always written 0600: such a gateway read it no more, and the revoked key went on opening."""
+    written.chmod(before)
+    group = written.stat().st_gid
+    for change in (lambda: keys.create(written, "lab", NOW), lambda: keys.revoke(written, "tm-00000000", NOW)):
+        change()
+        assert (stat.S_IMODE(written.stat().st_mode), written.stat().st_gid) == (after, group)
+
+
+def test_a_group_that_reads_the_file_and_cannot_be_kept_is_one_sentence(written: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    real = os.fstat
+
+    def of_another_group(descriptor: int) -> os.stat_result:
+        fields = list(real(descriptor))
+        fields[stat.ST_GID] += 1
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(keys.os, "fchown", denied)
+    monkeypatch.setattr(keys.os, "fstat", of_another_group)
+    written.chmod(0o640)
+    before = written.read_text()
+    with pytest.raises(KeysFailed, match="a group that reads it and that you are not in"):
+        keys.revoke(written, "tm-00000000", NOW)
+    assert written.read_text() == before
+    written.chmod(0o600)
+    assert keys.revoke(written, "tm-00000000", NOW).state == "revoked"
 
 
 def test_of_many_who_write_at_once_nobodys_key_is_lost_and_readers_see_whole_files(written: Path) -> None:
