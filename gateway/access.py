@@ -18,7 +18,7 @@ import structlog
 from gateway import tenants
 from gateway.limits import Headers, Meter
 from gateway.tenants import Tenant, Tenants
-from gateway.tenants_file import TenantsFile
+from gateway.tenants_file import TenantsFile, Unsettled
 from shared.clock import Clock
 from shared.settings import GatewaySettings
 
@@ -32,7 +32,8 @@ class Source(Protocol):
         """Whether it is worth reading again. Must not wait."""
 
     def read(self) -> Tenants:
-        """Everybody there is. May wait: it is called in a thread. Raises ValueError with a sentence for people."""
+        """Everybody there is. May wait: it is called in a thread. Raises ValueError with a sentence for people,
+        Unsettled to be asked again."""
 
 
 class Everybody:
@@ -118,15 +119,19 @@ class Access:
         return self._meter(tenant).headers(self._clock.now())
 
     async def follow(self) -> None:
-        """Take in what changed in the source."""
-        if not self._source.changed():
-            return
+        """Take in what changed in the source. What goes wrong with it, whatever it is, ends no gateway."""
         try:
+            if not self._source.changed():
+                return
             self._tenants = await asyncio.to_thread(self._source.read)
+        except Unsettled:
+            return
         except ValueError as error:
-            if self._complaint != str(error):
-                self._complaint = str(error)
-                log.warning("tenants_refused", reason=str(error), kept=len(self._tenants.named))
+            self._refuse(str(error))
+            return
+        except Exception as error:
+            # its words are nobody's here: they may repeat what was read
+            self._refuse(f"reading the tenants failed with {type(error).__name__}: this is a fault of the gateway")
             return
         self._complaint = ""
         self._meters = {name: meter for name, meter in self._meters.items()
@@ -136,6 +141,11 @@ class Access:
             if tenant is not None and tenant.limits != meter.limits:
                 meter.change(tenant.limits, self._clock.now())
         log.info("tenants_read", tenants=len(self._tenants.named))
+
+    def _refuse(self, reason: str) -> None:
+        if self._complaint != reason:
+            self._complaint = reason
+            log.warning("tenants_refused", reason=reason, kept=len(self._tenants.named))
 
     def _meter(self, tenant: Tenant) -> Meter:
         meter = self._meters.get(tenant.name)

@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 TICK_S = 0.1  # how finely deadlines and silence are noticed
 FORGET_S = 60.0
-FOLLOW_S = 1.0  # after so long a change of tenants holds here
+FOLLOW_S = 0.5  # between looks at tenants: a change holds here at the second one that sees it, after 1 s at most
 LONG_BYTES = 4096  # bodies above this are tokenised in a thread: 1 to 2 ms of the loop's time at 2 to 4 MB/s
 PROMPTS_PER_TURN = 4  # of the event loop: 1 to 2 ms
 CLOSE_S = 5.0  # for HTTP connections to end once nothing runs

@@ -1,7 +1,9 @@
 """The tenants file: who may ask, as people write it and `tokenmill keys` keeps it.
 
 Rules: all gateways of a mesh read the same file; what nobody knows is refused by name, so that no limit is lost to a
-slip of the pen; an error never repeats the secret or a digest.
+slip of the pen; an error never repeats the secret or a digest. People save the file in place, so a change is read once
+two looks in a row have seen the same file and nobody writes meanwhile; who replaces the file whole is safe from slow
+writers too.
 
     secret = "..."                      # at least 32 characters, for cache salts: whoever changes it empties the caches
 
@@ -36,6 +38,7 @@ from shared.residency import parse
 from shared.tiers import LEAST_WEIGHT, MOST_WEIGHT, TIERS, Tier
 
 LEAST_SECRET = 32
+Signature = tuple[int, ...]
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
@@ -56,31 +59,53 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tenants: dict[str, Any] = {}
 
 
+class Unsettled(ValueError):
+    """Somebody writes the file just now: to be looked at again."""
+
+
 class TenantsFile:
-    """The file of one gateway, to be read again when its time, size or inode changed."""
+    """The file of one gateway, to be read again when its times, size or inode changed."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._signature: tuple[int, ...] | None = None
+        self._read: Signature | None = None  # None also after it could not be read: to be tried again
+        self._seen: Signature | None = None  # at the last look
+        self._settled: Signature | None = None  # what the next reading has to find
 
     def changed(self) -> bool:
-        """Whether it is another file than the one read last. One look at the folder, no waiting."""
-        return self._signature != _signature(self._path)
+        """Whether it is another file than the one read last, and has been since the look before. Does not wait."""
+        before, self._seen = self._seen, _signature(self._path)
+        self._settled = self._seen if before == self._seen != self._read else None
+        return self._settled is not None
 
     def read(self) -> Tenants:
-        """Everybody in it. Raises ValueError with a sentence that says what is wrong."""
-        # taken before: who writes while this reads is read again
-        self._signature = _signature(self._path)
+        """Everybody in it. Raises ValueError with a sentence that says what is wrong, Unsettled to try again."""
+        settled, self._settled, self._read = self._settled, None, None
+        before = _signature(self._path)
         try:
-            return read(self._path.read_text())
+            text = self._path.read_bytes()
         except OSError as error:
             raise ValueError(f"cannot read the tenants file {self._path}: {error.strerror}") from None
+        if before != _signature(self._path) or settled not in (None, before):
+            raise Unsettled(f"the tenants file {self._path} is being written: try again when that is done")
+        try:
+            found = read(text.decode())
         except ValueError as error:
+            self._read = before  # not to be read again before it is another one
             raise ValueError(f"the tenants file {self._path} is refused: {error}") from None
+        self._read = before
+        return found
 
 
 def read(text: str) -> Tenants:
     """The tenants of a file's text. Raises ValueError saying what is wrong where."""
+    try:
+        return _tenants(text)
+    except RecursionError:
+        raise ValueError("its tables or lists are nested too deeply: no tenant needs that") from None
+
+
+def _tenants(text: str) -> Tenants:
     try:
         found = msgspec.convert(tomllib.loads(text), _File)
     except tomllib.TOMLDecodeError as error:
@@ -116,10 +141,11 @@ def _where(error: msgspec.ValidationError, table: str) -> str:
     return f"{where.lstrip('.')}: {what}" if where else what
 
 
-def _signature(path: Path) -> tuple[int, ...]:
+def _signature(path: Path) -> Signature:
     """Empty for a file that is not there."""
     try:
         found = path.stat()
     except OSError:
         return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # the change of its owner or mode may be what lets it be read
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

@@ -16,7 +16,7 @@ from gateway.access import Access
 from gateway.prompt import ServedModel
 from gateway.service import FOLLOW_S, Gateway
 from gateway.tenants import Tenants
-from gateway.tenants_file import TenantsFile, read
+from gateway.tenants_file import TenantsFile, Unsettled, read
 from shared.clock import LoopClock
 from shared.errors import MillError, RateLimited
 from shared.messages import Accepted, Generate, Reply, Residency, Tokens
@@ -421,6 +421,28 @@ class Handed:
 
 def allowed(tokens: int) -> Tenants:
     return read(f'secret = "{SECRET}"\n[tenants.a]\ntokens_per_minute = {tokens}')
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (ValueError("it is no TOML"), "it is no TOML"),
+    (RecursionError("not to be told"), "failed with RecursionError"), (MemoryError("not to be told"), "MemoryError")])
+async def test_whatever_goes_wrong_with_the_source_is_refused_said_once_and_ends_no_gateway(error: Exception,
+                                                                                           reason: str) -> None:
+    source = Handed(allowed(1000))
+    access = Access(source, Still())
+    source.found = error
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(3):
+            await access.follow()
+    (said,) = logged
+    assert reason in said["reason"] and "not to be told" not in said["reason"] and said["kept"] == 1
+    assert access.refused and set(access._tenants.named) == {"a"}
+    source.found = Unsettled("not to be told")
+    await access.follow()
+    assert access.refused, "nothing is known yet of what is being written"
+    source.found = allowed(2000)
+    await access.follow()
+    assert not access.refused and access._tenants.named["a"].limits.tokens_per_minute == 2000
 
 
 async def test_a_limit_lowered_in_the_file_holds_at_once_and_locks_nobody_out_for_what_was_used_before() -> None:

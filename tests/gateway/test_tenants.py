@@ -7,7 +7,7 @@ import pytest
 
 from gateway import tenants, tenants_file
 from gateway.tenants import EVERYBODY, Key, Tenant, digest, key_in, new_key
-from gateway.tenants_file import TenantsFile
+from gateway.tenants_file import TenantsFile, Unsettled
 from shared.blocks import tenant_salt
 from shared.errors import NotAuthorised, PermissionDenied
 from shared.messages import Residency
@@ -16,6 +16,12 @@ from tests.gateway.tenants_files import SECRET, bearer, write
 HEAD = f'secret = "{SECRET}"\n'
 KEYED = HEAD + '[tenants.acme]\n[[tenants.acme.keys]]\nprefix = "tm-00000000"\nsha256 = "' + "0" * 64 + '"\n'
 NOW_S = 1.8e9
+
+
+def looks(file: TenantsFile) -> bool:
+    """Two looks: what the second one says."""
+    file.changed()
+    return file.changed()
 
 
 def asking(found: tenants.Tenants, headers: dict[str, str]) -> Tenant:
@@ -81,6 +87,7 @@ def test_salts_differ_between_tenants_and_between_secrets_however_long(tmp_path:
     ("secret = ", "no TOML"),
     ("[tenants.a]", "needs a secret of 32"),
     ('secret = "short"', "needs a secret of 32"),
+    (HEAD + "a = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
     ("secret = 5", "needs a secret of 32"),
     (HEAD + "[tenants.Acme]", "no tenant's name"),
     (HEAD + "tenant = 1", "unknown field `tenant`"),
@@ -115,17 +122,77 @@ def test_a_file_has_changed_when_it_was_written_replaced_or_removed(tmp_path: Pa
     write(path, a={})
     file = TenantsFile(path)
     file.read()
-    assert not file.changed()
+    assert not looks(file)
     other = tmp_path / "new.toml"
     write(other, a={}, b={})
     other.replace(path)
-    assert file.changed()
-    assert set(file.read().named) == {"a", "b"} and not file.changed()
+    assert looks(file)
+    assert set(file.read().named) == {"a", "b"} and not looks(file)
     path.unlink()
-    assert file.changed()
+    assert looks(file)
     with pytest.raises(ValueError, match="cannot read"):
         file.read()
+    path.write_text("secret = 1")
+    assert looks(file)
+    with pytest.raises(ValueError, match="is refused"):
+        file.read()
+    assert not looks(file), "the same words are wrong again"
+
+
+def test_a_file_that_could_not_be_read_is_tried_again_when_only_its_mode_changed(tmp_path: Path,
+                                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.toml"
+    write(path, a={})
+    file = TenantsFile(path)
+    file.read()
+    path.chmod(0o640)
+    assert looks(file), "its mode is part of what it is"
+
+    def denied(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "read_bytes", denied)
+        with pytest.raises(ValueError, match="Permission denied"):
+            file.read()
+        assert looks(file), "a gateway may be let in by what no look at the file shows"
+    assert set(file.read().named) == {"a"} and not looks(file)
+
+
+def test_a_file_that_is_being_saved_in_place_is_read_when_it_is_whole(tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is a file too, without the tenants and limits that come later."""
+    path = tmp_path / "t.toml"
+    write(path, a={}, b={})
+    whole, file = path.read_text(), TenantsFile(path)
+    file.read()
+    half = whole[:whole.index("[tenants.b]")]
+    path.write_text(half)
     assert not file.changed()
+    path.write_text(whole + "\n")
+    assert not file.changed()
+    assert file.changed() and set(file.read().named) == {"a", "b"}
+    # between the look and the reading
+    path.write_text(whole)
+    assert looks(file)
+    path.write_text(half)
+    with pytest.raises(Unsettled, match="is being written"):
+        file.read()
+    path.write_text(whole)
+    assert looks(file)
+    # while it is read
+    real = Path.read_bytes
+
+    def slowly(read: Path) -> bytes:
+        found = real(read)
+        path.write_text(whole + "\n# more\n")
+        return found
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "read_bytes", slowly)
+        with pytest.raises(Unsettled):
+            file.read()
+    assert looks(file) and set(file.read().named) == {"a", "b"} and not looks(file)
 
 
 def test_a_policy_is_narrowed_to_the_tenants_zones_or_denied() -> None:
