@@ -33,7 +33,7 @@ from gateway.openai.common import BodyDecoder, encode, error_json
 from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
 from gateway.prompt import ServedModel
 from gateway.tenants import Tenant
-from shared.errors import BadRequest, MillError, NotAuthorised, RateLimited
+from shared.errors import BadRequest, MillError, NotAuthorised, RateLimited, RequestTimeout
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
@@ -110,7 +110,7 @@ class _Api:
                                                                            _tenant(request).name)))
 
     async def tokenize(self, request: Request) -> Response:
-        raw = await read_body(request, self._gateway.settings.max_body_bytes)
+        raw = await read_body(request, self._gateway)
         body: TokenizeRequest = self._decode_tokenize(raw)
         model = self._gateway.model_named(body.model, _tenant(request))
         if (body.prompt is None) == (body.messages is None):
@@ -127,7 +127,7 @@ class _Api:
         return _json(TokenizeReply(len(tokens), model.card.context_length, tokens))
 
     async def detokenize(self, request: Request) -> Response:
-        raw = await read_body(request, self._gateway.settings.max_body_bytes)
+        raw = await read_body(request, self._gateway)
         body: DetokenizeRequest = self._decode_detokenize(raw)
         model = self._gateway.model_named(body.model, _tenant(request))
         if any(not 0 <= token < model.card.vocabulary_size for token in body.tokens):
@@ -174,13 +174,13 @@ class _Envelope:
         request_id = client_id or secrets.token_hex(12)
         scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id)
         access = self._gateway.access
-        tenant: Tenant | None = None
         status = 0
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                tenant = scope["state"].get("tenant")
                 taken_ms = round(1000 * (self._gateway.clock.now() - began_s))
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()),
                                       (b"openai-processing-ms", str(taken_ms).encode()),
@@ -190,7 +190,7 @@ class _Envelope:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 if scope["path"] not in _OPEN:
-                    scope["state"]["tenant"] = tenant = access.asking(scope["headers"])
+                    tenant = scope["state"]["tenant"] = access.asking(scope["headers"])
                     if access.keyed:
                         structlog.contextvars.bind_contextvars(tenant=tenant.name)
                     if scope["method"] == "POST":
@@ -227,6 +227,8 @@ def _error_headers(error: MillError, length: int) -> list[tuple[bytes, bytes]]:
                     (b"retry-after-ms", str(math.ceil(1000 * error.retry_after_s)).encode())]
     if (error.status >= 500 or error.status == RateLimited.status) and not error.retryable:
         headers.append((b"x-should-retry", b"false"))
+    if error.status == RequestTimeout.status:
+        headers.append((b"connection", b"close"))  # what still comes is no other request
     if error.status == NotAuthorised.status:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

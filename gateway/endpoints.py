@@ -1,8 +1,10 @@
 """The endpoints that generate: from a body to the prompts and options of an `Answer`.
 
-Rule: everything a client can get wrong is found here, before any place is taken or any worker hears of it.
+Rules: everything a client can get wrong is found here, before any place is taken or any worker hears of it. Whose
+request it is, is asked again once its body is here: a key may end while a client holds it back.
 """
 
+import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from gateway.openai.parameters import Options, Parameters, names_tier
 from gateway.prompt import ServedModel
 from gateway.residency import policy_of
 from gateway.tenants import Tenant
-from shared.errors import TooLarge
+from shared.errors import RequestTimeout, TooLarge
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
@@ -95,7 +97,7 @@ class Generation:
         gateway, endpoint = self._gateway, self._endpoint
         gateway.check_open()
         began_s = gateway.clock.now()
-        raw = await read_body(Request(scope, receive), gateway.settings.max_body_bytes)
+        raw = await read_body(Request(scope, receive), gateway)
         body: Parameters = endpoint.decode(raw)
         tenant: Tenant = scope["state"]["tenant"]
         model = gateway.model_named(body.model, tenant)
@@ -120,8 +122,25 @@ class Generation:
                 use.used_tokens = answer.used_tokens
 
 
-async def read_body(request: Request, most_bytes: int) -> bytes:
-    """The whole body. Raises TooLarge as soon as it is known to be, ClientLeft when it never ends."""
+async def read_body(request: Request, gateway: "Gateway") -> bytes:
+    """The whole body; the tenant in the request's state is from then on who it is now.
+
+    Raises TooLarge as soon as it is known to be, RequestTimeout, ClientLeft when it never ends, and NotAuthorised.
+    """
+    within_s = gateway.settings.body_s
+    try:
+        async with asyncio.timeout(within_s):
+            body = await _body(request, gateway.settings.max_body_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {within_s:g} s: send it at once, or raise "
+                             "--body-s") from None
+    state = request.scope["state"]
+    del state["tenant"]  # nobody's, if it is refused
+    state["tenant"] = gateway.access.asking(request.scope["headers"])
+    return body
+
+
+async def _body(request: Request, most_bytes: int) -> bytes:
     too_large = TooLarge(f"the body is larger than {most_bytes} bytes: shorten it, or raise --max-body-bytes")
     with contextlib.suppress(ValueError):
         if int(request.headers.get("content-length", "0")) > most_bytes:

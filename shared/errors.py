@@ -6,6 +6,7 @@
     ├── NotAuthorised        401  no key, or one that opens nothing
     ├── PermissionDenied     403  a key that may not do this
     ├── ModelNotFound        404  code model_not_found
+    ├── RequestTimeout       408  a body that did not come in time
     ├── TooLarge             413
     ├── RateLimited          429  retry after
     ├── NoEligibleWorker     503  nobody may serve this (residency, model): a retry helps only if the fleet changes
@@ -53,6 +54,10 @@ class ModelNotFound(MillError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
 
 
+class RequestTimeout(MillError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
 class TooLarge(MillError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
@@ -83,8 +88,8 @@ class WorkerFailed(MillError):
 
 _BY_CODE: dict[str, type[MillError]] = {
     kind.code: kind
-    for kind in (BadRequest, ContextTooLong, NotAuthorised, PermissionDenied, ModelNotFound, TooLarge, RateLimited,
-                 NoEligibleWorker, Overloaded, MeshUnavailable, DeadlineExceeded, WorkerFailed)
+    for kind in (BadRequest, ContextTooLong, NotAuthorised, PermissionDenied, ModelNotFound, RequestTimeout, TooLarge,
+                 RateLimited, NoEligibleWorker, Overloaded, MeshUnavailable, DeadlineExceeded, WorkerFailed)
 }
 
 

@@ -43,6 +43,7 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     tenants: str = ""
     max_active: int = 1024  # streams at once; more is refused with Retry-After
     max_body_bytes: int = 4 << 20
+    body_s: float = 60.0  # for the whole body of a request to arrive
     default_max_tokens: int = 512
     request_timeout_s: float = 600.0
     accept_s: float = 2.0  # a request nobody accepted in this time is sent again

@@ -423,6 +423,70 @@ def allowed(tokens: int) -> Tenants:
     return read(f'secret = "{SECRET}"\n[tenants.a]\ntokens_per_minute = {tokens}')
 
 
+async def held_back(url: str, path: str, key: str, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request whose headers are sent and whose body is not."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"POST {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\n"
+                 f"content-length: {len(data)}\r\n\r\n".encode())
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize"])
+async def test_a_body_held_back_until_its_key_was_revoked_starts_nothing(monkeypatch: pytest.MonkeyPatch,
+                                                                        tmp_path: Path, path: str) -> None:
+    file = tmp_path / "t.toml"
+    keys = write(file, acme={}, gone={})
+    async with served(monkeypatch, tenants=str(file)) as (url, mesh, _), asyncio.timeout(20):
+        data = json.dumps(body(path)).encode()
+        reader, writer = await held_back(url, path, keys["gone"], data)
+        await asyncio.sleep(0.1)
+        rewrite(file, {"acme": keys["acme"]}, acme={}, gone={})
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            while (await client.get("/v1/models", headers=bearer(keys["gone"]))).status_code == 200:
+                await asyncio.sleep(0.02)
+        writer.write(data)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+        assert mesh.requests == []
+        writer.close()
+
+
+async def test_a_body_is_served_for_the_tenant_that_its_key_has_when_it_is_here(monkeypatch: pytest.MonkeyPatch,
+                                                                               tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    keys = write(file, acme={})
+    async with served(monkeypatch, tenants=str(file)) as (url, mesh, _), asyncio.timeout(20):
+        data = json.dumps(body(CHAT)).encode()
+        reader, writer = await held_back(url, CHAT, keys["acme"], data)
+        await asyncio.sleep(0.1)
+        rewrite(file, keys, acme={"weight": 3.0, "tokens_per_minute": 700})
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            while "x-ratelimit-limit-tokens" not in (await client.get("/v1/models",
+                                                                      headers=bearer(keys["acme"]))).headers:
+                await asyncio.sleep(0.02)
+        writer.write(data)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        assert [one.weight for one in mesh.requests] == [3.0]
+        writer.close()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+async def test_a_body_that_does_not_come_in_time_is_408_and_ends_its_connection(monkeypatch: pytest.MonkeyPatch,
+                                                                               tmp_path: Path, path: str) -> None:
+    keys = write(tmp_path / "t.toml", acme={})
+    async with (served(monkeypatch, tenants=str(tmp_path / "t.toml"), body_s=0.2) as (url, mesh, _),
+                asyncio.timeout(20)):
+        reader, writer = await held_back(url, path, keys["acme"], b"x" * 100)
+        writer.write(b"x" * 50)
+        head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        error = json.loads(said)["error"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
+        assert "within 0.2 s" in error["message"] and mesh.requests == []
+        writer.close()
+
+
 @pytest.mark.parametrize(("error", "reason"), [
     (ValueError("it is no TOML"), "it is no TOML"),
     (RecursionError("not to be told"), "failed with RecursionError"), (MemoryError("not to be told"), "MemoryError")])
