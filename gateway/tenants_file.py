@@ -40,7 +40,7 @@ from shared.tiers import LEAST_WEIGHT, MOST_WEIGHT, TIERS, Tier
 LEAST_SECRET = 32
 Signature = tuple[int, ...]
 
-AtLeastOne = Annotated[int, Meta(ge=1)]
+AtLeastOne = Annotated[int, Meta(ge=1, le=1 << 53)]  # what a float counts exactly: buckets are floats
 
 
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

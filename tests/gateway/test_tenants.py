@@ -95,6 +95,7 @@ def test_salts_differ_between_tenants_and_between_secrets_however_long(tmp_path:
     (HEAD + "[tenants.a]\nweight = 0", "tenants.a.weight: "),
     (HEAD + "[tenants.a]\nweight = 1e9", "tenants.a.weight: "),
     (HEAD + "[tenants.a]\nconcurrency = 0", "tenants.a.concurrency: "),
+    (HEAD + "[tenants.a]\ntokens_per_minute = " + "9" * 400, "tenants.a.tokens_per_minute: "),
     (HEAD + "[tenants.a]\nrequests_per_minute = 1.5", "tenants.a.requests_per_minute: "),
     (HEAD + '[tenants.a]\nresidency = "Europe!"', "tenants.a.residency: 'Europe!' is no zone"),
     (HEAD + "[tenants.a]\ntiers = []", "tenants.a.tiers: "),
