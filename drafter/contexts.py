@@ -97,7 +97,7 @@ class Advanced(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A stream that is followed no longer. `why`: closed, lost, evicted or silent."""
+    """A stream that is followed no longer. `why`: closed, lost, evicted, silent or failed."""
 
     context: Context
     why: str
@@ -165,6 +165,14 @@ class Contexts:
             del self._counts[worker]
             self._drop_streams(worker, "silent", news)
         return news
+
+    def drop_all(self, why: str) -> list[Ended]:
+        """Forget every stream; their workers are to open them again."""
+        self.lost = True
+        ended = [Ended(context, why) for context in self._contexts.values()]
+        self._contexts.clear()
+        self._tokens = 0
+        return ended
 
     def _counts_on(self, message: Follow, news: list[News]) -> bool:
         """Whether the message is new. Drops the worker's streams when something is missing before it."""

@@ -49,6 +49,7 @@ class Line:
 
     def __init__(self, stream: Stream, draft_temperature: float) -> None:
         self.tokens = array("I", stream.tokens)
+        self.highest = max(stream.tokens, default=0)  # id among them
         self.prompt_tokens = stream.prompt_tokens
         self.sampling = stream.sampling
         self.temperature = stream.sampling.temperature * draft_temperature
@@ -108,6 +109,7 @@ class Lines:
                 line.chain.clear()
                 self._drop(line, list(line.branches))
             line.tokens.append(token)
+            line.highest = max(line.highest, token)
             self._drop(line, [at for at in line.branches if at[0] < len(line.tokens)])
 
     def make_room(self, key: Key, length: int, asked: Sequence[Key]) -> bool:

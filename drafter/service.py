@@ -7,10 +7,12 @@
 Rules: nobody waits for a drafter, so a late proposal is only useless (law 2). Everything that has arrived is taken in
 before anything is proposed: when there is too much to do, proposals become fewer, not later. Where nothing matches,
 nothing is said. Beyond the likeliest continuation of a stream only so much is prepared as `drafter.budget` allows.
+A draftsman that fails loses its streams, and they are opened again as after a gap: the drafter lives on.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -235,7 +237,12 @@ class Drafter:
         asks = [ask for context in contexts if (ask := self._ask(context, branches)) is not None]
         untold, self._untold = self._untold, []
         seconds = self.budget.seconds
-        found = await self._call(lambda: _work(self.draftsman, untold, asks, seconds))
+        try:
+            found = await self._call(lambda: _work(self.draftsman, untold, asks, seconds))
+        except Exception as error:
+            _log.exception("drafting_failed", error=repr(error), streams=len(self.contexts))
+            await self._lose_streams(untold)
+            found = []
         if self._thread is not None:
             # streams went on and ended meanwhile
             self._take_in_all()
@@ -258,6 +265,15 @@ class Drafter:
             share = took_s * len(those) / len(found)
             await self._publish(subjects.worker_drafts(worker, zone),
                                 Drafts(self.id, self.epoch, tuple(those), epoch, share))
+
+    async def _lose_streams(self, untold: Sequence[tuple[News, Audience | None]]) -> None:
+        """Nobody knows what the draftsman has of them, or heard of `untold`; a new epoch asks for them again."""
+        ended = self.contexts.drop_all("failed")
+        for one in ended:
+            self._account(one)
+        keys = {one.context.key for one in ended}
+        keys.update(happened.context.key if isinstance(happened, Ended) else happened.key for happened, _ in untold)
+        await self._call(lambda: _forget(self.draftsman, keys))
 
     def _ask(self, context: Context, branches: int) -> Ask | None:
         draft_tokens = min(context.max_draft_tokens, self._settings.max_draft_tokens)
@@ -334,6 +350,13 @@ def _work(draftsman: Draftsman, untold: Sequence[tuple[News, Audience | None]], 
             case Ended(context, _):
                 draftsman.close(context.key, audience)
     return draftsman.propose(asks, budget_s) if asks else []
+
+
+def _forget(draftsman: Draftsman, keys: Collection[Key]) -> None:
+    """Close these streams, whether it has them or not."""
+    for key in keys:
+        with contextlib.suppress(Exception):
+            draftsman.close(key, None)
 
 
 def _proposal(continuation: Continuation, context: Context) -> Proposal | None:

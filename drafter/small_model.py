@@ -112,11 +112,16 @@ class ModelDraftsman:
         return [continuation for ask in ready for continuation in self._said(ask)]
 
     def _with_room(self, asks: Sequence[Ask]) -> list[Ask]:
-        """Those whose text and continuation fit into the context and the cache."""
+        """Those whose text and continuation fit into the context and the cache, and that say no id the model lacks.
+
+        A target of the same tokenizer may have a wider embedding.
+        """
         asked, keys = [], [ask.key for ask in asks]
         for ask in asks:
-            end = len(self.lines[ask.key].tokens) + ask.length
-            if end < self._decoder.context_length and self.lines.make_room(ask.key, end, keys):
+            line = self.lines[ask.key]
+            end = len(line.tokens) + ask.length
+            if (end < self._decoder.context_length and line.highest < self._decoder.vocabulary_size
+                    and self.lines.make_room(ask.key, end, keys)):
                 asked.append(ask)
             else:
                 self._behind.discard(ask.key)
@@ -201,7 +206,11 @@ class ModelDraftsman:
         for outcome in likely_outcomes(agreement, others, ask.branches, ALTERNATIVES, LEAST_OUTCOME):
             position = len(line.tokens) + outcome.agreed
             token = line.chain[outcome.agreed].others[outcome.rank]
-            branch = self.lines.fork(ask.key, position, token, position + 1 + LONGEST_BRANCH, outcome.probability)
+            # of the last token that is guessed nothing is computed
+            end = position + min(ask.length, LONGEST_BRANCH)
+            if end > self._decoder.context_length:
+                continue
+            branch = self.lines.fork(ask.key, position, token, end, outcome.probability)
             if branch is None:
                 continue
             if position % self._decoder.block_size_tokens:

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from drafter import service
 from drafter.drafting import Ask, Audience, Continuation, Key, Stream
+from drafter.suffix import SuffixDraftsman
 from shared import subjects, telemetry
 from shared import trace_names as names
 from shared.clock import LoopClock
@@ -562,5 +563,47 @@ def test_a_long_prompt_is_taken_in_piece_by_piece_while_other_streams_are_answer
         # and then there is nothing to do
         await asyncio.sleep(1.0)
         assert len(worker.proposals) == 2
+
+    play(scenario)
+
+
+class Fragile(SuffixDraftsman):
+    """Fails whenever it is asked for a stream of this name."""
+
+    def __init__(self, fails_for: str) -> None:
+        super().__init__()
+        self.fails_for = fails_for
+        self.failures = 0
+
+    def propose(self, asks: Sequence[Ask], budget_s: float) -> list[Continuation]:
+        if any(ask.key.request_id == self.fails_for for ask in asks):
+            self.failures += 1
+            raise RuntimeError("token id 310 lies outside 0..255")
+        return super().propose(asks, budget_s)
+
+
+def test_a_draftsman_that_fails_loses_its_streams_and_the_drafter_asks_for_them_again(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    draftsman = Fragile("bad")
+    monkeypatch.setattr(service.kinds, "draftsman_of", lambda settings: draftsman)
+
+    async def scenario(stage: Stage) -> None:
+        worker = await stage.worker()
+        good = opened([*LOOP, *LOOP, *LOOP[:2]])
+        await worker.says(good)
+        before, said = stage.statuses[-1].epoch, len(worker.proposals)
+        assert said
+        await worker.says(opened(LOOP, "bad"))
+        await asyncio.sleep(1.1)
+        assert not stage.task.done()
+        assert (stage.statuses[-1].epoch, stage.statuses[-1].following) == (before + 1, 0)
+        for _ in range(3):
+            # as a worker does that hears of another epoch
+            await worker.says(good, opened(LOOP, "bad"))
+            await asyncio.sleep(5.1)
+        assert draftsman.failures == 4
+        assert stage.statuses[-1].epoch == before + 4
+        await worker.says(good)
+        assert len(worker.proposals) > said
 
     play(scenario)

@@ -302,3 +302,38 @@ def test_a_hybrid_of_both_is_right_where_either_is(folder: Path) -> None:
         right += bool(found) and found[0].tokens[0] == truth[at]
         hybrid.advance(S, 7 + at, [truth[at]])
     assert right > 45
+
+
+def test_a_stream_that_says_an_id_which_the_model_lacks_is_left_out_and_others_are_drafted(decoder: Any) -> None:
+    """A target of the same tokenizer may have a wider embedding."""
+    draftsman = drafting(decoder, [5, 310, 7], Sampling(temperature=0.0))
+    other = Key("w0", "other", 1)
+    draftsman.open(other, Stream(PROMPT, len(PROMPT), Sampling(temperature=0.0)))
+    found = draftsman.propose([Ask(S, 8), Ask(other, 8)], FOREVER)
+    assert {one.key for one in found} == {other}
+    draftsman.advance(other, len(PROMPT), [decoder.vocabulary_size])
+    assert draftsman.propose([Ask(S, 8), Ask(other, 8)], FOREVER) == []
+    assert not draftsman.behind
+
+
+@pytest.mark.parametrize("length", [4, 8, 18])
+def test_no_branch_goes_past_the_context(decoder: Any, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses that are rarely right make many branches, also at the end of a long chain."""
+    highest, race = 0, decoder.race
+
+    def watched(inputs: Any, places: int) -> Any:
+        nonlocal highest
+        highest = max(highest, int(inputs.positions.max()))
+        return race(inputs, places)
+
+    monkeypatch.setattr(decoder, "race", watched)
+    branches = 0
+    for tokens in range(decoder.context_length - length - 9, decoder.context_length - length):
+        draftsman = drafting(decoder, [5] * tokens, Sampling(temperature=HOT, seed=3))
+        monkeypatch.setattr(draftsman.lines.margins, "of", lambda margin, noisy: 0.8)
+        monkeypatch.setattr(draftsman.lines.margins, "recall", [0.6, 0.3])
+        branches += len([one for one in asked(draftsman, length, 4) if one.assumed])
+        for branch in draftsman.lines[S].branches.values():
+            assert branch.position + len(branch.chain) <= decoder.context_length
+    assert branches > 4
+    assert decoder.context_length - 12 < highest < decoder.context_length
