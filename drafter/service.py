@@ -33,7 +33,7 @@ from shared.fleet import Fleet
 from shared.ids import new_epoch, new_id
 from shared.messages import DrafterStatus, Drafts, Follow, Proposal, Status, Wire, WorkerStatus, decode, encode
 from shared.residency import check_zone
-from shared.settings import DrafterSettings
+from shared.settings import DrafterSettings, check_price
 from shared.tokens import pack
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asynci
 def checked(settings: DrafterSettings) -> DrafterSettings:
     """The settings with an id made up if there is none. Raises ValueError for what no drafter can be told."""
     kinds.check(settings)
+    check_price(settings.price_usd_per_hour)
     return replace(settings, id=subjects.check_id(settings.id or new_id("drafter")), zone=check_zone(settings.zone))
 
 

@@ -7,6 +7,7 @@ One registry per gateway, so that several can live in one process.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
@@ -123,15 +124,16 @@ class Metrics:
 
     def drafted(self, model: str, end: Finished) -> None:
         """Note what drafts brought one stream."""
-        self.late_draft_tokens.inc(end.late_draft_tokens)
-        self.draft_saved.inc(end.draft_saved_s)
-        self.drafter_seconds.inc(end.drafter_s)
-        self.drafter_usd.inc(end.drafter_usd)
-        self._drafts.labels(model).inc(end.draft_steps)
-        self._draft_tokens.labels(model).inc(end.draft_tokens)
-        self._accepted.labels(model).inc(end.accepted_draft_tokens)
+        self.late_draft_tokens.inc(_counted(end.late_draft_tokens))
+        if math.isfinite(end.draft_saved_s):
+            self.draft_saved.inc(end.draft_saved_s)
+        self.drafter_seconds.inc(_counted(end.drafter_s))
+        self.drafter_usd.inc(_counted(end.drafter_usd))
+        self._drafts.labels(model).inc(_counted(end.draft_steps))
+        self._draft_tokens.labels(model).inc(_counted(end.draft_tokens))
+        self._accepted.labels(model).inc(_counted(end.accepted_draft_tokens))
         for place, accepted in enumerate(accepted_at(end)):
-            self._accepted_at.labels(model, str(place)).inc(accepted)
+            self._accepted_at.labels(model, str(place)).inc(_counted(accepted))
 
     def placed(self, known: Found) -> None:
         """Note what was predicted of one stream, and what was there."""
@@ -161,6 +163,11 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+
+def _counted(amount: float) -> float:
+    """What a counter takes of a worker's figure: one that is negative or no number would stop it, or spoil it."""
+    return amount if math.isfinite(amount) and amount > 0 else 0.0
 
 
 class _Fleet(Collector):

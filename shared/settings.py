@@ -4,6 +4,7 @@ Pure but for `load`, which reads the file named by `--config`. A field `drain_s`
 TOKENMILL_DRAIN_S and the key `drain_s` in the service's table of the TOML file.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,12 @@ def load(kind: type[S], table: str, argv: Sequence[str], environ: Mapping[str, s
         field = path.rstrip("`")
         raise ValueError(f"bad setting for {table}: {origins.get(field, field)} = {values.get(field)!r}: "
                          f"{what}") from None
+
+
+def check_price(usd_per_hour: float) -> None:
+    """Raises ValueError for what nobody can be charged."""
+    if not (math.isfinite(usd_per_hour) and usd_per_hour >= 0.0):
+        raise ValueError(f"price_usd_per_hour is {usd_per_hour:g}: say 0 or more")
 
 
 def to_flags(settings: Settings) -> list[str]:

@@ -77,6 +77,7 @@ class Following:
         self._reopen = False
         self._behind = False  # something was not told
         self._seq = 0
+        self._worked_until = 0.0  # if it worked without a pause since it was chosen
         self._lead = 0.0  # tokens by which streams had gone on when an answer came, lately
 
     @property
@@ -85,8 +86,9 @@ class Following:
 
     @property
     def usd_per_hour(self) -> float:
-        """What the drafter that is followed costs."""
-        return self.chosen.price_usd_per_hour if self.chosen is not None else 0.0
+        """What the drafter that is followed costs; 0 where it says what no price is."""
+        usd = self.chosen.price_usd_per_hour if self.chosen is not None else 0.0
+        return usd if math.isfinite(usd) and usd >= 0.0 else 0.0
 
     @property
     def lead_tokens(self) -> int:
@@ -118,6 +120,7 @@ class Following:
         if best is None or present is None or best.id != present.id:
             self._lead = 0.0
         self.chosen = best
+        self._worked_until = now
         self._open.clear()
         self._reopen = best is not None
 
@@ -152,8 +155,11 @@ class Following:
                     lines.append(Close(sequence.key.request_id, sequence.key.attempt))
         return told + self._pack(self.chosen, lines)
 
-    def admit(self, drafts: Drafts, length_of: Callable[[str], int | None]) -> Drafts | None:
-        """What is for us of an answer, None if nothing is. `length_of`: tokens of a live request by now."""
+    def admit(self, drafts: Drafts, length_of: Callable[[str], int | None], now: float) -> Drafts | None:
+        """What is for us of an answer, None if nothing is. `length_of`: tokens of a live request by now.
+
+        Of its seconds count, in all, no more than have passed until `now` since the drafter was chosen.
+        """
         chosen = self.chosen
         if (chosen is None or drafts.drafter != chosen.id or drafts.epoch < chosen.epoch
                 or drafts.worker_epoch not in (0, self._epoch)):
@@ -162,10 +168,12 @@ class Following:
         proposals = tuple(proposal for proposal in drafts.proposals if self._is_ours(proposal, length_of))
         if not proposals:
             return None
-        if len(proposals) == len(drafts.proposals):
-            return drafts
         # of its time what it spent on these
-        return replace(drafts, proposals=proposals, seconds=drafts.seconds * len(proposals) / len(drafts.proposals))
+        seconds = drafts.seconds * len(proposals) / len(drafts.proposals)
+        # false also of what is no number
+        seconds = min(seconds, max(0.0, now - self._worked_until)) if seconds > 0.0 else 0.0
+        self._worked_until += seconds
+        return replace(drafts, proposals=proposals, seconds=seconds)
 
     def may_hear(self, sequence: Sequence) -> bool:
         """Whether the drafter that is followed may be told of this stream."""

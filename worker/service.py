@@ -40,7 +40,7 @@ from shared.messages import (
     encode,
 )
 from shared.residency import allows, check_zone
-from shared.settings import WorkerSettings
+from shared.settings import WorkerSettings, check_price
 from shared.telemetry import configure_tracing
 from shared.timeline import Timeline
 from shared.tokens import unpack
@@ -79,10 +79,11 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
 
     `timeline` is the start so far; when the worker is ready it is logged with the phases that came here: weights
     (the checkpoint read and repacked), calibration, doors (subscribed, first messages sent). Raises ValueError for
-    an id or a zone that is none.
+    an id, a zone or a price that is none.
     """
     timeline = timeline or Timeline()
     settings = replace(settings, zone=check_zone(settings.zone))
+    check_price(settings.price_usd_per_hour)
     name = subjects.check_id(settings.id or new_id("worker"))
     epoch = new_epoch(clock)
     sender = Sender(bus)
@@ -295,7 +296,7 @@ class Worker:
 
     def _on_drafts(self, delivery: Delivery) -> None:
         drafts = decode(delivery.data, Drafts)
-        ours = self._following.admit(drafts, self._scheduler.length_of)
+        ours = self._following.admit(drafts, self._scheduler.length_of, self._clock.now())
         if ours is not None:
             self._drafter_s += ours.seconds
             self._engine.payback.spend(ours.seconds * self._following.usd_per_hour / 3600)

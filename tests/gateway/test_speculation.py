@@ -74,6 +74,21 @@ async def test_prometheus_has_it_under_vllms_names_and_ours() -> None:
         assert line in text, line
 
 
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+async def test_a_workers_figure_that_is_none_costs_no_request_its_receipt(wrong: float) -> None:
+    def forged(request: Generate) -> list[Reply]:
+        *before, end = script(request)
+        assert isinstance(end, Finished)
+        return [*before, replace(end, drafter_s=wrong, drafter_usd=wrong, late_draft_tokens=-1)]
+
+    async with gateway_and_mesh() as (client, mesh, gateway):
+        for mesh.script in (forged, script):
+            assert (await client.post("/v1/completions", json={"prompt": "Hi"})).status_code == 200
+        text = (await client.get("/metrics")).text
+        assert len(gateway.receipts) == 2
+    assert "mill_gateway_drafter_seconds_total 0.002" in text and "mill_gateway_drafter_usd_total 1e-06" in text
+
+
 def test_what_was_accepted_at_each_place_follows_from_how_many_each_step_accepted() -> None:
     counts = (3, 2, 0, 1)
     end = Finished("r", 1, "stop", accepted_counts=counts)

@@ -2,20 +2,24 @@
 
     noise     any tokens
     traps     the truth, with one token of it changed: everything up to there is right
-    forgery   on the wire: other bases and digests, ids that no vocabulary has, half tokens, conditions at random
+    forgery   on the wire: other bases and digests, ids that no vocabulary has, half tokens, conditions at random,
+              seconds and prices that are negative, endless or no numbers
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from unittest import mock
+
+from msgspec.structs import replace
 
 import drafter.kinds
 import drafter.service
 from drafter.contexts import Context
 from drafter.drafting import Ask, Audience, Continuation, Key, Stream
 from drafter.suffix import SuffixDraftsman
-from shared.messages import Proposal
+from shared.messages import DrafterStatus, Drafts, Proposal, Wire, encode
 from shared.tokens import pack
 from tests.laws.plain import mock_stream
 from worker.mock_decoder import MockDecoder
@@ -108,6 +112,18 @@ def lying(seed: int, vocabulary: int = VOCABULARY) -> Iterator[None]:
                 confidence = b"\0\xff" * rng.randint(0, 9)
         return Proposal(proposal.request_id, proposal.attempt, base, tokens, assumed, digest, confidence)
 
+    def figure(honest: float) -> float:
+        return rng.choice((honest, -1.0, 1e9, math.inf, math.nan))
+
+    def forged_wire(message: Wire) -> bytes:
+        match message:
+            case Drafts() if rng.random() < 0.3:
+                message = replace(message, seconds=figure(message.seconds))
+            case DrafterStatus():
+                message = replace(message, price_usd_per_hour=figure(message.price_usd_per_hour))
+        return encode(message)
+
     with (mock.patch.object(drafter.kinds, "draftsman_of", lambda settings: Liar(rng, vocabulary)),
-          mock.patch.object(drafter.service, "_proposal", forged)):
+          mock.patch.object(drafter.service, "_proposal", forged),
+          mock.patch.object(drafter.service, "encode", forged_wire)):
         yield

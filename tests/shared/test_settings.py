@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Settings, WorkerSettings, load, to_flags
+from shared.settings import (
+    DrafterSettings,
+    GatewaySettings,
+    RouterSettings,
+    Settings,
+    WorkerSettings,
+    check_price,
+    load,
+    to_flags,
+)
 
 
 @pytest.fixture
@@ -80,3 +89,11 @@ def test_flags_of_defaults_are_none(kind):
 def test_flags_turn_back_into_the_same_settings(speculation, zone, price, blocks):
     settings = WorkerSettings(speculation=speculation, zone=zone, price_usd_per_hour=price, kv_blocks=blocks)
     assert load(WorkerSettings, "worker", to_flags(settings), {}) == settings
+
+
+@pytest.mark.parametrize("usd", ["-0.1", "nan", "inf"])
+def test_a_price_that_is_negative_or_no_number_is_refused(usd):
+    settings = load(DrafterSettings, "drafter", [f"--price-usd-per-hour={usd}"], {})
+    with pytest.raises(ValueError, match=r"price_usd_per_hour is .*say 0 or more"):
+        check_price(settings.price_usd_per_hour)
+    check_price(0.0)

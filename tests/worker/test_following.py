@@ -62,7 +62,7 @@ class Stream:
     def admit(self, *proposals: Proposal, drafter: str = "d1", epoch: int = 3, worker_epoch: int = 9) -> int:
         """How many of them are for us."""
         drafts = Drafts(drafter, epoch, proposals, worker_epoch)
-        ours = self.following.admit(drafts, self.scheduler.length_of)
+        ours = self.following.admit(drafts, self.scheduler.length_of, 1.0)
         return 0 if ours is None else len(ours.proposals)
 
 
@@ -141,6 +141,25 @@ def test_a_proposal_that_comes_twice_counts_once_and_another_for_the_same_text_c
     assert stream.admit(one) == 0
     assert stream.following.repeated == 2
     assert stream.admit(replace(one, assumed=pack([3])), replace(one, tokens=pack([4]))) == 2
+
+
+@pytest.mark.parametrize(("said", "counts"), [(0.25, 0.25), (-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 2.0),
+                                              (float("-inf"), 0.0), (1e9, 2.0)])
+def test_of_a_drafters_seconds_no_more_count_than_have_passed_and_never_less_than_none(
+        said: float, counts: float) -> None:
+    stream = Stream()
+    ours = stream.following.admit(Drafts("d1", 3, (stream.proposal(),), 9, said), stream.scheduler.length_of, 2.0)
+    assert ours is not None and ours.seconds == counts
+    more = stream.proposal(tokens=pack([4]))
+    ours = stream.following.admit(Drafts("d1", 3, (more,), 9, 1e9), stream.scheduler.length_of, 2.5)
+    assert ours is not None and ours.seconds == 2.5 - counts
+
+
+@pytest.mark.parametrize("usd", [-1.0, float("nan"), float("inf")])
+def test_a_price_that_is_none_costs_nothing(usd: float) -> None:
+    following = follower()
+    following.hear(DrafterStatus("d1", 3, price_usd_per_hour=usd), 0.0)
+    assert (following.name, following.usd_per_hour) == ("d1", 0.0)
 
 
 def test_a_flood_of_answers_to_one_text_is_cut_off() -> None:
