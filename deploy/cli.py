@@ -248,8 +248,9 @@ def replay(
 def distil(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=MODEL_HELP)] = "default",
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="folder of the drafter; what was begun there goes on")
-    ] = Path("drafter"),
+        Path | None, typer.Option(metavar="DIR", help="folder of the drafter; what was begun there goes on. Without: "
+                                  "one beside the pulled models, with the target's name", show_default=False)
+    ] = None,
     layers: Annotated[str, typer.Option(metavar="N|A,B,...", help="how many layers to copy, or which")] = "4",
     vocabulary: Annotated[int, typer.Option(metavar="N", help="token ids that the drafter can say", min=1)] = 8192,
     minutes: Annotated[float, typer.Option(metavar="M", help="about how long it may take in all", min=0.01)] = 20.0,
@@ -273,6 +274,7 @@ def distil(
     if device == "cuda":
         _check_cuda()
     folder = _pull(target)
+    out = out or distilling.folder_for(folder)
     if device == "cpu":
         _compile()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
@@ -293,6 +295,7 @@ def distil(
                 on_policy=on_policy, peak_rate=peak_rate)
         except distilling.DistilFailed as error:
             _leave(str(error))
+    console.print(f"the drafter is in {out}", soft_wrap=True)
     typer.echo(distilling.encoded(certificate).decode() if json else "\n".join(distilling.summary(certificate)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from deploy import distil_prompts
+from deploy.paths import cache_folder
 from gateway import model_files
 from gateway.prompt import ServedModel
 from worker.compress.distil import Certificate, Distillation, Prompts, Recipe, Report, ends_of
@@ -41,6 +42,11 @@ def distil(target: Path, out: Path, *, layers: str, prompts_file: Path | None, d
     except (ValueError, OSError) as error:
         raise DistilFailed(str(error)) from None
     return certificate
+
+
+def folder_for(target: Path) -> Path:
+    """Where a drafter of the pulled model `target` goes when nobody says."""
+    return cache_folder() / "drafters" / target.name
 
 
 def summary(certificate: Certificate) -> list[str]:

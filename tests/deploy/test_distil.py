@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy import distil_prompts
-from deploy.distil import DistilFailed, _layers, distil, summary
+from deploy.distil import DistilFailed, _layers, distil, folder_for, summary
 from drafter.small_model import vocabulary_of
 from gateway.model_files import load_card
 from kernels.checkpoint import open_checkpoint
@@ -54,6 +54,13 @@ def test_a_mistake_in_what_was_asked_for_is_one_sentence(tmp_path: Path) -> None
         with pytest.raises(DistilFailed, match=why):
             distil(default_folder(), tmp_path / "out", layers=layers, prompts_file=file, device="cpu",
                    report=lambda *_: None)
+
+
+def test_without_a_word_a_drafter_goes_beside_the_models_and_not_into_the_folder_where_one_stands(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout has a package of the name that was the default once."""
+    monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path))
+    assert folder_for(tmp_path / "models" / "a-model") == tmp_path / "drafters" / "a-model"
 
 
 @pytest.mark.slow

@@ -150,6 +150,21 @@ def test_a_folder_with_another_plan_is_left_alone(target: Path, tmp_path: Path) 
     assert sorted((file.name, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before
 
 
+def test_a_folder_with_a_finished_run_answers_for_no_other(
+        target: Path, whole: tuple[Path, Certificate, Reports], tmp_path: Path) -> None:
+    out, certificate, _ = whole
+    before = sorted(file.name for file in out.rglob("*"))
+    other = write_tiny_gguf(tmp_path / "other.gguf", Tiny(layers=4, context_length=128, seed=7))
+    with pytest.raises(OtherRun, match="another target"):
+        made(other, out)
+    with pytest.raises(OtherRun, match="another recipe"):
+        made(target, out, msgspec.structs.replace(RECIPE, layers=(1, 3)))
+    with pytest.raises(OtherRun, match=r"another prompts.*another --out"):
+        made(target, out, asked=PROMPTS._replace(held_out=prompts(8, 9)))
+    assert made(target, out) == certificate
+    assert sorted(file.name for file in out.rglob("*")) == before
+
+
 def test_minutes_become_counts_that_a_later_run_keeps(target: Path, tmp_path: Path) -> None:
     recipe = msgspec.structs.replace(RECIPE, texts=0, steps=0, minutes=0.05)
     with pytest.raises(Killed):

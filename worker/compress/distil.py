@@ -154,15 +154,20 @@ class Distillation:
         self._save_s = save_s
         self._began = stopwatch()
         self._seconds: dict[str, float] = {}
-        self._work.mkdir(parents=True, exist_ok=True)
         fresh = Plan(recipe=recipe, target=_file_digest(self._checkpoint.path), prompts=_digest(prompts),
                      texts=recipe.texts, steps=recipe.steps)
+        self._done = out / "certificate.json"
+        if self._done.is_file():
+            _check_same(out, msgspec.json.decode(self._done.read_bytes(), type=Certificate), fresh)
+            self.plan = fresh
+            return
+        self._work.mkdir(parents=True, exist_ok=True)
         self.plan = _known_plan(self._work / "plan.json", fresh)
 
     def run(self) -> Certificate:
         """All of it; what was done before is not done again."""
-        if (done := self._out / "certificate.json").is_file():
-            return msgspec.json.decode(done.read_bytes(), type=Certificate)
+        if self._done.is_file():
+            return msgspec.json.decode(self._done.read_bytes(), type=Certificate)
         decoder = _decoder(self._checkpoint, self._device)
         held_out = self._timed("write", lambda: self._held_out(decoder))
         text = self._timed("write", lambda: self._written(decoder))
@@ -186,7 +191,7 @@ class Distillation:
             vocabulary=config.head_size, coverage=_coverage(held_out.documents, head_ids), files=files,
             active_weights=matrices, target_weights=_active(self._checkpoint), device=self._device, copied=copied,
             acceptance=acceptance, seconds={name: round(took, 1) for name, took in self._seconds.items()})
-        _write_file(done, msgspec.json.format(msgspec.json.encode(certificate), indent=1))
+        _write_file(self._done, msgspec.json.format(msgspec.json.encode(certificate), indent=1))
         shutil.rmtree(self._work)
         return certificate
 
@@ -370,16 +375,21 @@ def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, losses
 
 
 def _known_plan(path: Path, fresh: Plan) -> Plan:
-    """The plan of the run that was begun here, or this one. Raises OtherRun when it is another."""
+    """The plan of the run that was begun here, or this one. Raises OtherRun when they differ."""
     if not path.is_file():
         _write_file(path, msgspec.json.format(msgspec.json.encode(fresh), indent=1))
         return fresh
     known = msgspec.json.decode(path.read_bytes(), type=Plan)
+    _check_same(path.parent.parent, known, fresh)
+    return known
+
+
+def _check_same(folder: Path, known: Plan | Certificate, fresh: Plan) -> None:
+    """Raises OtherRun unless what was begun or finished in `folder` is what is asked for now."""
     for what in ("format", "recipe", "target", "prompts"):
         if getattr(known, what) != getattr(fresh, what):
-            raise OtherRun(f"{path.parent.parent} holds a run with another {what}: go on with that one, choose another "
-                           "--out, or delete the folder")
-    return known
+            raise OtherRun(f"{folder} holds a run with another {what}: go on with that one, choose another --out, or "
+                           "delete the folder")
 
 
 def _write_file(path: Path, content: bytes) -> None:
