@@ -24,6 +24,7 @@ writers too.
     revoked = true                      # left out: false
 """
 
+import os
 import tomllib
 from hashlib import sha256
 from pathlib import Path
@@ -81,12 +82,15 @@ class TenantsFile:
     def read(self) -> Tenants:
         """Everybody in it. Raises ValueError with a sentence that says what is wrong, Unsettled to try again."""
         settled, self._settled, self._read = self._settled, None, None
-        before = _signature(self._path)
         try:
-            text = self._path.read_bytes()
+            with self._path.open("rb") as file:
+                before = _shown(os.fstat(file.fileno()))
+                text = file.read()
+                # one that is replaced meanwhile stays whole, and the next look sees the other
+                written = before[:2] != _shown(os.fstat(file.fileno()))[:2]
         except OSError as error:
             raise ValueError(f"cannot read the tenants file {self._path}: {error.strerror}") from None
-        if before != _signature(self._path) or settled not in (None, before):
+        if written or settled not in (None, before):
             raise Unsettled(f"the tenants file {self._path} is being written: try again when that is done")
         try:
             found = read(text.decode())
@@ -144,8 +148,11 @@ def _where(error: msgspec.ValidationError, table: str) -> str:
 def _signature(path: Path) -> Signature:
     """Empty for a file that is not there."""
     try:
-        found = path.stat()
+        return _shown(path.stat())
     except OSError:
         return ()
+
+
+def _shown(found: os.stat_result) -> Signature:
     # the change of its owner or mode may be what lets it be read
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_ctime_ns, found.st_ino

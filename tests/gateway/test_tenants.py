@@ -1,5 +1,6 @@
 """Whose key it is, what the tenants file may say, and how it is told what is wrong in it."""
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -149,11 +150,11 @@ def test_a_file_that_could_not_be_read_is_tried_again_when_only_its_mode_changed
     path.chmod(0o640)
     assert looks(file), "its mode is part of what it is"
 
-    def denied(_: Path) -> bytes:
+    def denied(*_: str) -> None:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as context:
-        context.setattr(Path, "read_bytes", denied)
+        context.setattr(Path, "open", denied)
         with pytest.raises(ValueError, match="Permission denied"):
             file.read()
         assert looks(file), "a gateway may be let in by what no look at the file shows"
@@ -182,18 +183,30 @@ def test_a_file_that_is_being_saved_in_place_is_read_when_it_is_whole(tmp_path: 
     path.write_text(whole)
     assert looks(file)
     # while it is read
-    real = Path.read_bytes
+    real = os.fstat
 
-    def slowly(read: Path) -> bytes:
-        found = real(read)
-        path.write_text(whole + "\n# more\n")
+    def meanwhile(descriptor: int) -> os.stat_result:
+        found = real(descriptor)
+        write_once()
         return found
 
     with monkeypatch.context() as context:
-        context.setattr(Path, "read_bytes", slowly)
+        once = iter([whole + "\n# more\n"])
+        write_once = lambda: [os.write(writer, text.encode()) for text in once]  # noqa: E731
+        writer = os.open(path, os.O_WRONLY)
+        context.setattr(tenants_file.os, "fstat", meanwhile)
         with pytest.raises(Unsettled):
             file.read()
+        os.close(writer)
     assert looks(file) and set(file.read().named) == {"a", "b"} and not looks(file)
+    # who replaces it whole disturbs no reader
+    other = tmp_path / "new.toml"
+    write(other, c={})
+    with monkeypatch.context() as context:
+        write_once = lambda: other.exists() and other.replace(path)  # noqa: E731
+        context.setattr(tenants_file.os, "fstat", meanwhile)
+        assert set(file.read().named) == {"a", "b"}
+    assert looks(file) and set(file.read().named) == {"c"}
 
 
 def test_a_policy_is_narrowed_to_the_tenants_zones_or_denied() -> None:
