@@ -24,7 +24,7 @@ from worker.draft_wait import DraftWait
 from worker.grammar import GrammarState
 from worker.payback import Payback
 from worker.runner import Runner
-from worker.scheduler import Advanced, Event, Refused, Scheduler, Started, Step, Work
+from worker.scheduler import Advanced, Event, Heard, Refused, Scheduler, Started, Step, Work
 from worker.sequence import Sequence
 
 # what may wait between two steps; a Generate beyond is refused, advice beyond is dropped
@@ -270,7 +270,7 @@ class Engine:
         begun, kept = self._begun, self._take_kept()
         due: list[Event] = []
         for event in kept:
-            (self._kept if isinstance(event, Refused) or event.sequence not in begun else due).append(event)
+            (self._kept if isinstance(event, Refused | Heard) or event.sequence not in begun else due).append(event)
         return due
 
     async def _timed(self, step: Step, rows: int, sampled: int) -> Computed | None:

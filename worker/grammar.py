@@ -181,6 +181,12 @@ class Grammars:
             raise WorkerFailed(state.broken, param="grammar")
         raise BadRequest("the grammar does not permit what was generated so far", param="grammar")
 
+    def knows(self, grammar: Grammar, owner: bytes) -> bool:
+        """Whether nothing has to be compiled for this tenant to begin."""
+        with self._lock:
+            known = self._known.get((owner, grammar))
+        return isinstance(known, BadRequest) or (known is not None and not known.spoilt)
+
     def refuse(self, grammar: Grammar, owner: bytes, error: BadRequest) -> None:
         """Remember that this tenant's grammar cannot be used."""
         with self._lock:

@@ -29,7 +29,7 @@ from shared.messages import (
 from shared.tokens import pack
 from worker.kv_blocks import BlockPool
 from worker.misses import MOST_REMEMBERED, Departed, miss_of, remembered
-from worker.scheduler import Advanced, Ended, Event, PromptScored, Refused, Registered
+from worker.scheduler import Advanced, Ended, Event, Heard, PromptScored, Refused, Registered
 from worker.sequence import Sequence
 
 # half a megabyte: a broker takes one, unless told otherwise
@@ -89,6 +89,9 @@ class Outbox:
             case Ended(sequence, last):
                 miss = miss_of(sequence, self._departed, self._block_size_tokens) or ""
                 return self._signed(last, miss), sequence.request.gateway
+            case Heard(request):
+                receipt = request.placement.receipt if request.placement is not None else b""
+                return Accepted(request.request_id, request.attempt, self.worker, receipt=receipt), request.gateway
             case Refused(request, last):
                 return self._signed(last), request.gateway
             case _:

@@ -150,7 +150,13 @@ class Refused(NamedTuple):
     reply: Finished | Failed
 
 
-Event = Registered | Started | Advanced | PromptScored | Ended | Refused
+class Heard(NamedTuple):
+    """A request that is to become a sequence, but not soon."""
+
+    request: Generate
+
+
+Event = Registered | Started | Advanced | PromptScored | Ended | Refused | Heard
 
 
 class Scheduler:
@@ -170,6 +176,7 @@ class Scheduler:
         self.preemptions = 0
         self.draft_tokens = 0
         self.accepted_draft_tokens = 0
+        self.broken_grammars = 0  # streams that theirs ended with an error
         self.forced_tokens = 0  # that came with others, because a grammar left no choice
         self.late_draft_tokens = 0  # proposed for places that were taken when they came
         self.accepted_by_place = [0] * limits.max_draft_tokens
@@ -371,6 +378,7 @@ class Scheduler:
                 if not work.forced:
                     sequence.verified_until = now
             if sequence.adjuster is not None and not sequence.adjuster.dead.isdisjoint(range(len(tokens))):
+                self.broken_grammars += sequence.adjuster.grammar is not None
                 self._end(sequence, failed(sequence.request, BadRequest(
                     (sequence.adjuster.grammar and sequence.adjuster.grammar.broken)
                     or "no token is left: allowed_token_ids and the grammar exclude each other")))
@@ -621,6 +629,7 @@ class Scheduler:
         told = len(tokens) * record_bytes(sequence.request.logprobs) if records else 0
         self._events.append(Advanced(sequence, index, tokens, records[:told]))
         if grammar is not None and broken:
+            self.broken_grammars += 1
             self._end(sequence, failed(sequence.request, BadRequest(
                 grammar.broken or "the grammar does not permit what was chosen")))
         elif reason is not None:

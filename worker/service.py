@@ -12,7 +12,6 @@ back what waits, gives running streams `drain_s` to end, and hands back the rest
 
 import asyncio
 import contextlib
-from collections import deque
 from functools import partial
 from typing import Literal
 
@@ -24,7 +23,7 @@ from kernels.step import Decoder
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
-from shared.errors import BadRequest, MillError, NoEligibleWorker, Overloaded, WorkerFailed
+from shared.errors import NoEligibleWorker, Overloaded, WorkerFailed
 from shared.ids import new_epoch, new_id
 from shared.messages import (
     Cancel,
@@ -43,12 +42,12 @@ from shared.residency import allows, check_zone
 from shared.settings import WorkerSettings, check_price
 from shared.telemetry import configure_tracing
 from shared.timeline import Timeline
-from shared.tokens import unpack
 from worker.batch import Batch
 from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
 from worker.following import Following
 from worker.grammar import Grammars
+from worker.grammar_queue import GrammarQueue
 from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, TierMemory
 from worker.metrics import Figures, Metrics
@@ -56,7 +55,7 @@ from worker.outbox import Outbox, Outgoing
 from worker.pace import Pace
 from worker.probe import probe_answer
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_file, vocabulary_of
-from worker.scheduler import Advanced, Ended, Event, Limits, Refused, Scheduler, Started, failed
+from worker.scheduler import Advanced, Ended, Event, Heard, Limits, Refused, Scheduler, Started, failed
 from worker.trace import record_stream
 
 # a gateway unheard for so many times the usual silence has lost its clients long ago
@@ -68,7 +67,6 @@ SNAPSHOT_PAUSE_S = 0.1
 # changes of the cache that follow each other this fast are one message; routers expect what they sent anyway
 KV_PAUSE_S = 0.05
 REMEMBERED_ROUTERS = 256
-UNGRAMMARED_LIMIT = 256
 
 _log = structlog.get_logger("worker")
 
@@ -78,8 +76,8 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     """Serve one decoder (loaded as the settings say unless given) until cancelled; then drain.
 
     `timeline` is the start so far; when the worker is ready it is logged with the phases that came here: weights
-    (the checkpoint read and repacked), calibration, doors (subscribed, first messages sent). Raises ValueError for
-    an id, a zone or a price that is none.
+    (the checkpoint read and repacked), calibration, grammars (the vocabulary made ready for them), doors (subscribed,
+    first messages sent). Raises ValueError for an id, a zone or a price that is none.
     """
     timeline = timeline or Timeline()
     settings = replace(settings, zone=check_zone(settings.zone))
@@ -167,12 +165,12 @@ class Worker:
         self._gateways: dict[str, float] = {}  # last heard
         self._routers: dict[str, int] = {}  # the last start of each that was answered
         self._grammars = Grammars(partial(vocabulary_file, settings), decoder.vocabulary_size)
-        self._ungrammared: deque[Arrival] = deque()  # requests whose grammars are still to be compiled
-        self._grammars_wanted = asyncio.Event()
-        self._turned_away: list[Event] = []  # refused at the door, not yet told
+        self._ungrammared = GrammarQueue(self._grammars, clock, self._submit,
+                                         lambda request: self._say(Heard(request)))
+        self._said: list[Event] = []  # at the door, not yet told
         self._status_wanted = asyncio.Event()
         self._snapshot_wanted = asyncio.Event()
-        self._refusals_wanted = asyncio.Event()
+        self._saying = asyncio.Event()
         self._kv_order = asyncio.Lock()
         self._kv_told_at = -KV_PAUSE_S
 
@@ -180,10 +178,12 @@ class Worker:
         """Until cancelled, then drained."""
         await self._calibrate()
         timeline.mark("calibration")
+        self._prepare_grammars()
+        timeline.mark("grammars")
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             own = [tasks.create_task(work) for work in
-                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_refusals(),
-                    self._begin_grammars())]
+                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_said(),
+                    self._ungrammared.run())]
             try:
                 for subject, handler in self._handlers():
                     stack.push_async_callback((await bus.subscribe(subject, self._guarded(handler))).unsubscribe)
@@ -211,6 +211,15 @@ class Worker:
         except Exception as error:
             # requests will show whether it was the device or only this
             _log.error("calibration_failed", error=repr(error))
+
+    def _prepare_grammars(self) -> None:
+        """Before the doors open: it holds everything up for as long as it takes."""
+        try:
+            self._grammars.prepare()
+        except NoEligibleWorker as error:
+            _log.info("no_grammars", worker=self.name, why=error.message)
+        except ValueError as error:
+            _log.error("no_grammars", worker=self.name, why=str(error))
 
     # --- what arrives ------------------------------------------------------------------------------------------------
 
@@ -244,55 +253,34 @@ class Worker:
         if not allows(request.residency, self._settings.zone):
             # whoever placed it thought this worker elsewhere: another may be where it is allowed
             error = NoEligibleWorker(f"the residency policy does not allow zone {self._settings.zone}")
-            self._turn_away(Refused(request, failed(request, error, True)))
+            self._say(Refused(request, failed(request, error, True)))
             return
         if request.model != self._settings.model_name:
             # the same: under this name there was another one
             error = NoEligibleWorker(f"this worker serves {self._settings.model_name}, not {request.model}")
-            self._turn_away(Refused(request, failed(request, error, True)))
+            self._say(Refused(request, failed(request, error, True)))
             return
         if request.recipe and request.recipe != self._decoder.recipe:
             other = WorkerFailed(f"the stream began under recipe {request.recipe}, this worker has "
                                  f"{self._decoder.recipe or 'none'}: its tokens would not fit")
-            self._turn_away(Refused(request, failed(request, other, True)))
+            self._say(Refused(request, failed(request, other, True)))
             return
         deadline = self._clock.now() + request.deadline - self._clock.wall()
         arrival = Arrival(request, deadline, delivery.headers.get("traceparent", ""))
         if request.grammar is None:
             self._submit(arrival)
-        elif len(self._ungrammared) < UNGRAMMARED_LIMIT:
-            self._ungrammared.append(arrival)
-            self._grammars_wanted.set()
-        else:
-            self._turn_away(Refused(request, failed(request, Overloaded("too many grammars", retry_after_s=1.0))))
+        elif not self._ungrammared.add(arrival):
+            self._say(Refused(request, failed(request, Overloaded("too many grammars", retry_after_s=1.0))))
 
     def _submit(self, arrival: Arrival) -> None:
         if not self._engine.submit(arrival):
             request = arrival.request
-            self._turn_away(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
-
-    async def _begin_grammars(self) -> None:
-        """Requests with a grammar are registered when it is compiled, one by one in a thread."""
-        while True:
-            await self._grammars_wanted.wait()
-            self._grammars_wanted.clear()
-            while self._ungrammared:
-                arrival = self._ungrammared.popleft()
-                request = arrival.request
-                assert request.grammar is not None
-                try:
-                    state = await asyncio.to_thread(self._grammars.begin, request.grammar, unpack(request.generated),
-                                                    request.cache_salt)
-                except MillError as error:
-                    self._submit(arrival._replace(grammar=error))
-                except Exception as error:
-                    _log.error("grammar_failed", error=repr(error))
-                    self._submit(arrival._replace(grammar=BadRequest("the grammar could not be used")))
-                else:
-                    self._submit(arrival._replace(grammar=state))
+            self._say(Refused(request, failed(request, Overloaded("too much at once", retry_after_s=1.0))))
 
     def _on_cancel(self, delivery: Delivery) -> None:
-        self._engine.submit(decode(delivery.data, Cancel))
+        cancel = decode(delivery.data, Cancel)
+        self._engine.submit(cancel)
+        self._ungrammared.cancel(cancel)
 
     def _on_drafts(self, delivery: Delivery) -> None:
         drafts = decode(delivery.data, Drafts)
@@ -331,9 +319,9 @@ class Worker:
         self._engine.payback.new_drafter()
         self._status_wanted.set()
 
-    def _turn_away(self, refused: Refused) -> None:
-        self._turned_away.append(refused)
-        self._refusals_wanted.set()
+    def _say(self, event: Refused | Heard) -> None:
+        self._said.append(event)
+        self._saying.set()
 
     # --- what leaves -------------------------------------------------------------------------------------------------
 
@@ -365,12 +353,12 @@ class Worker:
                 record_stream(event.sequence, event.reply, self.name, self._following.name, self._settings.zone, now,
                               self._clock.wall())
 
-    async def _send_refusals(self) -> None:
+    async def _send_said(self) -> None:
         while True:
-            await self._refusals_wanted.wait()
-            self._refusals_wanted.clear()
-            refused, self._turned_away = self._turned_away, []
-            await self._sender.send(self._outbox.replies(refused))
+            await self._saying.wait()
+            self._saying.clear()
+            said, self._said = self._said, []
+            await self._sender.send(self._outbox.replies(said))
 
     async def _send_snapshots(self) -> None:
         while True:
@@ -407,8 +395,9 @@ class Worker:
             recipe=decoder.recipe, vocabulary=self._vocabulary, zone=settings.zone, sku=settings.sku,
             price_usd_per_hour=settings.price_usd_per_hour, block_size_tokens=decoder.block_size_tokens,
             blocks_total=self._pool.blocks, blocks_used=self._pool.blocks - self._pool.available,
-            context_length=scheduler.length_limit, running=len(scheduler.running), waiting=len(scheduler.waiting),
-            queued_tokens=scheduler.queued_tokens, max_running=settings.max_running,
+            context_length=scheduler.length_limit, running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._ungrammared), queued_tokens=scheduler.queued_tokens,
+            max_running=settings.max_running,
             prefill_tok_s=cost.prefill_tok_s(settings.step_tokens), step_base_s=cost.base_s, step_row_s=cost.row_s,
             decode_tok_s=self._engine.rate.per_second(self._clock.now()), kv_seq=self._outbox.kv_seq,
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
@@ -445,6 +434,9 @@ class Worker:
             "draft_lead_tokens": self._following.lead_tokens,
             "preemptions": scheduler.preemptions, "kv_repairs": engine.repairs, "lost_messages": self._sender.lost,
             "running": len(scheduler.running), "waiting": len(scheduler.waiting),
+            "grammars_waiting": len(self._ungrammared), "grammars_compiled": self._grammars.compilations,
+            "grammar_seconds": self._ungrammared.compile_s, "grammars_refused": self._ungrammared.refused,
+            "grammars_slow": self._ungrammared.slow, "grammars_broken": scheduler.broken_grammars,
             "queued_tokens": scheduler.queued_tokens, "blocks": pool.blocks,
             "blocks_held": pool.blocks - pool.available, "blocks_named": pool.named,
             "prefill_tokens_per_second": scheduler.cost.prefill_tok_s(self._settings.step_tokens),
@@ -462,6 +454,7 @@ class Worker:
         if gone:
             _log.warning("gateways_silent", gateways=sorted(gone))
             self._engine.submit(DropGateways(gone))
+            self._ungrammared.drop_gateways(gone)
             for gateway in gone:
                 del self._gateways[gateway]
 
@@ -472,6 +465,7 @@ class Worker:
         self.state = "draining"
         await self._sender.send([_status_of(self.status())])
         self._engine.submit(CloseDoors(f"worker {self.name} is draining"))
+        self._ungrammared.clear()
         if not await _within(self._settings.drain_s, self._engine.idle):
             self._engine.submit(HandBack())
             await _within(LAST_WORDS_S, self._engine.idle)
