@@ -18,6 +18,7 @@ from gateway.replies import Choice
 from gateway.stops import StopMatcher
 from gateway.template import ChatTemplate
 from gateway.tokenizer import Tokenizer
+from shared.adjust import LONGEST_BAD_WORD
 from shared.blocks import hash_chain, join_hashes
 from shared.errors import BadRequest, ContextTooLong
 from shared.messages import Adjust
@@ -99,7 +100,11 @@ class ServedModel:
     def _bad_words(self, words: Sequence[str]) -> tuple[bytes, ...]:
         """Each word as it stands, and as it stands behind a space."""
         spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
-        return tuple(dict.fromkeys(pack(self.text(spelling, add_special=False)) for spelling in spellings))
+        found = tuple(dict.fromkeys(pack(self.text(spelling, add_special=False)) for spelling in spellings))
+        if max(map(len, found)) > 4 * LONGEST_BAD_WORD:
+            raise BadRequest(f"bad_words takes strings of at most {LONGEST_BAD_WORD} tokens: name shorter ones",
+                             param="bad_words")
+        return found
 
     def choice(self, options: Options) -> Choice:
         """The text side of one stream."""

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from shared.messages import Adjust
 from shared.tokens import unpack
 
+LONGEST_BAD_WORD = 64  # tokens
+
 Floats = NDArray[np.float32]
 
 

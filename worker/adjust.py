@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 
 from kernels.adjust import mask_of
 from kernels.step import Adjustments
-from shared.adjust import biases
+from shared.adjust import LONGEST_BAD_WORD, biases
 from shared.errors import BadRequest
 from shared.messages import Adjust, Generate
 from shared.tokens import unpack
 from worker.grammar import GrammarState
 
 Ids = NDArray[np.int32]
+
+# each is looked for behind every row
+MOST_BAD_WORDS = 256
 
 _NOTHING = np.zeros(0, np.int32)
 
@@ -33,6 +36,8 @@ def refusal(adjust: Adjust, vocabulary_size: int) -> BadRequest | None:
     packed = (adjust.biased, adjust.allowed, *adjust.bad_words)
     if any(len(ids) % 4 for ids in packed) or len(adjust.biases) != len(adjust.biased) or not all(adjust.bad_words):
         return BadRequest("packed ids must take 4 bytes each, every biased id one bias, and a bad word one id or more")
+    if len(adjust.bad_words) > MOST_BAD_WORDS or max(map(len, adjust.bad_words), default=0) > 4 * LONGEST_BAD_WORD:
+        return BadRequest(f"there may be {MOST_BAD_WORDS} bad words of {LONGEST_BAD_WORD} tokens at most: name fewer")
     if len(set(unpack(adjust.biased))) < len(adjust.biased) // 4:
         return BadRequest("every token has one bias at most")
     if max((max(unpack(ids)) for ids in packed if ids), default=0) >= vocabulary_size:
@@ -52,10 +57,16 @@ class Adjuster:
         self.dead: set[int] = set()  # of the rows of the last step, those with nothing to choose
         adjust = self.adjust = request.adjust or Adjust()
         self._prompt_length = prompt_length
-        self._stops = sorted({id for id in request.stop_token_ids if id < vocabulary_size})
+        stops = {id for id in request.stop_token_ids if id < vocabulary_size}
         # an end that is not to end the answer is not wanted either
-        self._ends = sorted(grammar.end_ids.difference(request.stop_token_ids)) if grammar is not None else []
-        self._bad_words = [unpack(word) for word in adjust.bad_words]
+        ends = grammar.end_ids.difference(request.stop_token_ids) if grammar is not None else set()
+        words = [unpack(word) for word in adjust.bad_words]
+        alone = {word[0] for word in words if len(word) == 1}
+        self._unwanted_early, self._unwanted = sorted(stops | ends | alone), sorted(ends | alone)
+        self._bad_words: dict[int, list[list[int]]] = {}  # of two ids or more, by the last but one
+        for word in words:
+            if len(word) > 1:
+                self._bad_words.setdefault(word[-2], []).append(word)
         order = np.argsort(unpack(adjust.biased))
         self._biased = np.array(unpack(adjust.biased), np.int32)[order]
         self._biases = biases(adjust)[order]
@@ -71,12 +82,13 @@ class Adjuster:
         """Ids that stand before the token behind `drafts`, and how often the answer has each."""
         if not self._counts_answer:
             return _NOTHING, _NOTHING
+        if self._counted < self._prompt_length:
+            if self._repeats:
+                self._place_all(tokens[:self._prompt_length])
+            self._counted = self._prompt_length
         for index in range(self._counted, len(tokens)):
-            if index >= self._prompt_length:
-                place = self._place(tokens[index])
-                self._counts[place] += 1
-            elif self._repeats:
-                self._place(tokens[index])
+            place = self._place(tokens[index])
+            self._counts[place] += 1
         self._counted = len(tokens)
         known = len(self._places)
         if not drafts:
@@ -91,13 +103,13 @@ class Adjuster:
     def unwanted(self, tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
         """Ids that are not chosen behind `drafts` if there is another, ascending."""
         length = len(tokens) - self._prompt_length + len(drafts)
-        found = set(self._stops) if length < self.adjust.min_tokens else set()
-        found.update(self._ends)
-        for word in self._bad_words:
+        always = self._unwanted_early if length < self.adjust.min_tokens else self._unwanted
+        found = set()
+        for word in self._bad_words.get(drafts[-1] if drafts else tokens[-1], ()):
             before = len(word) - 1
             if length >= before and _tail(tokens, drafts, before) == word[:-1]:
                 found.add(word[-1])
-        return sorted(found)
+        return sorted(found.union(always)) if found else always
 
     def shifts(self, unwanted: list[int]) -> tuple[Ids, NDArray[np.float32]]:
         """Ids and what is added to their logits: bias, and minus infinity for the unwanted."""
@@ -130,6 +142,12 @@ class Adjuster:
                 # the step goes on for the others; `commit` ends this stream
                 self.dead.add(row)
                 mask[:] = ~np.uint32(0)
+
+    def _place_all(self, ids: Sequence[int]) -> None:
+        """The first there are."""
+        self._ids = np.unique(np.array(ids, np.int32))
+        self._counts = np.zeros_like(self._ids)
+        self._places = {id: place for place, id in enumerate(self._ids.tolist())}
 
     def _place(self, id: int) -> int:
         place = self._places.setdefault(id, len(self._places))

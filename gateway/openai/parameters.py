@@ -21,6 +21,8 @@ MAX_STOPS = 16
 MAX_PRIORITY = 100
 MAX_BIASED = 1024
 MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARACTERS = 1024
+MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 JSON_OBJECT = Grammar("json", '{"type":"object"}')
@@ -148,7 +150,7 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         choices=body.n or 1,
         max_tokens=max_tokens,
         stop=_stops(body.stop),
-        stop_token_ids=tuple(_token_ids("stop_token_ids", body.stop_token_ids)),
+        stop_token_ids=_stop_ids(body.stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
         include_stop=bool(body.include_stop_str_in_output),
         skip_special=body.skip_special_tokens is not False,
@@ -277,6 +279,8 @@ def _bad_words(words: list[str] | None) -> tuple[str, ...]:
         raise BadRequest(f"bad_words takes at most {MAX_BAD_WORDS} strings, got {len(found)}", param="bad_words")
     if not all(word.strip() for word in found):
         raise BadRequest("bad_words must not hold an empty string", param="bad_words")
+    if max(map(len, found), default=0) > MAX_BAD_WORD_CHARACTERS:
+        raise BadRequest(f"bad_words takes strings of at most {MAX_BAD_WORD_CHARACTERS} characters", param="bad_words")
     return found
 
 
@@ -293,6 +297,13 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
         raise BadRequest(f"stop takes at most {MAX_STOPS} strings, got {len(found)}", param="stop")
     if not all(found):
         raise BadRequest("stop must not hold an empty string", param="stop")
+    return found
+
+
+def _stop_ids(ids: list[int] | None) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(_token_ids("stop_token_ids", ids)))
+    if len(found) > MAX_STOP_IDS:
+        raise BadRequest(f"stop_token_ids takes at most {MAX_STOP_IDS} ids, got {len(found)}", param="stop_token_ids")
     return found
 
 

@@ -152,6 +152,7 @@ def test_walls_stand_before_what_is_not_wanted() -> None:
 @pytest.mark.parametrize("wrong", [
     Adjust(biased=pack([VOCABULARY]), biases=b"\0\0\0\0"), Adjust(biased=pack([3, 3]), biases=bytes(8)),
     Adjust(biased=pack([1])), Adjust(allowed=b"abc"),
+    Adjust(bad_words=(pack([1] * 65),)), Adjust(bad_words=tuple(pack([1, id]) for id in range(257))),
     Adjust(bad_words=(b"",)), Adjust(bad_words=(pack([1, VOCABULARY]),)), Adjust(repetition_penalty=0.0),
     Adjust(presence_penalty=float("nan")), Adjust(allowed=pack([VOCABULARY]))])
 def test_what_cannot_be_applied_is_refused_and_nothing_changes(wrong: Adjust) -> None:
@@ -176,3 +177,16 @@ def test_a_packed_bias_is_read_in_the_order_of_its_ids() -> None:
     found, values = adjuster.shifts([])
     assert (found.tolist(), values.tolist()) == ([2, 30], [-1.0, 1.0])
     assert unpack(adjust.biased) == [30, 2]
+
+
+def test_what_is_unwanted_is_looked_up_and_not_searched_for_in_every_row() -> None:
+    """A thousand stops and hundreds of long bad words held up every stream of every step."""
+    words = (*(pack([7] * 60 + [id]) for id in range(8, 30)), pack([3]), pack([5, 6]))
+    one = request(prompt=[1], adjust=Adjust(min_tokens=2, bad_words=words), stop_token_ids=(33, 31))
+    adjuster = Adjuster(one, 1, SMALL)
+    assert adjuster.unwanted([1], []) == [3, 31, 33]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.adjust._tail", lambda *given: pytest.fail("nothing of the kind was said"))
+        assert adjuster.unwanted([1, 4, 6], []) == adjuster.unwanted([1, 4], [6]) == [3]
+    assert adjuster.unwanted([1, 4], [5]) == [3, 6]
+    assert adjuster.unwanted([1, *[7] * 60], []) == [3, *range(8, 30)]
