@@ -2,7 +2,8 @@
 
 Rules:
 - Walls come first and nothing climbs them: model, residency, vocabulary, numeric recipe of a stream already begun,
-  context length, state. `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when nobody else is
+  context length, state, abilities.
+  `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when nobody else is
   left.
 - Everything else is compared in seconds: what this request waits for, and what the streams beside it lose.
 - Refusing is a value with its reason.
@@ -34,7 +35,7 @@ from typing import NamedTuple
 
 from shared.blocks import BLOCK_SIZE_TOKENS
 from shared.errors import ContextTooLong, DeadlineExceeded, NoEligibleWorker, Overloaded
-from shared.messages import Generate, WorkerStatus
+from shared.messages import Generate, WorkerStatus, demands
 from shared.residency import allows
 from shared.tokens import count
 
@@ -138,10 +139,11 @@ def decide(request: Generate, workers: Sequence[Candidate], *, wall_s: float, rn
     if wall_s >= request.deadline:
         return Refused(DeadlineExceeded.code, "the deadline passed before the request was placed", False, 0.0, {})
     prompt_tokens = count(request.tokens) + count(request.generated)
+    demanded = demands(request)
     turned_away = {}
     eligible = []
     for worker in workers:
-        wall = _wall(request, prompt_tokens, recipe, worker.status)
+        wall = _wall(request, prompt_tokens, demanded, recipe, worker.status)
         if wall:
             turned_away[worker.status.id] = wall
         else:
@@ -248,7 +250,7 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def _wall(request: Generate, prompt_tokens: int, recipe: str, status: WorkerStatus) -> str:
+def _wall(request: Generate, prompt_tokens: int, demanded: Sequence[str], recipe: str, status: WorkerStatus) -> str:
     """The first wall between the request and this worker; empty when there is none."""
     if status.model != request.model:
         return "serves another model"
@@ -262,6 +264,9 @@ def _wall(request: Generate, prompt_tokens: int, recipe: str, status: WorkerStat
         return f"context of {status.context_length} tokens"
     if status.state != "ready":
         return status.state
+    # last: who starts has not said it yet
+    if lacking := [name for name in demanded if name not in status.abilities]:
+        return f"keeps to no {' and no '.join(lacking)} (an older version, or no vocabulary beside the model)"
     return ""
 
 

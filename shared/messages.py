@@ -113,6 +113,13 @@ class Generate(Wire, frozen=True, tag="generate"):
     grammar: Grammar | None = None
 
 
+def demands(request: Generate) -> tuple[str, ...]:
+    """The abilities that a worker must name to be given `request`."""
+    asked = (("adjust", request.adjust is not None), ("grammar", request.grammar is not None),
+             ("logprobs", max(request.logprobs, request.prompt_logprobs) >= 0))
+    return tuple(name for name, needed in asked if needed)
+
+
 class Cancel(Wire, frozen=True, tag="cancel"):
     """Stop this request; every attempt up to and including `attempt`."""
 
@@ -369,6 +376,8 @@ class WorkerStatus(Wire, frozen=True, tag="worker"):
     # alone for a while; empty: there is no drafter
     drafting: str = ""
     draft_steps_total: int = 0  # verifications, one for each stream and step
+    # the fields of Generate that this worker keeps to and older ones ignore: adjust, logprobs, grammar
+    abilities: tuple[str, ...] = ()
 
 
 class RouterStatus(Wire, frozen=True, tag="router"):

@@ -140,6 +140,11 @@ class Grammars:
         self._end_ids: list[int] = []
         self._known: OrderedDict[tuple[bytes, Grammar], Compiled | BadRequest] = OrderedDict()
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a vocabulary that grammars can use, as far as `prepare` has found."""
+        return self._tokenizer is not None
+
     def prepare(self) -> None:
         """Make the vocabulary ready. Holds the interpreter for 0.2 s to 1.5 s, so it belongs before a worker's work.
 

@@ -390,6 +390,7 @@ class Worker:
         """This worker as others see it now."""
         scheduler, decoder, settings = self._scheduler, self._decoder, self._settings
         cost = scheduler.cost
+        abilities = ("adjust", "logprobs", "grammar") if self._grammars.ready else ("adjust", "logprobs")
         return WorkerStatus(
             self.name, self._outbox.epoch, settings.model_name, self.state, engine=self._engine_name,
             recipe=decoder.recipe, vocabulary=self._vocabulary, zone=settings.zone, sku=settings.sku,
@@ -403,7 +404,8 @@ class Worker:
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
             draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
             drafter=self._following.name, steps_total=self._engine.steps, kv_digest=self._outbox.kv_digest,
-            parity=self._parity, drafting=self._drafting, draft_steps_total=scheduler.verified_steps)
+            parity=self._parity, drafting=self._drafting, draft_steps_total=scheduler.verified_steps,
+            abilities=abilities)
 
     @property
     def _drafting(self) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from router.placement import POLICIES, Candidate, Decision, Refused, decide
-from shared.messages import Generate, Residency
+from shared.messages import Adjust, Generate, Grammar, Residency
 from tests.router.builders import request, status
 
 
@@ -217,6 +217,18 @@ def test_a_refusal_names_the_wall(worker: dict[str, Any], ask: dict[str, Any], c
     assert (verdict.code, verdict.retryable) == (code, retryable)
     assert says in verdict.message
     assert (verdict.retry_after_s > 0) == (retryable or says.startswith("no worker"))
+
+
+def test_what_an_older_worker_would_ignore_is_placed_only_on_those_that_name_it() -> None:
+    """During a rollout a request for JSON was answered with anything, and nobody said so."""
+    old, new = Candidate(status("old"), 10), Candidate(status("new", abilities=("adjust", "grammar"), running=7))
+    structured = request(grammar=Grammar("regex", "a"), adjust=Adjust(min_tokens=1))
+    assert placed(structured, [old, new]).chosen.worker == "new"
+    assert placed(request(), [old, new]).chosen.worker == "old"
+    nobody = refused(structured, [old])
+    assert nobody.code == "no_eligible_worker" and "keeps to no adjust and no grammar" in nobody.message
+    assert "no logprobs" in refused(request(logprobs=0), [new]).message
+    assert "no logprobs" in refused(request(prompt_logprobs=3), [new]).message
 
 
 def test_a_residency_refusal_does_not_turn_into_a_context_error_of_a_worker_that_is_not_allowed() -> None:

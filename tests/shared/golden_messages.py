@@ -97,7 +97,7 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
                  queued_tokens=500, max_running=64, prefill_tok_s=1000.0, step_base_s=0.005, step_row_s=0.0005,
                  decode_tok_s=300.0, kv_seq=77, replies_sent={"gateway-a": 5}, tokens_total=10000,
                  draft_tokens_total=600, accepted_draft_tokens_total=400, drafter="drafter-a", steps_total=5000,
-                 kv_digest=HASH, parity=HASH, drafting="on", draft_steps_total=300),
+                 kv_digest=HASH, parity=HASH, drafting="on", draft_steps_total=300, abilities=("adjust", "grammar")),
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
                  indexed_blocks=500, held=3),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",

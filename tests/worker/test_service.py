@@ -33,6 +33,7 @@ from shared.messages import (
 )
 from shared.settings import WorkerSettings
 from shared.tokens import digest, pack, unpack
+from shared.vocabulary import Vocabulary
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
@@ -586,3 +587,20 @@ def test_a_drafter_that_costs_more_than_it_saves_is_left_alone_and_the_status_sa
     dear, mesh = stream_with_priced_drafter(200.0, 0.001)
     assert "dear" in {status.drafting for status in mesh.statuses}
     assert dear.draft_tokens < 0.9 * cheap.draft_tokens
+
+
+def test_a_worker_names_what_it_can_do_and_no_grammar_without_a_vocabulary() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.until(lambda: mesh.statuses[-1].state == "ready")
+        assert mesh.statuses[-1].abilities == ("adjust", "logprobs")
+
+    play(scenario)
+    tokens = [bytes([byte]) for byte in range(97)] + [b"<|end|>"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.service.vocabulary_file", lambda settings: Vocabulary("v", tokens, [97], [97]))
+
+        async def with_words(mesh: Mesh) -> None:
+            await mesh.until(lambda: mesh.statuses[-1].state == "ready")
+            assert mesh.statuses[-1].abilities == ("adjust", "logprobs", "grammar")
+
+        play(with_words)
