@@ -2,9 +2,8 @@
 
 Rules:
 - Walls come first and nothing climbs them: model, residency, vocabulary, numeric recipe of a stream already begun,
-  context length, state, abilities.
-  `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when nobody else is
-  left.
+  context length, state, abilities. `exclude_workers` is a strong wish, not a wall: an excluded worker is taken when
+  nobody else is left.
 - Everything else is compared in seconds: what this request waits for, and what the streams beside it lose.
 - Refusing is a value with its reason.
 Pure: no clock, no bus; the caller passes the wall time, a snapshot and the random generator.

@@ -565,7 +565,7 @@ class _Mesh:
                     "blocks": scheduler.pool.blocks - scheduler.pool.available,
                     "drafts": len(scheduler.drafts._streams),
                     "inbox": len(engine._inbox),
-                    "unsaid": len(engine._kept) + len(service._turned_away),
+                    "unsaid": len(engine._kept) + len(service._said),
                     "open at its drafter": len(service._following._open),
                     "failed steps": engine.failed_steps,
                     "repairs": engine.repairs + scheduler.audit().repairs,
