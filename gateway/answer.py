@@ -21,7 +21,7 @@ from gateway.openai import common
 from gateway.openai.chat import ChatReply
 from gateway.openai.completions import CompletionReply
 from gateway.openai.logprobs import Spelling, Told
-from gateway.openai.parameters import Options
+from gateway.openai.parameters import Options, prompt_likeliest
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Kept, Outcome, found, header, outcome_of
@@ -169,14 +169,20 @@ class Answer:
                 priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
                 vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
                 prediction=self._prediction, adjust=self._adjust, logprobs=options.logprobs,
-                prompt_logprobs=self._prompt_likeliest(), grammar=options.grammar)
+                prompt_logprobs=self._prompt_likeliest(index), grammar=options.grammar)
             self._streams.append(gateway.streams.open(request, headers, self,
                                                       gateway.clock.now() + timeout_s))
 
-    def _prompt_likeliest(self) -> int:
+    def _prompt_likeliest(self, index: int) -> int:
         """How many of the likeliest tokens to ask for at each place of the prompt; -1: nothing is to be told of it."""
-        echoed = self._options.logprobs if self._options.echo else -1
-        return max(self._options.prompt_logprobs, echoed)
+        return prompt_likeliest(self._options) if self._scored_by(index) == index else -1
+
+    def _scored_by(self, index: int) -> int:
+        """The choice that is told about the prompt of this one: the first that has it, for scoring is computing anew.
+
+        In a stream each for itself, since no choice can wait for another.
+        """
+        return index if self._options.stream else index - index % self._options.choices
 
     def _seed(self) -> int:
         """The client's; or one that follows from its request id, so that asking again gives the same; or any."""
@@ -283,7 +289,7 @@ class Answer:
 
     def _prompt_told(self, index: int, most: int) -> list[Told]:
         """How likely each token of a choice's prompt was, the first aside, with the `most` likeliest."""
-        records = self._streams[index].state.prompt_logprobs
+        records = self._streams[self._scored_by(index)].state.prompt_logprobs
         told = []
         for number, token in enumerate(self._prompt_of(index).tokens):
             likely = unpack_likely(records[number]) if number in records else None

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.answer import Answer, ClientLeft
 from gateway.openai import chat, common, completions
-from gateway.openai.parameters import Options, Parameters, names_tier
+from gateway.openai.parameters import Options, Parameters, check_scored, names_tier
 from gateway.prompt import ServedModel
 from gateway.residency import policy_of
 from gateway.tenants import Tenant
@@ -113,6 +113,7 @@ class Generation:
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, tenant.salt,
                              endpoint.source)
                 for tokens in texts], endpoint.prediction(body, model), model.adjust(options)))
+            check_scored(options, sum(len(prompt.tokens) for prompt in prompts))
             use.reserve(sum(len(prompt.tokens) + options.choices * prompt.max_tokens for prompt in prompts))
             answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
                             tenant, residency, prediction, adjust)

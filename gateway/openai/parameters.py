@@ -24,6 +24,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARACTERS = 1024
 MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
+MAX_SCORES = 500_000  # some 50 MB of JSON
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 JSON_OBJECT = Grammar("json", '{"type":"object"}')
 
@@ -167,6 +168,20 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         prompt_logprobs=_prompt_logprobs(body),
         grammar=_grammar(body),
     )
+
+
+def prompt_likeliest(options: Options) -> int:
+    """How many of the likeliest tokens are to be told at each place of the prompt; -1: nothing."""
+    return max(options.prompt_logprobs, options.logprobs if options.echo else -1)
+
+
+def check_scored(options: Options, prompt_tokens: int) -> None:
+    """Raise BadRequest where more would be told of prompts, of so many tokens together, than an answer can hold."""
+    entries = prompt_tokens * (prompt_likeliest(options) + 1) * options.choices
+    if entries > MAX_SCORES:
+        raise BadRequest(f"{prompt_tokens} prompt tokens, times choices, times the likeliest of each make {entries} "
+                         f"entries, and {MAX_SCORES} is the most: ask for fewer choices or fewer logprobs",
+                         param="prompt_logprobs")
 
 
 def refuse(param: str, instead: str = "leave it out") -> BadRequest:

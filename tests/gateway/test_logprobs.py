@@ -86,6 +86,29 @@ async def test_prompt_logprobs_have_vllms_shape() -> None:
         assert body["choices"][0]["logprobs"] is None and body["choices"][0]["text"] == "Hello, world!"
 
 
+async def test_a_prompt_is_scored_once_for_all_its_choices() -> None:
+    """Each of 16 choices had all of the prompt computed anew, for the same numbers."""
+    async with gateway_and_mesh() as (client, mesh, _):
+        asked = {"prompt": ["ab", "cde"], "n": 3, "seed": 1, "prompt_logprobs": 0, "echo": True, "logprobs": 1}
+        body = (await client.post(TEXT, json=asked)).json()
+        assert sorted(request.prompt_logprobs for request in mesh.requests) == [-1, -1, -1, -1, 1, 1]
+        for choice in body["choices"]:
+            prompt = ["ab", "cde"][choice["index"] // 3]
+            assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [1] * (len(prompt) - 1)
+            assert "".join(choice["logprobs"]["tokens"][:len(prompt)]) == prompt
+            assert None not in choice["logprobs"]["token_logprobs"][1:len(prompt)]
+
+
+async def test_more_about_prompts_than_an_answer_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.openai.parameters.MAX_SCORES", 100)
+    async with gateway_and_mesh() as (client, mesh, _):
+        for more, status in (({"n": 2}, 200), ({"n": 4}, 400), ({"prompt_logprobs": 10}, 400)):
+            body = {"prompt": "abcdefghij", "prompt_logprobs": 3, "seed": 1, **more}
+            response = await client.post(TEXT, json=body)
+            assert response.status_code == status, more
+        assert response.json()["error"]["param"] == "prompt_logprobs" and len(mesh.requests) == 2
+
+
 async def test_a_stop_string_cuts_logprobs_where_it_cuts_tokens() -> None:
     async with gateway_and_mesh() as (client, mesh, _):
         for batch in (1, 4, 100):
