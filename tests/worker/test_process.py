@@ -65,7 +65,8 @@ async def test_a_start_leaves_one_line_with_the_milliseconds_of_each_phase(tmp_p
     finally:
         server.stop()
     phases = [name for name in line if name.endswith("_ms")]
-    assert phases == ["imports_ms", "settings_ms", "bus_ms", "weights_ms", "calibration_ms", "doors_ms", "total_ms"]
+    assert phases == ["imports_ms", "settings_ms", "bus_ms", "weights_ms", "calibration_ms", "grammars_ms", "doors_ms",
+                      "total_ms"]
     assert all(isinstance(line[name], int) for name in phases)
     assert b"worker_started" not in (rest or b"")
 
