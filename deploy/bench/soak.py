@@ -5,7 +5,7 @@
 The whole mesh of real processes with the real model and the drafter, and a small KV cache so that it fills and requests
 wait for blocks. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses.
 Every REST_EVERY_S all of them rest until the mesh is idle, which is when its books are compared. Before they begin,
-FILLERS requests that ask for no token fill the tables in which requests are remembered.
+FILLERS requests that ask for no token, and short ones over HTTP, fill the tables in which requests are remembered.
 
 Rules, each a complaint and exit code 1 when broken:
 memory    of each process: the 95 % interval of its slope over the samples behind the first third (caches fill before)
@@ -38,10 +38,12 @@ from deploy.bench.mesh import show
 from deploy.bench.slope import Slope, fit
 from deploy.bench.soak_requests import Hurry, Mesh, Wrong
 from deploy.local_mesh import LocalMesh, Options
+from gateway import receipts
 from gateway.model_files import load_card
 
 KV_MIB = 96  # about 4,400 tokens: filled within the first minute
 FILLERS = 8500  # worker and router remember 8,192 and 4,096 requests: a table that fills is no leak
+TOGETHER = 16  # of those over HTTP
 PAUSE_S = 0.4  # mean of a client's pause between requests
 BOUND_S = 120.0
 SAMPLE_S = 5.0
@@ -168,6 +170,7 @@ class Soak:
         hurry = Hurry(bus, model)
         await hurry.listen()
         await hurry.fill(FILLERS, "worker-1")
+        await self._fill_receipts(model)
         self._began = time.monotonic()
         await self._rest()  # a worker that last spoke of thousands waiting gets nothing until it speaks again
         self._may_send.set()
@@ -183,6 +186,16 @@ class Soak:
             await self._http.aclose()
             await bus.close()
         self._record.wrong += hurry.wrong
+
+    async def _fill_receipts(self, model: str) -> None:
+        """As many short requests as the gateway keeps receipts of."""
+        body = {"model": model, "prompt": "The", "max_tokens": 1}
+
+        async def send() -> None:
+            (await self._http.post(f"{self._mesh.url}/v1/completions", json=body, timeout=BOUND_S)).raise_for_status()
+
+        for _ in range(0, receipts.MOST + TOGETHER, TOGETHER):
+            await asyncio.gather(*(send() for _ in range(TOGETHER)))
 
     async def _client(self, number: int, shared: Mesh, hurry: Hurry) -> None:
         """Requests of random kinds after random pauses, for as long as it may."""
