@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from structlog.testing import capture_logs
@@ -11,6 +12,7 @@ from kernels.native import build
 from kernels.native.decoder import NativeDecoder
 from kernels.native.uncompiled import UncompiledDecoder
 from shared.settings import WorkerSettings
+from tests.kernels.blocks import WIDE
 from tests.kernels.tiny import write_tiny_gguf
 from worker.runner import load_decoder
 
@@ -35,11 +37,12 @@ def test_without_a_compiler_the_recipe_stays_and_the_log_says_what_to_install(tm
 
 
 def test_a_model_that_the_recipe_does_not_know_runs_in_float32(tmp_path: Path) -> None:
+    twos = {"blk.0.attn_q.weight": (np.zeros((256, 84), np.uint8), Kind.Q2_K)}
     with capture_logs() as logs:
-        decoder = load_decoder(settings(write_tiny_gguf(tmp_path / "model.gguf", linear=Kind.Q5_0)))
+        decoder = load_decoder(settings(write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=twos)))
     assert isinstance(decoder, TorchDecoder)
     assert logs[-1]["event"] == "recipe_unavailable"
-    assert "Q5_0" in logs[-1]["error"]
+    assert "Q2_K" in logs[-1]["error"]
 
 
 def test_a_kv_format_that_needs_the_compiler_is_not_replaced(tmp_path: Path) -> None:
