@@ -71,7 +71,7 @@ def test_without_any_one_of_its_walls_law_7_is_seen_to_break(
         wall: str, without: Callable[..., Any], schedule: Schedule | None) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch(wall, without))
-        assert any("law 7" in complaint for complaint in violations(run(schedule or moving(7003))))
+        assert any("law 7" in complaint for complaint in violations(run(schedule or moving(7006))))
 
 
 def moving(seed: int) -> Schedule:
