@@ -91,7 +91,7 @@ def memory_needed(checkpoint: Checkpoint, kv_mib: int = KV_MIB) -> int:
     """Bytes that one worker on a CPU comes to hold: packed weights, the KV cache when it is full, and itself."""
     weights = 0
     for name in checkpoint.names():
-        kind, count = checkpoint.raw(name).kind, _count(checkpoint, name)
+        kind, count = checkpoint.kind(name), _count(checkpoint, name)
         weights += count * _FLOAT_BYTES[kind] if kind in _FLOAT_BYTES else _grid_bytes(kind, count)
     return weights + (kv_mib + BASE_MIB << 20)
 
@@ -161,9 +161,9 @@ def _precision(checkpoint: Checkpoint) -> str:
     kinds: Counter[str] = Counter()
     for name in checkpoint.names():
         if name.startswith("layers.") and len(checkpoint.shape(name)) == 2:
-            kinds[checkpoint.raw(name).kind] += _count(checkpoint, name)
+            kinds[checkpoint.kind(name)] += _count(checkpoint, name)
     ((most, _),) = kinds.most_common(1)
-    embedding = checkpoint.raw("embedding.weight").kind
+    embedding = checkpoint.kind("embedding.weight")
     return most if embedding == most else f"{most}, embedding {embedding}"
 
 

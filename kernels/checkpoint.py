@@ -54,6 +54,9 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Rows first."""
 
+    def kind(self, name: str) -> str:
+        """GGML's name of the type it is stored in, without reading it."""
+
     def tensor(self, name: str) -> "Tensor":
         """A float32 tensor of its own, dequantised where needed."""
 
@@ -100,6 +103,9 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._infos[self._stored(name)].shape
 
+    def kind(self, name: str) -> str:
+        return self._infos[self._stored(name)].block.name
+
     def raw(self, name: str) -> Raw:
         info = self._infos[self._stored(name)]
         rows = info.shape[0] if len(info.shape) > 1 else 1
@@ -123,6 +129,7 @@ class SafetensorsCheckpoint:
         self._files: dict[str, Any] = {}
         self._stored_names: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        kinds: dict[str, str] = {}
         for shard in _shards(path):
             try:
                 file = safe_open(shard, framework="pt")
@@ -135,17 +142,17 @@ class SafetensorsCheckpoint:
                 if name == "head.weight" and self.config.tied_head:
                     continue
                 piece = file.get_slice(stored)
-                shape = tuple(piece.get_shape())
-                if piece.get_dtype() == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
-                    shape = (shape[0], shape[1] // _Q8_0_BYTES * 32)
-                elif piece.get_dtype() not in _PLAIN_KINDS:
+                shape, kind = tuple(piece.get_shape()), piece.get_dtype()
+                if kind == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
+                    shape, kind = (shape[0], shape[1] // _Q8_0_BYTES * 32), "Q8_0"
+                elif kind not in _PLAIN_KINDS:
                     raise CheckpointError(
-                        f"{shard}: {stored} is stored as {piece.get_dtype()}; {', '.join(_PLAIN_KINDS)} can be read"
+                        f"{shard}: {stored} is stored as {kind}; {', '.join(_PLAIN_KINDS)} can be read"
                     )
                 self._files[name], self._stored_names[name] = file, stored
-                shapes[name] = shape
+                shapes[name], kinds[name] = shape, kind
         check_shapes(path, self.config, shapes)
-        self._shapes = shapes
+        self._shapes, self._kinds = shapes, kinds
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -153,13 +160,15 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[_stored(name, self.config)]
 
+    def kind(self, name: str) -> str:
+        return self._kinds[_stored(name, self.config)]
+
     def raw(self, name: str) -> Raw:
         import torch
 
         stored = self._plain(name)
-        kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "Q8_0"}[stored.dtype]
         rows = stored.shape[0] if stored.dim() > 1 else 1
-        return Raw(kind, stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
+        return Raw(self.kind(name), stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
     def tensor(self, name: str) -> "Tensor":
         stored = self._plain(name)

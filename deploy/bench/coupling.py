@@ -147,6 +147,9 @@ class Shallow:
     def raw(self, name: str) -> Raw:
         return self._whole.raw(self._there(name))
 
+    def kind(self, name: str) -> str:
+        return self._whole.kind(self._there(name))
+
     def _there(self, name: str) -> str:
         if not name.startswith("layers."):
             return name

@@ -1,6 +1,7 @@
 """What lies in the cache is told as it is: what it takes, whether it can be served, and if not, what would help."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from deploy import cli, models
 from deploy import pull as pulling
 from deploy.models import BASE_MIB, GIB, KV_MIB, look_at, memory_needed, shelf, too_large
-from kernels.checkpoint import open_checkpoint
+from kernels.checkpoint import GgufCheckpoint, SafetensorsCheckpoint, open_checkpoint
 from tests.kernels.tiny import write_tiny_folder
 from tests.models import default_folder, default_model
 
@@ -37,6 +38,16 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     ).problem
     assert "for each of 3 workers" in too_large(needed, 2 * needed, workers=3)
     assert "fewer workers" in too_large(needed, 2 * needed, workers=3)
+
+
+def test_no_weight_is_read_to_tell_what_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (SafetensorsCheckpoint, GgufCheckpoint):
+        monkeypatch.setattr(kind, "raw", lambda self, name: pytest.fail(f"{name} was read"))
+    assert look_at(default_folder()).precision == "Q4_1, embedding Q8_0"
+    whole = open_checkpoint(write_tiny_folder(tmp_path / "tiny"))
+    assert memory_needed(whole) - (KV_MIB + BASE_MIB << 20) == 4 * sum(
+        math.prod(whole.shape(name)) for name in whole.names()
+    )
 
 
 def test_every_folder_is_listed_and_an_incomplete_one_says_what_it_lacks(cache: Path, tmp_path: Path) -> None:
