@@ -3,6 +3,7 @@
 Rule: nothing of the weights is read. What cannot be served is listed too, with the sentence that says why.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.checkpoint_config import GGUF_FAMILIES, HUGGING_FACE_FAMILIES
 from kernels.config import CheckpointError
 from kernels.native.grids import PANEL_BYTES
+from shared.settings import WorkerSettings
 
 GIB = 1 << 30
-KV_MIB = 256  # what a worker takes for its KV cache unless told otherwise
+KV_MIB = WorkerSettings().kv_mib  # what a worker takes for its KV cache unless told otherwise
 BASE_MIB = 160  # a worker without weights and cache: peak RSS of the default model's worker, less both
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _REFERENCE_BYTES = 4  # what the native step does not know runs in float32
@@ -146,10 +148,7 @@ def _gib(size_bytes: int) -> str:
 
 
 def _count(checkpoint: Checkpoint, name: str) -> int:
-    count = 1
-    for size in checkpoint.shape(name):
-        count *= size
-    return count
+    return math.prod(checkpoint.shape(name))
 
 
 def _grid_bytes(kind: str, count: int) -> int:

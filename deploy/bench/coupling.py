@@ -148,7 +148,8 @@ class Shallow:
         return self._whole.raw(self._there(name))
 
     def kind(self, name: str) -> str:
-        return self._whole.kind(self._there(name))
+        found: str = self._whole.kind(self._there(name))
+        return found
 
     def _there(self, name: str) -> str:
         if not name.startswith("layers."):
