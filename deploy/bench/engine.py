@@ -14,7 +14,8 @@ alone" is the same load straight on the worker service. The side "with drafts" i
 
 Sides alternate: before every run of another side there is one of ours. Figures are medians over the runs of a side;
 a ratio is the median over the pairs, with the lowest and the highest. A peer is a driver in `peers/`, run by the
-PYTHON given; one that fails has its error for a row.
+PYTHON given; one that fails has its error for a row. vLLM, which takes minutes to start, is one process for all runs of
+W1 to W4: its memory is that of all of them.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
@@ -54,6 +56,7 @@ BORN = time.perf_counter()
 OURS, DRAFTS, ALONE = "tokenmill", "with drafts", "engine alone"
 RUN_WITHIN_S = 900.0
 SERVED = {"vllm"}  # the peers whose server is driven here
+STAYING = {"vllm"}  # those that are started once
 NAIVE_REQUESTS = 4  # a rate does not need all 32 of them
 SERVER_WITHIN_S = 900.0
 
@@ -112,8 +115,8 @@ def main() -> None:
         "rows": [],
         "ratios": [],
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        ready = _prepare(peer.parse(options.peer), dtype, scratch, report["peers"])
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as kept:
+        ready = _prepare(peer.parse(options.peer), dtype, scratch, report["peers"], kept)
         for name in names:
             _measure(name, _sides(name, options.engine, ready), options.repeats, report)
             if options.json:  # a long run that is cut off leaves what it has
@@ -129,10 +132,19 @@ def main() -> None:
 Side = Callable[[], Figures]  # one run. Raises PeerFailed
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A peer with what every job of its has, and how it is asked for a workload."""
+
+    who: peer.Peer
+    job: dict[str, Any]
+    ask: peer.Ask
+
+
 def _prepare(
-    peers: list[peer.Peer], dtype: str, scratch: str, said: dict[str, str]
-) -> list[tuple[peer.Peer, dict[str, Any]]]:
-    """Peers with what every job of theirs has; `said` learns each one's version or error."""
+    peers: list[peer.Peer], dtype: str, scratch: str, said: dict[str, str], kept: ExitStack
+) -> list[Ready]:
+    """Peers that can be asked; `said` learns each one's version or error, `kept` the processes that stay."""
     folder = pull.pull("default")
     ready = []
     for each in peers:
@@ -149,24 +161,36 @@ def _prepare(
             said[each.name] = each.ask(job | {"task": "prepare"})["version"]
         except peer.PeerFailed as error:
             said[each.name] = f"error: {error}"
-        ready.append((each, job))
+        ready.append(Ready(each, job, _staying(each, job, kept) if each.name in STAYING else each.ask))
     return ready
 
 
-def _sides(name: str, engine: str, peers: list[tuple[peer.Peer, dict[str, Any]]]) -> dict[str, Side]:
+def _staying(each: peer.Peer, job: dict[str, Any], kept: ExitStack) -> peer.Ask:
+    """Asks a process that is started when first asked and ends with `kept`."""
+
+    @cache
+    def started() -> peer.Ask:
+        return kept.enter_context(each.stay(job))
+
+    return lambda run: started()(run)
+
+
+def _sides(name: str, engine: str, peers: list[Ready]) -> dict[str, Side]:
     """Ours first, then whom it is compared with."""
     workload = WORKLOADS[name]
     own = [OURS] if name == "naive" else [OURS, DRAFTS, ALONE] if workload.http else [OURS, DRAFTS]
     sides: dict[str, Side] = {side: partial(_run_own, name, side, engine) for side in own}
-    for each, job in peers:
+    for each in peers:
+        name_there = each.who.name
         if name == "naive":
-            if each.name == "transformers":
+            if name_there == "transformers":
                 few = replace(workload, requests=NAIVE_REQUESTS)
-                sides["transformers, one at a time"] = partial(_run_peer, each, job | {"one_at_a_time": True}, few)
+                alone = replace(each, job=each.job | {"one_at_a_time": True})
+                sides["transformers, one at a time"] = partial(_run_peer, alone, few)
         elif not workload.http:
-            sides[each.name] = partial(_run_peer, each, job, workload)
-        elif each.name in SERVED:
-            sides[each.name] = partial(_run_server, each, job, workload)
+            sides[name_there] = partial(_run_peer, each, workload)
+        elif name_there in SERVED:
+            sides[name_there] = partial(_run_server, each, workload)
     return sides
 
 
@@ -240,11 +264,11 @@ def _run_own(name: str, side: str, engine: str) -> Figures:
     return seen
 
 
-def _run_peer(each: peer.Peer, job: dict[str, Any], workload: Workload) -> Figures:
+def _run_peer(each: Ready, workload: Workload) -> Figures:
     """The workload once in a process of the peer's."""
     asked = [_prompt(_tokenizer(), workload, i) for i in range(workload.requests)]
     answer = each.ask(
-        job
+        each.job
         | {
             "task": "generate",
             "prompts": asked,
@@ -258,13 +282,13 @@ def _run_peer(each: peer.Peer, job: dict[str, Any], workload: Workload) -> Figur
     return seen | {"rss_mib": answer["rss_mib"], "cold_start_s": answer["cold_start_s"]}
 
 
-def _run_server(each: peer.Peer, job: dict[str, Any], workload: Workload) -> Figures:
+def _run_server(each: Ready, workload: Workload) -> Figures:
     """The workload once through a server of the peer's."""
     port = broker.free_port()
-    with each.start(job | {"task": "serve", "port": port}) as running:
+    with each.who.start(each.job | {"task": "serve", "port": port}) as running:
         url = f"http://127.0.0.1:{port}"
         _until_healthy(url, running)
-        return asyncio.run(_load(url, job["name"], pull.pull("default"), workload)) | {
+        return asyncio.run(_load(url, each.job["name"], pull.pull("default"), workload)) | {
             "rss_mib": machine.peak_rss_tree_mib(running.process.pid)
         }
 

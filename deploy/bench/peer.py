@@ -2,7 +2,8 @@
 
 A driver is run as `PYTHON peers/run_X.py JOB.json` and prints one line of JSON as its last. The job:
 
-    task                prepare (write what the peer needs), generate (one workload), serve (HTTP), score (logits)
+    task                prepare (write what the peer needs), generate (one workload), stay (generate, one workload after
+                        the other, for peers that take minutes to start), serve (HTTP), score (logits)
     model, tokenizer    files of the pulled model; `folder` is scratch that lasts as long as the benchmark
     threads, dtype      dtype of peers that keep no quantised weights
     warm                a prompt whose first token ends the cold start
@@ -10,7 +11,8 @@ A driver is run as `PYTHON peers/run_X.py JOB.json` and prints one line of JSON 
     one_at_a_time       requests one after the other instead of at once
 
 Every answer has `version`; that of `generate` also `first_s` (of each request, from the start), `end_s`, `tokens` (made
-for each request), `rss_mib` and `cold_start_s`.
+for each request), `rss_mib` and `cold_start_s`. One that stays reads a line of JSON for each workload, with the last
+row of keys, and answers with a line; nothing of the one before may be left in its caches.
 """
 
 import json
@@ -18,7 +20,8 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +34,11 @@ DRIVERS = {
     "vllm": "run_vllm.py",
 }
 WITHIN_S = 1800.0  # compiling at the first start takes minutes
+LOOK_EVERY_S = 0.1  # for an answer of one that stays: seldom enough to take nothing from it
 SHOWN_ERROR = 400
 SHOWN_LINES = 3
 
+Ask = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 class PeerFailed(Exception):
     """A peer could not do what it was asked; the message is what it said last."""
@@ -62,6 +67,12 @@ class Peer:
         return answer
 
     @contextmanager
+    def stay(self, job: Mapping[str, Any]) -> Iterator[Ask]:
+        """Ask one process for many workloads; what is yielded raises PeerFailed as `ask` does."""
+        with self.start(dict(job) | {"task": "stay"}) as running:
+            yield running.ask
+
+    @contextmanager
     def start(self, job: Mapping[str, Any]) -> Iterator["Running"]:
         """The running driver; it and whatever it started end with the block."""
         driver = Path(__file__).parent / "peers" / DRIVERS[self.name]
@@ -74,7 +85,7 @@ class Peer:
                 try:
                     process = subprocess.Popen(
                         [str(self.python), str(driver), str(path)],
-                        stdin=subprocess.DEVNULL,
+                        stdin=subprocess.PIPE,
                         stdout=out,
                         stderr=err,
                         cwd=folder,
@@ -96,6 +107,29 @@ class Running:
     process: subprocess.Popen[bytes]
     said: Path
     complaint: Path
+
+    def ask(self, run: Mapping[str, Any], within_s: float = WITHIN_S) -> dict[str, Any]:
+        """The answer to one more workload. Raises PeerFailed when none comes in time or the driver ends."""
+        known = len(self.answers())
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended: found out below
+            self.process.stdin.write(json.dumps(dict(run)).encode() + b"\n")
+            self.process.stdin.flush()
+        give_up = time.monotonic() + within_s
+        while len(answers := self.answers()) == known:
+            if self.process.poll() is not None or time.monotonic() > give_up:
+                raise PeerFailed(f"no answer within {within_s:.0f} s, or an end: {self.last_words()}")
+            time.sleep(LOOK_EVERY_S)
+        return answers[known]
+
+    def answers(self) -> list[dict[str, Any]]:
+        """All it has answered; other lines, and one that is not yet whole, are not answers."""
+        found = []
+        for line in self.said.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                if isinstance(value := json.loads(line), dict):
+                    found.append(value)
+        return found
 
     def last_words(self) -> str:
         """The last lines that say something, as one."""
@@ -121,3 +155,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()

