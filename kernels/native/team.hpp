@@ -6,9 +6,11 @@
 // then goes on alone for a while (see Crowding), which changes no number.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <ctime>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -28,9 +30,17 @@ inline void pause_briefly() {
 #endif
 }
 
+// The processor time of this thread.
+inline std::chrono::nanoseconds time_on_core() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
+}
+
 // Whether a team is worth having now. Alone the caller would need `threads` times its own share of the step; so the team
-// has lost when waiting for late threads took more than (threads - 1) / threads of the step. Then the caller goes on alone
-// for ten times as long as that step took: trying again costs a tenth of the time at most.
+// has lost when waiting for late threads took more than (threads - 1) / threads of the step, and they were late for want of
+// a core: one that is late because the kernel clears the memory it writes first is no reason to do without it. Then the
+// caller goes on alone for ten times as long as that step took: trying again costs a tenth of the time at most.
 class Crowding {
  public:
   using Clock = std::chrono::steady_clock;
@@ -39,8 +49,9 @@ class Crowding {
 
   bool alone(Clock::time_point now) const { return now < until_; }
   void go_alone(Clock::time_point until) { until_ = until; }
-  void observe(Clock::time_point start, Clock::time_point end, Clock::duration late) {  // of a step with the team
-    if (late * threads_ > (end - start) * (threads_ - 1)) until_ = end + kRest * (end - start);
+  // Of a step with the team: how long the caller waited for late threads, and the most that one of them had no core.
+  void observe(Clock::time_point start, Clock::time_point end, Clock::duration late, Clock::duration off_core) {
+    if (late * threads_ > (end - start) * (threads_ - 1) && 2 * off_core > late) until_ = end + kRest * (end - start);
   }
 
  private:
@@ -51,7 +62,8 @@ class Crowding {
 
 class Team {
  public:
-  explicit Team(int size) : size_(size), crew_(size), crowding_(size), caller_(std::this_thread::get_id()) {
+  explicit Team(int size)
+      : size_(size), crew_(size), crowding_(size), caller_(std::this_thread::get_id()), off_core_(size_t(size)) {
     for (int index = 1; index < size; index++) helpers_.emplace_back([this, index] { help(index); });
   }
 
@@ -86,8 +98,9 @@ class Team {
     }
     caller_ = std::this_thread::get_id();
     late_ = {};
+    start_ = start;
     run(work);
-    crowding_.observe(start, Crowding::Clock::now(), late_);
+    crowding_.observe(start, Crowding::Clock::now(), late_, *std::max_element(off_core_.begin() + 1, off_core_.end()));
   }
 
   // Nobody passes before everybody has arrived.
@@ -137,7 +150,9 @@ class Team {
       }
       seen++;
       if (stopping_.load()) return;
+      const auto on_core = time_on_core();
       in_plain_rounding(*work_, index);
+      off_core_[size_t(index)] = Crowding::Clock::now() - start_ - (time_on_core() - on_core);
       meet();
     }
   }
@@ -158,7 +173,9 @@ class Team {
   int crew_;  // written by the caller between steps
   Crowding crowding_;
   std::thread::id caller_;
+  Crowding::Clock::time_point start_{};
   Crowding::Clock::duration late_{};  // the caller's waiting, in this step, for threads that came late
+  std::vector<Crowding::Clock::duration> off_core_;  // [threads] of the step that each helper had no core; written by it
   std::vector<std::thread> helpers_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<bool> stopping_{false};
