@@ -88,7 +88,22 @@ inline uint8_t float_to_fp8(float value) {
 
 namespace mill {
 
-// The one order in which lanes are added: i with i + 8, then i + 4, i + 2, i + 1.
+// The one order in which lanes are added: i with i + 8, then i + 4, i + 2, i + 1. The largest: by the same tree, in each pair
+// the second unless the first is greater.
+#if MILL_AVX2
+template <typename Join>
+MILL_INLINE float joined(__m256 eight, Join join) {  // join(first, second), on four lanes
+  __m128 x = join(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  x = join(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(join(x, _mm_movehdup_ps(x)));
+}
+MILL_INLINE float sum_of(Lanes x) {
+  return joined(_mm256_add_ps(lower(x), upper(x)), [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+MILL_INLINE float largest_of(Lanes x) {
+  return joined(_mm256_max_ps(lower(x), upper(x)), [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+#else
 inline float sum_of(Lanes x) {
   float at[kLanes];
   store(at, x);
@@ -104,6 +119,7 @@ inline float largest_of(Lanes x) {
     for (int i = 0; i < half; i++) at[i] = at[i] > at[i + half] ? at[i] : at[i + half];
   return at[0];
 }
+#endif
 
 // e^x within 2 units in the last place; x is clamped to [-87, 88], so the result is normal and finite.
 MILL_INLINE Lanes exponential(Lanes x) {

@@ -9,6 +9,8 @@ struct Lanes {
 
 MILL_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 MILL_INLINE void store(float* p, Lanes x) { _mm256_storeu_ps(p, x.low), _mm256_storeu_ps(p + 8, x.high); }
+MILL_INLINE __m256 lower(Lanes x) { return x.low; }
+MILL_INLINE __m256 upper(Lanes x) { return x.high; }
 MILL_INLINE Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 MILL_INLINE Lanes operator+(Lanes x, Lanes y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
 MILL_INLINE Lanes operator-(Lanes x, Lanes y) { return {_mm256_sub_ps(x.low, y.low), _mm256_sub_ps(x.high, y.high)}; }

@@ -9,6 +9,8 @@ struct Lanes {
 
 MILL_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
 MILL_INLINE void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.all); }
+MILL_INLINE __m256 lower(Lanes x) { return _mm512_castps512_ps256(x.all); }
+MILL_INLINE __m256 upper(Lanes x) { return _mm512_extractf32x8_ps(x.all, 1); }
 MILL_INLINE Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
 MILL_INLINE Lanes operator+(Lanes x, Lanes y) { return {_mm512_add_ps(x.all, y.all)}; }
 MILL_INLINE Lanes operator-(Lanes x, Lanes y) { return {_mm512_sub_ps(x.all, y.all)}; }

@@ -146,6 +146,10 @@ template <int Control>
 __m256i to_half(Floats x) {
   return _mm256_setr_m128i(_mm256_cvtps_ph(_mm256_loadu_ps(x.at), Control), _mm256_cvtps_ph(_mm256_loadu_ps(x.at + 8), Control));
 }
+template <int At>
+__m256 half(Floats x) {
+  return _mm256_loadu_ps(x.at + 8 * At);
+}
 inline Integers to_integers(Floats x) {
   return lane_by_lane<Integers>(x, [](float a) { return _mm_cvtss_si32(_mm_set_ss(a)); });
 }
@@ -320,6 +324,10 @@ extern "C" __attribute__((visibility("default"), used)) inline long mill_tile_pr
 #define _tile_stored emulated::store_tile
 #undef _tile_dpbssd
 #define _tile_dpbssd emulated::dot_tiles
+#undef _mm512_castps512_ps256
+#define _mm512_castps512_ps256 emulated::half<0>
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps(x, at) emulated::half<at>(x)
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(x, control) emulated::roundscale<control>(x)
 #undef _mm512_cvtps_ph
