@@ -28,7 +28,7 @@
 
 namespace mill {
 
-constexpr int kPassRows = 64;  // rows that go through the layers together; more rows go in several passes
+constexpr int kPassRows = 160;  // rows that go through the layers together; more rows go in several passes
 
 enum class Kind : int32_t {  // the numbers of GGUF
   F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q5_0 = 6, Q5 = 7, Q8 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30

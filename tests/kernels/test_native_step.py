@@ -135,8 +135,8 @@ def test_the_cut_of_a_prompt_changes_no_bit(load: Loader, chunk: int) -> None:
 
 
 def test_a_prompt_longer_than_one_pass_changes_no_bit(load: Loader) -> None:
-    prompt, table = np.random.default_rng(3).integers(0, 256, 150).tolist(), list(range(10))
-    expected = load(threads=1).logits(step_of((prompt, 0, table), samples=range(150)))
+    prompt, table = np.random.default_rng(3).integers(0, 256, 330).tolist(), list(range(21))
+    expected = load(threads=1).logits(step_of((prompt, 0, table), samples=range(330)))
     decoder = load()
     found = [decoder.logits(step_of(([token], at, table))) for at, token in enumerate(prompt)]
     assert same_bits(np.concatenate(found), expected)
