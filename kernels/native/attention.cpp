@@ -1,4 +1,4 @@
-// Scores, softmax and weighted values of one row. See attention.hpp for layout and arithmetic.
+// Scores, softmax and weighted values of a row, or of a tile of rows. See attention.hpp for layout and arithmetic.
 #include "attention.hpp"
 
 #include <algorithm>
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kChunk = 32;
 
-// Keeps loads on their side. Three heads need 12 registers for sums and 3 for operands; a compiler that loads ahead spills
-// a sum, and then every addition waits for memory: three times slower.
+// Keeps loads on their side. Three heads need 12 of 16 registers for sums and 3 for operands, a tile 24 of 32; a compiler
+// that loads ahead spills a sum, and then every addition waits for memory: three times slower.
 MILL_INLINE void load_no_further() { asm volatile("" ::: "memory"); }
 
 // How numbers are read, and what a format multiplies them by afterwards.
@@ -45,106 +45,136 @@ const typename F::Number* values_of(const KvCache& cache, const AttentionPlace& 
   return (const typename F::Number*)cache.values(place.block_table[at], place.layer, place.kv_head);
 }
 
-template <typename F, int H>
-void score_block(const typename F::Number* keys, const float* queries, int head_dim, Lanes scores[H]) {
-  Lanes even[H], odd[H];
-  for (int h = 0; h < H; h++) even[h] = odd[h] = splat(0.0f);
-  for (int d = 0; d < head_dim; d += 2) {
+// Of N queries, turned: [head_dim][N].
+template <typename F, int N>
+void score_block(const typename F::Number* keys, const float* queries, int head_dim, Lanes scores[N]) {
+  Lanes even[N], odd[N];
+  for (int n = 0; n < N; n++) even[n] = odd[n] = splat(0.0f);
+  for (int d = 0; d < head_dim; d += 2, queries += 2 * N) {
     const Lanes first = F::read(keys + d * kBlockTokens);
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++) even[h] = fma(splat(queries[h * head_dim + d]), first, even[h]);
+#pragma GCC unroll 12
+    for (int n = 0; n < N; n++) even[n] = fma(splat(queries[n]), first, even[n]);
     load_no_further();
     const Lanes second = F::read(keys + (d + 1) * kBlockTokens);
-#pragma GCC unroll 4
-    for (int h = 0; h < H; h++) odd[h] = fma(splat(queries[h * head_dim + d + 1]), second, odd[h]);
+#pragma GCC unroll 12
+    for (int n = 0; n < N; n++) odd[n] = fma(splat(queries[N + n]), second, odd[n]);
     load_no_further();
   }
-  for (int h = 0; h < H; h++) scores[h] = F::times_steps(even[h] + odd[h], keys, head_dim);
+  for (int n = 0; n < N; n++) scores[n] = F::times_steps(even[n] + odd[n], keys, head_dim);
 }
 
-// Adds the values of one block, `tokens` of them, to C * 16 dimensions of H heads.
-template <typename F, int H, int C>
-MILL_INLINE void add_values(const typename F::Number* values, const float* weights, size_t stride, int tokens, Lanes sums[H][C]) {
-  for (int t = 0; t < tokens; t++)
+// Adds the values of a block's tokens begin..end-1 to C * 16 dimensions of the queries From..N-1. `weights`: [N][16].
+template <typename F, int From, int N, int C>
+MILL_INLINE void add_values(const typename F::Number* values, const float* weights, int begin, int end, Lanes sums[N][C]) {
+  for (int t = begin; t < end; t++)
 #pragma GCC unroll 2
     for (int c = 0; c < C; c++) {
       const Lanes value = F::read(values + (t * C + c) * kLanes);
-#pragma GCC unroll 4
-      for (int h = 0; h < H; h++) sums[h][c] = fma(splat(weights[size_t(h) * stride + size_t(t)]), value, sums[h][c]);
+#pragma GCC unroll 12
+      for (int n = From; n < N; n++) sums[n][c] = fma(splat(weights[n * kBlockTokens + t]), value, sums[n][c]);
       load_no_further();
     }
 }
 
-template <typename F, int H, int C>
-void weigh_chunk(const KvCache& cache, const AttentionPlace& place, const float* weights, size_t stride, int first_dim,
-                 const float* inverse, float* out) {
-  Lanes sums[H][C];
-  for (int h = 0; h < H; h++)
-    for (int c = 0; c < C; c++) sums[h][c] = splat(0.0f);
-  for (int start = place.first / kBlockTokens * kBlockTokens; start <= place.position; start += kBlockTokens) {
-    const typename F::Number* const values = values_of<F>(cache, place, start / kBlockTokens);
-    const int tokens = std::min(kBlockTokens, place.position + 1 - start);
-    add_values<F, H, C>(values + first_dim * kBlockTokens, weights + start, stride, tokens, sums);
+// Adds what rows `Row` and later see of the last block, of which row Row - 1 sees nothing from `token` on.
+template <typename F, int Row, int R, int H, int C>
+MILL_INLINE void add_later_values(const typename F::Number* values, const float* weights, int token, Lanes sums[R * H][C]) {
+  if constexpr (Row < R) {
+    add_values<F, Row * H, R * H, C>(values, weights, token, token + 1, sums);
+    add_later_values<F, Row + 1, R, H, C>(values, weights, token + 1, sums);
   }
-  for (int h = 0; h < H; h++)
-    for (int c = 0; c < C; c++) store(out + h * cache.head_dim + first_dim + c * kLanes, sums[h][c] * splat(inverse[h]));
 }
 
-template <typename F, int H>
-void attend_heads(const KvCache& cache, const AttentionPlace& place, const float* queries, float* scores, float* out) {
+template <typename F, int R, int H, int C>
+void weigh_chunk(const KvCache& cache, const AttentionPlace& place, const float* weights, int first_dim,
+                 const float* inverse, float* out, size_t out_stride) {
+  constexpr int N = R * H;
+  Lanes sums[N][C];
+  for (int n = 0; n < N; n++)
+    for (int c = 0; c < C; c++) sums[n][c] = splat(0.0f);
+  const int last = place.position / kBlockTokens, seen = place.position % kBlockTokens + 1;
+  const auto values = [&](int b) { return values_of<F>(cache, place, b) + first_dim * kBlockTokens; };
+  int b = place.first / kBlockTokens;
+  for (; b < last; b++) add_values<F, 0, N, C>(values(b), weights + b * N * kBlockTokens, 0, kBlockTokens, sums);
+  add_values<F, 0, N, C>(values(b), weights + b * N * kBlockTokens, 0, seen, sums);
+  add_later_values<F, 1, R, H, C>(values(b), weights + b * N * kBlockTokens, seen, sums);
+  for (int n = 0; n < N; n++)
+    for (int c = 0; c < C; c++)
+      store(out + size_t(n / H) * out_stride + n % H * cache.head_dim + first_dim + c * kLanes, sums[n][c] * splat(inverse[n]));
+}
+
+// `queries`: [head_dim][R][H]; a block's scores: [R][H][16].
+template <typename F, int R, int H>
+void attend_heads(const KvCache& cache, const AttentionPlace& place, const float* queries, float* scores, float* out,
+                  size_t out_stride) {
+  constexpr int N = R * H;
   const int begin = place.first / kBlockTokens, blocks = place.position / kBlockTokens + 1;
-  const size_t stride = size_t(blocks) * kBlockTokens;
-  // What a row sees of a block; `unseen` is put in place of the rest.
-  const auto blot_out = [&](int b, float* at, float unseen) {
-    if (b == begin) std::fill(at, at + place.first % kBlockTokens, unseen);
-    if (b == blocks - 1) std::fill(at + place.position % kBlockTokens + 1, at + kBlockTokens, unseen);
+  const auto at = [&](int b, int n) { return scores + (size_t(b) * N + size_t(n)) * kBlockTokens; };
+  // What a query sees of a block; `unseen` is put in place of the rest.
+  const auto blot_out = [&](int b, int n, float unseen) {
+    if (b == begin) std::fill(at(b, n), at(b, n) + place.first % kBlockTokens, unseen);
+    if (b == blocks - 1) std::fill(at(b, n) + (place.position + n / H) % kBlockTokens + 1, at(b, n) + kBlockTokens, unseen);
   };
 
-  Lanes peaks[H];
-  for (int h = 0; h < H; h++) peaks[h] = splat(-INFINITY);
+  Lanes peaks[N];
+  for (int n = 0; n < N; n++) peaks[n] = splat(-INFINITY);
   for (int b = begin; b < blocks; b++) {
-    Lanes block[H];
-    score_block<F, H>(keys_of<F>(cache, place, b), queries, cache.head_dim, block);
-    for (int h = 0; h < H; h++) {
-      float* const at = scores + size_t(h) * stride + size_t(b) * kBlockTokens;
-      store(at, block[h]);
-      blot_out(b, at, -INFINITY);
-      peaks[h] = largest(peaks[h], load(at));
+    Lanes block[N];
+    score_block<F, N>(keys_of<F>(cache, place, b), queries, cache.head_dim, block);
+    for (int n = 0; n < N; n++) {
+      store(at(b, n), block[n]);
+      blot_out(b, n, -INFINITY);
+      peaks[n] = largest(peaks[n], load(at(b, n)));
     }
   }
 
-  float inverse[H];
-  for (int h = 0; h < H; h++) {
-    const Lanes peak = splat(largest_of(peaks[h]));
+  float inverse[N];
+  for (int n = 0; n < N; n++) {
+    const Lanes peak = splat(largest_of(peaks[n]));
     Lanes total = splat(0.0f);
     for (int b = begin; b < blocks; b++) {
-      float* const at = scores + size_t(h) * stride + size_t(b) * kBlockTokens;
-      store(at, exponential(load(at) - peak));
-      blot_out(b, at, 0.0f);
-      total = total + load(at);
-      store(at, F::times_steps(load(at), values_of<F>(cache, place, b), cache.head_dim));
+      store(at(b, n), exponential(load(at(b, n)) - peak));
+      blot_out(b, n, 0.0f);
+      total = total + load(at(b, n));
+      store(at(b, n), F::times_steps(load(at(b, n)), values_of<F>(cache, place, b), cache.head_dim));
     }
-    inverse[h] = 1.0f / sum_of(total);
+    inverse[n] = 1.0f / sum_of(total);
   }
 
   int dim = 0;
-  for (; dim + kChunk <= cache.head_dim; dim += kChunk) weigh_chunk<F, H, 2>(cache, place, scores, stride, dim, inverse, out);
-  if (dim < cache.head_dim) weigh_chunk<F, H, 1>(cache, place, scores, stride, dim, inverse, out);
+  for (; dim + kChunk <= cache.head_dim; dim += kChunk)
+    weigh_chunk<F, R, H, 2>(cache, place, scores, dim, inverse, out, out_stride);
+  if (dim < cache.head_dim) weigh_chunk<F, R, H, 1>(cache, place, scores, dim, inverse, out, out_stride);
 }
 
-// At most `count` heads, some of them at a time.
-template <typename F>
-void attend_all(const KvCache& cache, const AttentionPlace& place, const float* queries, int count, float* scores, float* out) {
+// All heads, some of them at a time. `queries`: [R][count][head_dim].
+template <typename F, int R>
+void attend_rows(const KvCache& cache, const AttentionPlace& place, const float* queries, int count, float* scratch, float* out,
+                 size_t out_stride) {
   static_assert(kHeadsTogether == 3, "one case each");
-  for (; count > 0; count -= kHeadsTogether) {
-    switch (std::min(count, kHeadsTogether)) {
-      case 3: attend_heads<F, 3>(cache, place, queries, scores, out); break;
-      case 2: attend_heads<F, 2>(cache, place, queries, scores, out); break;
-      case 1: attend_heads<F, 1>(cache, place, queries, scores, out); break;
+  const int dim = cache.head_dim;
+  for (int first = 0; first < count; first += kHeadsTogether) {
+    const int heads = std::min(count - first, kHeadsTogether);
+    float* const turned = scratch;
+    for (int row = 0, n = 0; row < R; row++)
+      for (int head = first; head < first + heads; head++, n++)
+        for (int d = 0; d < dim; d++) turned[d * R * heads + n] = queries[(row * count + head) * dim + d];
+    float *const scores = scratch + R * heads * dim, *const to = out + first * dim;
+    switch (heads) {
+      case 3: attend_heads<F, R, 3>(cache, place, turned, scores, to, out_stride); break;
+      case 2: attend_heads<F, R, 2>(cache, place, turned, scores, to, out_stride); break;
+      case 1: attend_heads<F, R, 1>(cache, place, turned, scores, to, out_stride); break;
     }
-    queries += kHeadsTogether * cache.head_dim;
-    out += kHeadsTogether * cache.head_dim;
   }
+}
+
+template <typename F>
+void attend_format(const KvCache& cache, const AttentionPlace& place, const float* queries, int count, float* scratch, float* out,
+                   size_t out_stride) {
+  if (place.rows == 1)
+    attend_rows<F, 1>(cache, place, queries, count, scratch, out, out_stride);
+  else
+    attend_rows<F, kRowsInTile>(cache, place, queries, count, scratch, out, out_stride);
 }
 
 // The Hadamard transform of each w numbers (see attention.hpp), unscaled: stages of distance 1, 2, 4, ...
@@ -234,15 +264,16 @@ void KvCache::put(int block, int layer, int head, int slot, float* key, const fl
     put_bytes(*this, to_keys, to_values, slot, key, value);
 }
 
-void attend(const KvCache& cache, const AttentionPlace& place, float* queries, int count, float* scores, float* out) {
+void attend(const KvCache& cache, const AttentionPlace& place, float* queries, int count, float* scratch, float* out,
+            size_t out_stride) {
   if (cache.format != KvFormat::half) {
-    for (int head = 0; head < count; head++) spread(queries + head * cache.head_dim, cache.head_dim);
-    multiply(queries, count * cache.head_dim, spread_shares(cache.head_dim).query);
+    for (int query = 0; query < place.rows * count; query++) spread(queries + query * cache.head_dim, cache.head_dim);
+    multiply(queries, place.rows * count * cache.head_dim, spread_shares(cache.head_dim).query);
   }
   switch (cache.format) {
-    case KvFormat::half: attend_all<Half>(cache, place, queries, count, scores, out); break;
-    case KvFormat::int8: attend_all<Int8>(cache, place, queries, count, scores, out); break;
-    case KvFormat::fp8: attend_all<Fp8>(cache, place, queries, count, scores, out); break;
+    case KvFormat::half: attend_format<Half>(cache, place, queries, count, scratch, out, out_stride); break;
+    case KvFormat::int8: attend_format<Int8>(cache, place, queries, count, scratch, out, out_stride); break;
+    case KvFormat::fp8: attend_format<Fp8>(cache, place, queries, count, scratch, out, out_stride); break;
   }
 }
 

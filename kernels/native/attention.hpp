@@ -1,4 +1,4 @@
-// Attention of one row over the paged KV cache.
+// Attention over the paged KV cache, of one row or of neighbouring rows of a sequence together.
 //
 // A block holds 16 tokens of all layers: [layer][kv head], each piece a side of keys and a side of values.
 //     keys    [head_dim][16 tokens]                 scores come out as 16 tokens in 16 lanes
@@ -30,6 +30,12 @@ namespace mill {
 
 constexpr int kBlockTokens = 16;
 constexpr int kHeadsTogether = 3;  // query heads of a KV head that share its loads: 12 sums of 8 lanes in registers
+// Neighbouring rows that share them too, where there are registers for 24 sums.
+#if MILL_AVX512
+constexpr int kRowsInTile = 4;
+#else
+constexpr int kRowsInTile = 1;
+#endif
 
 enum class KvFormat : int32_t { half = 0, int8 = 1, fp8 = 2 };
 
@@ -50,12 +56,20 @@ struct KvCache {
   void put(int block, int layer, int head, int slot, float* key, const float* value) const;
 };
 
+// A row of a sequence, or a tile: kRowsInTile of them at `position` and behind it, all in one block and none with a window
+// that has begun to move (`first` is 0).
 struct AttentionPlace {
   const int32_t* block_table;
-  int first, position, layer, kv_head;  // seen: positions first..position
+  int first, position, layer, kv_head;  // seen by the first row: positions first..position
+  int rows = 1;
 };
 
-// `queries` [count][head_dim], rotated and scaled, are used up; `scores` is scratch for count * (position + 16) numbers.
-void attend(const KvCache& cache, const AttentionPlace& place, float* queries, int count, float* scores, float* out);
+inline size_t attention_scratch(int head_dim, int context) {  // numbers
+  return size_t(kHeadsTogether) * kRowsInTile * size_t(head_dim + context + kBlockTokens);
+}
+
+// `queries` [rows][count][head_dim], rotated and scaled, are used up; `out`: a row's heads, the next row's `out_stride` on.
+void attend(const KvCache& cache, const AttentionPlace& place, float* queries, int count, float* scratch, float* out,
+            size_t out_stride);
 
 }  // namespace mill

@@ -65,12 +65,18 @@ struct Model::Asked {
   std::vector<float> raw;  // the logits, where they are adjusted
 };
 
+// Neighbouring rows of one sequence and of one block.
+struct Model::Tile {
+  int row, rows;  // at most kRowsInTile
+};
+
 // Some consecutive rows of a step, at most kPassRows, and where each of them stands.
 struct Model::Pass {
   const mill_inputs& inputs;
   int first, rows;
   int first_sample, samples;
   std::vector<const int32_t*> tables;  // [rows] the block table of the row's sequence
+  std::vector<Tile> tiles;             // all rows
   float* logits;                       // [samples][head rows]
   int32_t* tokens;                     // [samples][places], or null
   float* scores;                       // [samples][places], or null
@@ -80,6 +86,15 @@ struct Model::Pass {
   std::atomic<bool> finite{true};
 
   int position(int row) const { return inputs.positions[first + row]; }
+  // Puts the next row beside its neighbour, or into a tile of its own.
+  void place(int row) {
+    const bool beside = row > 0 && tables[size_t(row)] == tables[size_t(row) - 1] && position(row) == position(row - 1) + 1 &&
+                        position(row) % kBlockTokens != 0 && tiles.back().rows < kRowsInTile;
+    if (beside)
+      tiles.back().rows++;
+    else
+      tiles.push_back({row, 1});
+  }
   Sampling sampling(int sample) const {
     const int at = first_sample + sample;
     return {inputs.temperature[at], inputs.top_p[at], inputs.min_p[at], inputs.top_k[at], inputs.seeds[at],
@@ -132,7 +147,8 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
     scratch.head.resize(size_t(config.head_dim));
     if (tiles_permitted_) scratch.unpacked = Region(size_t(widest) * kLanes);
-    scratch.scores = Region(size_t(kHeadsTogether) * size_t(config.context + kBlockTokens) * sizeof(float));
+    scratch.rotated.resize(size_t(kRowsInTile) * size_t(config.heads / config.kv_heads * config.head_dim));
+    scratch.scores = Region(attention_scratch(config.head_dim, config.context) * sizeof(float));
   }
 }
 
@@ -243,7 +259,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     const int rows = std::min(kPassRows, inputs.rows - first);
     int samples = 0;
     while (sample + samples < inputs.samples && inputs.sample_rows[sample + samples] < first + rows) samples++;
-    Pass pass{inputs, first, rows, sample, samples, {}, nullptr, nullptr, nullptr, wanted.places, {}, {}};
+    Pass pass{inputs, first, rows, sample, samples, {}, {}, nullptr, nullptr, nullptr, wanted.places, {}, {}};
     if (inputs.logprobs && wanted.tokens) pass.asked.resize(size_t(samples));
     const size_t placed = size_t(sample) * size_t(wanted.places);
     pass.logits = wanted.logits ? wanted.logits + size_t(sample) * size_t(config_.head_rows) : reinterpret_cast<float*>(logits_.data());
@@ -253,6 +269,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     for (int row = first; row < first + rows; row++) {
       while (inputs.sequence_starts[sequence + 1] <= row) sequence++;
       pass.tables.push_back(inputs.block_tables + int64_t(sequence) * inputs.table_width);
+      pass.place(row - first);
     }
     normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
     head_input_.rows = samples;
@@ -406,31 +423,40 @@ void Model::attend_all(const Pass& pass, int layer, int thread) {
     const auto [first, last] = share_of(config_.heads, thread, team_.crew());
     for (int row = 0; row < pass.rows; row++)
       for (int head = first; head < last; head = (head / group + 1) * group)
-        attend_heads(pass, layer, row, head, std::min(last, (head / group + 1) * group), scratch);
+        attend_heads(pass, layer, row, 1, head, std::min(last, (head / group + 1) * group), scratch);
     return;
   }
   // KV heads outside, so that neighbouring rows of a sequence find the same keys and values in the cache.
-  for (int item; (item = next_item_.fetch_add(1, std::memory_order_relaxed)) < items;) {
-    const int head = item / pass.rows * group;
-    attend_heads(pass, layer, item % pass.rows, head, head + group, scratch);
+  const int tiles = int(pass.tiles.size());
+  for (int item; (item = next_item_.fetch_add(1, std::memory_order_relaxed)) < tiles * config_.kv_heads;) {
+    const Tile& tile = pass.tiles[size_t(item % tiles)];
+    attend_tile(pass, layer, tile.row, tile.rows, item / tiles, scratch);
   }
 }
 
+// All query heads of a KV head; row by row unless the rows are a tile and see all that is before them.
+void Model::attend_tile(const Pass& pass, int layer, int row, int rows, int kv_head, Scratch& scratch) {
+  const int group = config_.heads / config_.kv_heads, head = kv_head * group, window = windows_[size_t(layer)];
+  if (rows == kRowsInTile && (!window || pass.position(row) + rows <= window))
+    return attend_heads(pass, layer, row, rows, head, head + group, scratch);
+  for (int end = row + rows; row < end; row++) attend_heads(pass, layer, row, 1, head, head + group, scratch);
+}
+
 // Query heads first_head..last_head-1, all of one KV head.
-void Model::attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch) {
-  const int dim = config_.head_dim;
+void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch) {
+  const int dim = config_.head_dim, width = config_.heads * dim;
   const Lanes scale = splat(float(1.0 / std::sqrt(double(dim))));
-  float* const rotated = scratch.row.data();
-  for (int head = first_head; head < last_head; head++) {
-    float* const to = rotated + (head - first_head) * dim;
-    rotate(normed_head(queries(row) + head * dim, layers_[size_t(layer)].query_norm, scratch), to, row);
-    for (int i = 0; i < dim; i += kLanes) store(to + i, load(to + i) * scale);
-  }
+  float* to = scratch.rotated.data();
+  for (int at = row; at < row + rows; at++)
+    for (int head = first_head; head < last_head; head++, to += dim) {
+      rotate(normed_head(queries(at) + head * dim, layers_[size_t(layer)].query_norm, scratch), to, at);
+      for (int i = 0; i < dim; i += kLanes) store(to + i, load(to + i) * scale);
+    }
   const int position = pass.position(row), window = windows_[size_t(layer)];
   const AttentionPlace place{pass.tables[size_t(row)], window ? std::max(0, position - window + 1) : 0, position, layer,
-                             first_head / (config_.heads / config_.kv_heads)};
-  attend(cache_, place, rotated, last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
-         attended_.data() + (size_t(row) * size_t(config_.heads) + size_t(first_head)) * size_t(dim));
+                             first_head / (config_.heads / config_.kv_heads), rows};
+  attend(cache_, place, scratch.rotated.data(), last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
+         attended_.data() + size_t(row) * size_t(width) + size_t(first_head) * size_t(dim), size_t(width));
 }
 
 // down_input_ = silu(gate) * up, quantised as soon as a group of 32 is there.

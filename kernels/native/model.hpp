@@ -101,10 +101,11 @@ class Model {
   };
   struct Scratch {  // one thread's own
     Activations normed, attended;
-    std::vector<float> acc, other_acc, row, head;
+    std::vector<float> acc, other_acc, row, head, rotated;
     Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
   struct Asked;
+  struct Tile;
   struct Pass;
   struct alignas(64) Counter {
     std::atomic<int> next{0};
@@ -120,7 +121,8 @@ class Model {
   void project(const Matrix& matrix, const std::vector<float>& bias, const Activations& x, int thread, float* out, int stride, bool add);
   void write_cache(const Pass& pass, int layer, int thread);
   void attend_all(const Pass& pass, int layer, int thread);
-  void attend_heads(const Pass& pass, int layer, int row, int first_head, int last_head, Scratch& scratch);
+  void attend_tile(const Pass& pass, int layer, int row, int rows, int kv_head, Scratch& scratch);
+  void attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch);
   void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
   void sample(Pass& pass, int thread);
   void say_how_likely(Pass& pass, int thread, bool& finite);
