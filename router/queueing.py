@@ -26,6 +26,9 @@ T = TypeVar("T")
 REMEMBERED = 4096
 # the drain rate follows this much of the past; what was known before counts as so much of it
 WINDOW_S, PRIOR_S = 30.0, 5.0
+# how far costs may seem to be off from one crowd to the next: requests of next to no cost are held up by other things than
+# workers, and what was seen of them says nothing of the next ones
+MOST_OFF = 4.0
 MAX_RELEASES = 4096
 
 
@@ -281,7 +284,7 @@ class DrainRate:
     def rest(self, workers: int, now: float) -> None:
         """Nobody waits any more."""
         if self._busy_since_s is not None and workers:
-            self._ratio = self.per_second(workers, now) / workers
+            self._ratio = min(MOST_OFF, max(1 / MOST_OFF, self.per_second(workers, now) / workers))
         self._busy_since_s = None
         self._served.clear()
 
