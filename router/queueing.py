@@ -26,9 +26,9 @@ T = TypeVar("T")
 REMEMBERED = 4096
 # the drain rate follows this much of the past; what was known before counts as so much of it
 WINDOW_S, PRIOR_S = 30.0, 5.0
-# how far costs may seem to be off from one crowd to the next: requests of next to no cost are held up by other things than
-# workers, and what was seen of them says nothing of the next ones
-MOST_OFF = 4.0
+# how far costs may seem to be off: requests of next to no cost are held up by other things than workers, and what is seen of
+# them says nothing of those that come next
+MOST_OFF = 8.0
 MAX_RELEASES = 4096
 
 
@@ -284,13 +284,14 @@ class DrainRate:
     def rest(self, workers: int, now: float) -> None:
         """Nobody waits any more."""
         if self._busy_since_s is not None and workers:
-            self._ratio = min(MOST_OFF, max(1 / MOST_OFF, self.per_second(workers, now) / workers))
+            self._ratio = self.per_second(workers, now) / workers
         self._busy_since_s = None
         self._served.clear()
 
     def per_second(self, workers: int, now: float) -> float:
-        """With so many workers. Above 0."""
-        expected = max(1, workers) * self._ratio
+        """With so many workers. Within a factor of MOST_OFF of one per worker."""
+        nominal = float(max(1, workers))
+        expected = nominal * self._ratio
         if self._busy_since_s is None:
             return expected
         begin = max(self._busy_since_s, now - WINDOW_S)
@@ -299,8 +300,8 @@ class DrainRate:
         while self._served and self._served[0][0] < begin:
             self._served.popleft()
         served_s = sum(cost_s for _, cost_s in self._served)
-        # a rate of zero would promise that nothing ever ends
-        return max((served_s + expected * PRIOR_S) / (now - begin + PRIOR_S), expected / 100)
+        measured = (served_s + expected * PRIOR_S) / (now - begin + PRIOR_S)
+        return min(MOST_OFF * nominal, max(nominal / MOST_OFF, measured))
 
 
 def weights_of(text: str) -> dict[str, float]:

@@ -207,13 +207,17 @@ def test_the_drain_rate_is_one_per_worker_until_it_is_measured_and_then_what_was
     assert 0 < rate.per_second(3, 500.0) < 1.0
 
 
-def test_crowds_of_requests_that_cost_next_to_nothing_do_not_make_the_next_ones_look_endless() -> None:
+def test_requests_that_cost_next_to_nothing_do_not_make_the_next_ones_look_endless() -> None:
     rate = DrainRate()
     for crowd in range(2000):
         rate.wait(float(crowd))
         rate.serve(1e-5, crowd + 0.01)
         rate.rest(2, crowd + 0.02)
-    assert rate.per_second(2, 3000.0) >= 0.5
+    assert rate.per_second(2, 3000.0) >= 0.25
+    rate.wait(3000.0)  # and one crowd without an end
+    for number in range(20_000):
+        rate.serve(1e-5, 3000.0 + number / 100)
+    assert rate.per_second(2, 3200.0) >= 0.25
 
 
 def test_weights_are_read_from_a_setting_or_refused_with_the_way_to_write_them() -> None:
