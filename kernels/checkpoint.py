@@ -8,7 +8,7 @@ tensors, and gguf only to dequantise: the native step starts without either.
     layers.N.attention_norm.weight [hidden]       layers.N.attention.q.weight [heads * head_dim, hidden]
     layers.N.mlp_norm.weight [hidden]             layers.N.attention.{k,v}.weight [kv_heads * head_dim, hidden]
     layers.N.mlp.{gate,up}.weight [ffn, hidden]   layers.N.attention.o.weight [hidden, heads * head_dim]
-    layers.N.mlp.down.weight [hidden, ffn]
+    layers.N.mlp.down.weight [hidden, ffn]          families of layer norms: a bias for each norm, and no mlp.gate
 
 With a tied head, `head.weight` is another name of `embedding.weight`. Rows of q and k stand as stored; the config's
 `rope_interleaved` says which elements of a head turn together.
@@ -150,7 +150,7 @@ class SafetensorsCheckpoint:
                         f"{shard}: {stored} is stored as {kind}; {', '.join(_PLAIN_KINDS)} can be read"
                     )
                 self._files[name], self._stored_names[name] = file, stored
-                shapes[name], kinds[name] = shape, kind
+                shapes[name], kinds[name] = shape, "F32" if self._exceeds_one(name) else kind
         check_shapes(path, self.config, shapes)
         self._shapes, self._kinds = shapes, kinds
 
@@ -166,13 +166,21 @@ class SafetensorsCheckpoint:
     def raw(self, name: str) -> Raw:
         import torch
 
+        if self._exceeds_one(name):
+            return Raw("F32", self.tensor(name).view(1, -1).numpy().view(np.uint8))
         stored = self._plain(name)
         rows = stored.shape[0] if stored.dim() > 1 else 1
         return Raw(self.kind(name), stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
     def tensor(self, name: str) -> "Tensor":
         stored = self._plain(name)
+        if self._exceeds_one(name):
+            return stored.float() + 1.0
         return _dequantised(Raw("Q8_0", stored.numpy())) if stored.element_size() == 1 else stored.float()
+
+    def _exceeds_one(self, name: str) -> bool:
+        """Whether what is stored is by how much a norm's weights exceed 1, as it is for layer norms."""
+        return self.config.layer_norm and name.endswith("norm.weight")
 
     def _plain(self, name: str) -> "Tensor":
         name = _stored(name, self.config)

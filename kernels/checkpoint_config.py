@@ -26,18 +26,25 @@ class _Family(NamedTuple):
     rope_interleaved: bool = False  # in GGUF; Hugging Face stores halves
     window_asked_for: bool = False  # `use_sliding_window` has to be set, and layers before `max_window_layers` see all
     windowed: bool = False  # `sliding_window` means something
+    layer_norm: bool = False  # as `DecoderConfig`; Hugging Face stores what its weights exceed 1 by
+    gated: bool = True  # as `DecoderConfig`
+    activation: str = "silu"  # Hugging Face's name of what the MLP does
+    partly_rotary: bool = False  # `partial_rotary_factor` means something, and is a half where nothing is said
 
 
+_NEMOTRON = _Family(layer_norm=True, gated=False, activation="relu2", partly_rotary=True)
 GGUF_FAMILIES = {
     "llama": _Family(rope_interleaved=True),
     "qwen2": _Family(qkv_bias=True),
     "qwen3": _Family(qk_norm=True),
+    "nemotron": _NEMOTRON,
 }
 HUGGING_FACE_FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(windowed=True),
     "qwen2": _Family(qkv_bias=True, windowed=True, window_asked_for=True),
     "qwen3": _Family(qk_norm=True, windowed=True, window_asked_for=True),
+    "nemotron": _NEMOTRON,
 }
 
 # Beyond any model; a damaged number must not become a huge table.
@@ -88,6 +95,7 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
     base = _positive(path, "rope.freq_base", said("rope.freq_base", 10_000.0))
     window = said("attention.sliding_window")
     rope = _gguf_rope(path, header, str(architecture), base, rotary_dim)
+    epsilon = "attention.layer_norm_epsilon" if family.layer_norm else "attention.layer_norm_rms_epsilon"
     return DecoderConfig(
         layers=layers,
         hidden=hidden,
@@ -97,7 +105,7 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         ffn=whole("feed_forward_length"),
         vocabulary=embedding.shape[0],
         context_length=_context(path, f"{architecture}.context_length", said("context_length")),
-        norm_eps=_positive(path, "attention.layer_norm_rms_epsilon", said("attention.layer_norm_rms_epsilon")),
+        norm_eps=_positive(path, epsilon, said(epsilon)),
         rope_base=base,
         rotary_dim=rotary_dim,
         rope_interleaved=family.rope_interleaved,
@@ -107,6 +115,8 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         qkv_bias=family.qkv_bias or "blk.0.attn_q.bias" in header.tensors,
         output_bias="blk.0.attn_output.bias" in header.tensors,
         qk_norm=family.qk_norm,
+        layer_norm=family.layer_norm,
+        gated=family.gated,
         windows=(_whole(path, "attention.sliding_window", window),) * layers if window else None,
         head_ids=head_ids(path.parent),
     )
@@ -156,7 +166,7 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         return _whole(file, key, default if value is None else value)
 
     context_length = _context(file, "max_position_embeddings", settings.get("max_position_embeddings"))
-    for key, plain in (("mlp_bias", False), ("hidden_act", "silu")):
+    for key, plain in (("mlp_bias", False), ("hidden_act", family.activation)):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
     if settings.get("quantization_config", {"quant_method": Q8_0}) != {"quant_method": Q8_0}:
@@ -168,7 +178,9 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         raise CheckpointError(f"{file}: rope_scaling should be an object, it is {rope!r}")
     base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
     layers = whole("num_hidden_layers")
-    scaling = _hugging_face_rope(file, rope, base, head_dim, context_length)
+    rotary_dim = _rotary_dim(file, settings, rope, head_dim) if family.partly_rotary else head_dim
+    scaling = _hugging_face_rope(file, rope, base, rotary_dim, context_length)
+    epsilon, usual = ("norm_eps", 1e-5) if family.layer_norm else ("rms_norm_eps", 1e-6)
     biased = bool(settings.get("attention_bias", False))
     return DecoderConfig(
         layers=layers,
@@ -179,9 +191,9 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         ffn=whole("intermediate_size"),
         vocabulary=whole("vocab_size"),
         context_length=context_length,
-        norm_eps=_positive(file, "rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
+        norm_eps=_positive(file, epsilon, settings.get(epsilon, usual)),
         rope_base=base,
-        rotary_dim=head_dim,
+        rotary_dim=rotary_dim,
         rope_interleaved=False,
         tied_head=bool(settings.get("tie_word_embeddings", False)),
         rope_factors=scaling.factors or None,
@@ -189,9 +201,17 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         qkv_bias=family.qkv_bias or biased,
         output_bias=biased,
         qk_norm=family.qk_norm,
+        layer_norm=family.layer_norm,
+        gated=family.gated,
         windows=_hugging_face_windows(file, settings, family, layers),
         head_ids=head_ids(path),
     )
+
+
+def _rotary_dim(file: Path, settings: dict[str, Any], rope: dict[str, Any], head_dim: int) -> int:
+    """Elements of a head that turn. The factor stands among the rope's parameters, or beside them in older configs."""
+    factor = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 0.5))
+    return int(head_dim * _positive(file, "partial_rotary_factor", factor))
 
 
 def _hugging_face_windows(file: Path, settings: dict[str, Any], family: _Family, layers: int) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""What a decoder of the Llama family looks like, read from a checkpoint. Plain numbers, no tensors."""
+"""What a decoder of the Llama families looks like, read from a checkpoint. Plain numbers, no tensors."""
 
 import math
 from dataclasses import dataclass
@@ -35,6 +35,8 @@ class DecoderConfig:
     qkv_bias: bool = False  # queries, keys and values have a bias each
     output_bias: bool = False  # attention's output projection has one
     qk_norm: bool = False  # each head of queries and keys is normalised before it turns
+    layer_norm: bool = False  # norms take the mean away, and have a bias; False: root mean square alone
+    gated: bool = True  # down(silu(gate) * up); False: there is no gate, and down reads the square of max(up, 0)
     # Of each layer: a token sees itself and the window - 1 before it; 0: all before it. None: all layers see all.
     windows: tuple[int, ...] | None = None
     # A trimmed head: the token id of each of its rows, ascending. None: row i is id i.

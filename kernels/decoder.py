@@ -2,6 +2,8 @@
 
     embed | per layer: norm qkv (head norm) rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
 
+Some families have layer norms, or no gate: the square of what is positive of up.
+
 Rule: one path for prefill, decode and verification: a step is rows, whatever for. Only sample rows meet the head.
 
 Weights are dequantised when loaded: 4 bytes per weight in float32 (538 MB for the default model of 135 million), shared
@@ -27,18 +29,23 @@ from kernels.step import Race, StepInputs, check_places
 KV_BYTES = 512 << 20
 
 
+class Norm(NamedTuple):
+    weight: Tensor  # [hidden]
+    bias: Tensor | None  # [hidden]: a layer norm; None: root mean square
+
+
 class Layer(NamedTuple):
     """Weights of one layer; matrices that read the same input are one, rows below each other."""
 
-    attention_norm: Tensor  # [hidden]
+    attention_norm: Norm
     qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None  # [(heads + 2 kv_heads) * head_dim]
     q_norm: Tensor | None  # [head_dim], as k_norm
     k_norm: Tensor | None
     o: Tensor  # [hidden, heads * head_dim]
     o_bias: Tensor | None  # [hidden]
-    mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 ffn, hidden]
+    mlp_norm: Norm
+    gate_up: Tensor  # [2 ffn, hidden]; without a gate [ffn, hidden]
     down: Tensor  # [hidden, ffn]
 
 
@@ -83,7 +90,7 @@ class TorchDecoder:
 
         self.embedding = self._matrix(checkpoint, "embedding")  # [vocabulary, hidden]
         self.head = self.embedding if config.tied_head else self._matrix(checkpoint, "head")
-        self.norm = self._vector(checkpoint, "norm")
+        self.norm = self._norm(checkpoint, "norm")
         self.layers = [self._layer(checkpoint, f"layers.{layer}.") for layer in range(config.layers)]
         cache = (config.layers, self.blocks, block_size_tokens, config.kv_heads, config.head_dim)
         self.keys = torch.empty(cache, dtype=dtype, device=self.device)
@@ -184,7 +191,7 @@ class TorchDecoder:
         rows = self._rows(inputs)
         hidden, residual = self._forward(rows)
         sampled = rows.sample_rows
-        normed, _ = self.ops.add_rms_norm(hidden[sampled], residual[sampled], self.norm, self.config.norm_eps)
+        normed, _ = self._add_norm(hidden[sampled], residual[sampled], self.norm)
         return self.ops.linear(normed, self.head)
 
     def _forward(self, rows: StepTensors) -> tuple[Tensor, Tensor]:
@@ -193,12 +200,12 @@ class TorchDecoder:
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         scale = head_dim**-0.5
         residual = self.embedding[rows.tokens]
-        normed = ops.rms_norm(residual, self.layers[0].attention_norm, config.norm_eps)
+        normed = self._normed(residual, self.layers[0].attention_norm)
         hidden = residual
         for number, layer in enumerate(self.layers):
             keys, values = self.keys[number], self.values[number]
             if number > 0:
-                normed, residual = ops.add_rms_norm(hidden, residual, layer.attention_norm, config.norm_eps)
+                normed, residual = self._add_norm(hidden, residual, layer.attention_norm)
             qkv = self._linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, head_dim)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -209,14 +216,33 @@ class TorchDecoder:
                 q, keys, values, rows.tables, rows.sequences, rows.positions, scale, rows.longest, config.window(number)
             )
             hidden = self._linear(attended.flatten(1), layer.o, layer.o_bias)
-            normed, residual = ops.add_rms_norm(hidden, residual, layer.mlp_norm, config.norm_eps)
-            gate, up = ops.linear(normed, layer.gate_up).chunk(2, dim=1)
-            hidden = ops.linear(ops.swiglu(gate, up), layer.down)
+            normed, residual = self._add_norm(hidden, residual, layer.mlp_norm)
+            hidden = ops.linear(self._activated(ops.linear(normed, layer.gate_up)), layer.down)
         return hidden, residual
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = self.ops.linear(x, weight)
         return product if bias is None else (product.float() + bias.float()).to(product.dtype)
+
+    def _activated(self, gate_up: Tensor) -> Tensor:
+        """What down reads [R, ffn]."""
+        if not self.config.gated:
+            return self.ops.squared_relu(gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        return self.ops.swiglu(gate, up)
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        epsilon = self.config.norm_eps
+        if norm.bias is None:
+            return self.ops.rms_norm(x, norm.weight, epsilon)
+        return self.ops.layer_norm(x, norm.weight, norm.bias, epsilon)
+
+    def _add_norm(self, hidden: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """The norm of the sum, and the sum."""
+        if norm.bias is None:
+            return self.ops.add_rms_norm(hidden, residual, norm.weight, self.config.norm_eps)
+        total = (hidden.float() + residual.float()).to(residual.dtype)
+        return self._normed(total, norm), total
 
     def _head_norm(self, heads: Tensor, weight: Tensor) -> Tensor:
         """Each head [R, heads, head_dim] by itself."""
@@ -243,7 +269,7 @@ class TorchDecoder:
     def _layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
         config = self.config
         return Layer(
-            attention_norm=self._vector(checkpoint, prefix + "attention_norm"),
+            attention_norm=self._norm(checkpoint, prefix + "attention_norm"),
             qkv=self._matrix(checkpoint, *(f"{prefix}attention.{part}" for part in "qkv")),
             qkv_bias=(
                 torch.cat([self._vector(checkpoint, f"{prefix}attention.{part}", "bias") for part in "qkv"])
@@ -254,10 +280,18 @@ class TorchDecoder:
             k_norm=self._vector(checkpoint, prefix + "attention.k_norm") if config.qk_norm else None,
             o=self._matrix(checkpoint, prefix + "attention.o"),
             o_bias=self._vector(checkpoint, prefix + "attention.o", "bias") if config.output_bias else None,
-            mlp_norm=self._vector(checkpoint, prefix + "mlp_norm"),
-            gate_up=self._matrix(checkpoint, prefix + "mlp.gate", prefix + "mlp.up"),
+            mlp_norm=self._norm(checkpoint, prefix + "mlp_norm"),
+            gate_up=self._matrix(checkpoint, *(f"{prefix}mlp.{part}" for part in self._mlp_inputs)),
             down=self._matrix(checkpoint, prefix + "mlp.down"),
         )
+
+    @property
+    def _mlp_inputs(self) -> tuple[str, ...]:
+        return ("gate", "up") if self.config.gated else ("up",)
+
+    def _norm(self, checkpoint: Checkpoint, name: str) -> Norm:
+        bias = self._vector(checkpoint, name, "bias") if self.config.layer_norm else None
+        return Norm(self._vector(checkpoint, name), bias)
 
     def _matrix(self, checkpoint: Checkpoint, *names: str) -> Tensor:
         parts = [checkpoint.tensor(f"{name}.weight").to(self.dtype) for name in names]

@@ -21,8 +21,10 @@ class Ops(NamedTuple):
     linear: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    squared_relu: Callable[[Tensor], Tensor]
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, int], Tensor]
     adjust_logits: Callable[[Tensor, Adjustments], Tensor]
@@ -36,8 +38,10 @@ REFERENCE = Ops(
     linear=reference.linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
+    layer_norm=reference.layer_norm,
     rotary=reference.rotary,
     swiglu=reference.swiglu,
+    squared_relu=reference.squared_relu,
     write_kv=reference.write_kv,
     paged_attention=reference.paged_attention,
     adjust_logits=reference.adjust_logits,

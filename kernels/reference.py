@@ -44,6 +44,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) ->
     return rms_norm(total, weight, epsilon), total
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Each row of x [R, C] less its mean, over its standard deviation, times weight [C], plus bias [C]."""
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = 1.0 / torch.sqrt(centred.square().mean(-1, keepdim=True) + epsilon)
+    return (centred * scale * weight.float() + bias.float()).to(x.dtype)
+
+
 def rotary_tables(
     frequencies: list[float], positions: int, device: torch.device | str = "cpu", magnitude: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +93,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, all [R, width]."""
     wide = gate.float()
     return (wide / (1.0 + torch.exp(-wide)) * up.float()).to(gate.dtype)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0) squared, [R, width]."""
+    return x.float().clamp(min=0.0).square().to(x.dtype)
 
 
 def write_kv(

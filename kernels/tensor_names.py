@@ -9,14 +9,16 @@ from pathlib import Path
 
 from kernels.config import CheckpointError, DecoderConfig
 
-_TENSORS_PER_LAYER = 9
+_TENSORS_PER_LAYER = 8
 
 _OUTSIDE = {
     "token_embd.weight": "embedding.weight",
     "output_norm.weight": "norm.weight",
+    "output_norm.bias": "norm.bias",
     "output.weight": "head.weight",
     "model.embed_tokens.weight": "embedding.weight",
     "model.norm.weight": "norm.weight",
+    "model.norm.bias": "norm.bias",
     "lm_head.weight": "head.weight",
 }
 _INSIDE = {
@@ -69,6 +71,8 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     hidden, ffn = config.hidden, config.ffn
     attention, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocabulary, hidden), "norm.weight": (hidden,)}
+    if config.layer_norm:
+        shapes["norm.bias"] = (hidden,)
     if not config.tied_head:
         shapes["head.weight"] = (config.head_size, hidden)
     for layer in range(config.layers):
@@ -79,15 +83,17 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             "attention.v": (kv, hidden),
             "attention.o": (hidden, attention),
             "mlp_norm": (hidden,),
-            "mlp.gate": (ffn, hidden),
             "mlp.up": (ffn, hidden),
             "mlp.down": (hidden, ffn),
         }
+        if config.gated:
+            inside["mlp.gate"] = (ffn, hidden)
         if config.qk_norm:
             inside |= {"attention.q_norm": (config.head_dim,), "attention.k_norm": (config.head_dim,)}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
         biased = ["attention.q", "attention.k", "attention.v"] if config.qkv_bias else []
         biased += ["attention.o"] if config.output_bias else []
+        biased += ["attention_norm", "mlp_norm"] if config.layer_norm else []
         shapes |= {f"layers.{layer}.{name}.bias": inside[name][:1] for name in biased}
     return shapes
 

@@ -52,6 +52,8 @@ _LAYER_EXTRAS = (  # of some families only
     "attention.o.bias",
     "attention.q_norm.weight",
     "attention.k_norm.weight",
+    "attention_norm.bias",
+    "mlp_norm.bias",
 )
 _MESSAGE_BYTES = 512
 _MOST_THREADS_ASKED = 256
@@ -439,7 +441,7 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
         for layer in range(checkpoint.config.layers)
         for name in (*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS)
     ]
-    names += ["embedding.weight", "norm.weight", "head.weight"]
+    names += ["embedding.weight", "norm.weight", "norm.bias", "head.weight"]
     there = set(checkpoint.names())
     described = (_Tensor * len(names))()
     kept: list[NDArray[np.generic]] = []

@@ -11,7 +11,7 @@
 //     5. quantise                 as 1
 //     6. output projection, added to the residual stream
 //     7. normalise, quantise      as 1
-//     8. gate and up, SiLU, quantise   in units of 32 outputs, so a thread has whole groups
+//     8. gate and up, SiLU, quantise   in units of 32 outputs, so a thread has whole groups; some families: up, squared ReLU
 //     9. down projection, added to the residual stream
 #include "model.hpp"
 
@@ -28,7 +28,7 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kRowsEachThreadPrepares = 2;
 
-// x * weight / root mean square; squares are summed in 16 lanes (lane i % 16, ascending), then by sum_of.
+// x * weight / root mean square; squares are summed in 16 lanes (lane i % 16, ascending), then by sum_of. `out` may be x.
 void rms_norm(const float* x, const float* weight, int width, float epsilon, float* out) {
   Lanes squares = splat(0.0f);
   for (int i = 0; i < width; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
@@ -36,6 +36,15 @@ void rms_norm(const float* x, const float* weight, int width, float epsilon, flo
   for (int i = 0; i < width; i += kLanes) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
+// x less its mean; the mean is summed as the squares above.
+void centre(const float* x, int width, float* out) {
+  Lanes total = splat(0.0f);
+  for (int i = 0; i < width; i += kLanes) total = total + load(x + i);
+  const Lanes mean = splat(sum_of(total) / float(width));
+  for (int i = 0; i < width; i += kLanes) store(out + i, load(x + i) - mean);
+}
+
+MILL_INLINE Lanes squared_relu(Lanes x) { return x * largest(x, splat(0.0f)); }  // NaN stays
 MILL_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
 
 std::pair<int, int> share_of(int count, int thread, int threads) {
@@ -130,7 +139,8 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   Wanted of_normed, of_attended, of_down;
   of_normed.by(head_);
   for (const Layer& layer : layers_) {
-    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up}) of_normed.by(*matrix);
+    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up})
+      if (matrix->outputs) of_normed.by(*matrix);
     of_attended.by(layer.output);
     of_down.by(layer.down);
   }
@@ -163,24 +173,28 @@ void Model::place_weights(const mill_tensor* tensors) {
     matrix.describe(tensor.type, tensor.outputs, tensor.inputs, panels_per_unit);
     return Part{&matrix, &tensor};
   };
-  const auto norm = [](const mill_tensor& tensor) {
+  const auto vector = [](const mill_tensor& tensor) {
     const float* const values = static_cast<const float*>(tensor.data);
     return values ? std::vector<float>(values, values + tensor.inputs) : std::vector<float>();
   };
   const mill_tensor* next = tensors;
   for (Layer& layer : layers_) {
-    layer.attention_norm = norm(*next++);
+    layer.attention_norm.weight = vector(*next++);
     for (Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output})
       stretches.push_back({part(*matrix, *next++, 1)});
-    layer.feed_forward_norm = norm(*next++);
+    layer.feed_forward_norm.weight = vector(*next++);
     const mill_tensor *gate = next++, *up = next++;
-    stretches.push_back({part(layer.gate, *gate, kGroup / kLanes), part(layer.up, *up, kGroup / kLanes)});
+    stretches.emplace_back();
+    if (gate->data) stretches.back().push_back(part(layer.gate, *gate, kGroup / kLanes));
+    stretches.back().push_back(part(layer.up, *up, kGroup / kLanes));
     stretches.push_back({part(layer.down, *next++, 1)});
-    for (std::vector<float>* vector : {&layer.query_bias, &layer.key_bias, &layer.value_bias, &layer.output_bias, &layer.query_norm, &layer.key_norm})
-      *vector = norm(*next++);
+    for (std::vector<float>* to : {&layer.query_bias, &layer.key_bias, &layer.value_bias, &layer.output_bias, &layer.query_norm.weight,
+                                   &layer.key_norm.weight, &layer.attention_norm.bias, &layer.feed_forward_norm.bias})
+      *to = vector(*next++);
   }
   const mill_tensor& embedding = *next++;
-  final_norm_ = norm(*next++);
+  final_norm_.weight = vector(*next++);
+  final_norm_.bias = vector(*next++);
   const mill_tensor& head = *next++;
   tied_ = head.data == nullptr;
   stretches.push_back({part(head_, tied_ ? embedding : head, 1)});
@@ -289,9 +303,9 @@ void Model::run_pass(Pass& pass, int thread) {
   team_.meet();
   for (int index = 0; index < config_.layers; index++) {
     const Layer& layer = layers_[size_t(index)];
-    const auto normed = [&](const std::vector<float>& norm) {
+    const auto normed = [&](const Norm& by) {
       return [&](int row) {
-        rms_norm(residual(row), norm.data(), hidden, config_.norm_epsilon, scratch.row.data());
+        norm(residual(row), by, hidden, scratch.row.data());
         return scratch.row.data();
       };
     };
@@ -383,10 +397,17 @@ void Model::project(const Matrix& matrix, const std::vector<float>& bias, const 
   });
 }
 
+void Model::norm(const float* x, const Norm& by, int width, float* out) const {
+  if (by.bias.empty()) return rms_norm(x, by.weight.data(), width, config_.norm_epsilon, out);
+  centre(x, width, out);
+  rms_norm(out, by.weight.data(), width, config_.norm_epsilon, out);
+  for (int i = 0; i < width; i += kLanes) store(out + i, load(out + i) + load(by.bias.data() + i));
+}
+
 // The head as it is to be rotated: normalised into scratch.head where its family does that.
-const float* Model::normed_head(const float* head, const std::vector<float>& norm, Scratch& scratch) const {
-  if (norm.empty()) return head;
-  rms_norm(head, norm.data(), config_.head_dim, config_.norm_epsilon, scratch.head.data());
+const float* Model::normed_head(const float* head, const Norm& by, Scratch& scratch) const {
+  if (by.weight.empty()) return head;
+  norm(head, by, config_.head_dim, scratch.head.data());
   return scratch.head.data();
 }
 
@@ -459,7 +480,7 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int fir
          attended_.data() + size_t(row) * size_t(width) + size_t(first_head) * size_t(dim), size_t(width));
 }
 
-// down_input_ = silu(gate) * up, quantised as soon as a group of 32 is there.
+// down_input_ = silu(gate) * up, or the square of what is positive of up, quantised as soon as a group of 32 is there.
 void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread) {
   constexpr int per_unit = kGroup / kLanes;
   const size_t half = size_t(x.rows) * kLanes;
@@ -468,14 +489,16 @@ void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scrat
     for (int i = 0; i < per_unit; i++)
       multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data());
   };
-  share_out(layer.gate, thread, [&](const Matrix::Share& gate, int index) {
-    multiply(layer.gate, gate, index, gates);
-    multiply(layer.up, layer.up.shares[size_t(&gate - layer.gate.shares.data())], index, ups);
+  const bool gated = layer.gate.outputs > 0;
+  const Matrix& leader = gated ? layer.gate : layer.up;
+  share_out(leader, thread, [&](const Matrix::Share& share, int index) {
+    if (gated) multiply(layer.gate, share, index, gates);
+    multiply(layer.up, layer.up.shares[size_t(&share - leader.shares.data())], index, ups);
     for (int row = 0; row < x.rows; row++) {
       float group[kGroup];
       for (int i = 0; i < per_unit; i++) {
         const size_t at = size_t(i) * half + size_t(row) * kLanes;
-        store(group + i * kLanes, silu(load(gates + at)) * load(ups + at));
+        store(group + i * kLanes, gated ? silu(load(gates + at)) * load(ups + at) : squared_relu(load(ups + at)));
       }
       down_input_.set_group(row, index / per_unit, config_.feed_forward, group);
     }
@@ -489,7 +512,7 @@ void Model::sample(Pass& pass, int thread) {
   const int32_t* const ids = head_ids_.empty() ? nullptr : head_ids_.data();
   const Activations& x = prepare(head_input_, scratch.normed, pass.samples, config_.hidden, thread, [&](int sample) {
     const int row = pass.inputs.sample_rows[pass.first_sample + sample] - pass.first;
-    rms_norm(residual(row), final_norm_.data(), config_.hidden, config_.norm_epsilon, scratch.row.data());
+    norm(residual(row), final_norm_, config_.hidden, scratch.row.data());
     return scratch.row.data();
   });
   project(head_, {}, x, thread, pass.logits, head_rows, false);

@@ -28,7 +28,7 @@ struct mill_config {
 };
 
 struct mill_tensor {
-  const void* data;  // null: there is none (an untied head; biases; norms of heads)
+  const void* data;  // null: there is none (an untied head; a gate; biases; norms of heads)
   int32_t type;      // as numbered in GGUF
   int32_t outputs, inputs;
 };
@@ -78,7 +78,7 @@ class Region {
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
-  // of the heads of q and k; then token_embd, output_norm, output.
+  // of the heads of q and k, the biases of attn_norm and ffn_norm; then token_embd, output_norm, its bias, output.
   // Copies what it needs. Throws std::bad_alloc.
   Model(const mill_config& config, const mill_tensor* tensors);
 
@@ -94,10 +94,14 @@ class Model {
   void go_alone(int seconds) { team_.go_alone(Crowding::Clock::now() + std::chrono::seconds(seconds)); }
 
  private:
+  struct Norm {
+    std::vector<float> weight, bias;  // a bias: a layer norm; none: root mean square
+  };
   struct Layer {
-    std::vector<float> attention_norm, feed_forward_norm;
-    std::vector<float> query_bias, key_bias, value_bias, output_bias, query_norm, key_norm;  // empty: none
-    Matrix query, key, value, output, gate, up, down;
+    Norm attention_norm, feed_forward_norm;
+    std::vector<float> query_bias, key_bias, value_bias, output_bias;  // empty: none
+    Norm query_norm, key_norm;                                         // as well
+    Matrix query, key, value, output, gate, up, down;                  // without outputs, there is no gate
   };
   struct Scratch {  // one thread's own
     Activations normed, attended;
@@ -123,10 +127,11 @@ class Model {
   void attend_all(const Pass& pass, int layer, int thread);
   void attend_tile(const Pass& pass, int layer, int row, int rows, int kv_head, Scratch& scratch);
   void attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch);
+  void norm(const float* x, const Norm& by, int width, float* out) const;
   void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
   void sample(Pass& pass, int thread);
   void say_how_likely(Pass& pass, int thread, bool& finite);
-  const float* normed_head(const float* head, const std::vector<float>& norm, Scratch& scratch) const;
+  const float* normed_head(const float* head, const Norm& by, Scratch& scratch) const;
   void rotate(const float* from, float* to, int row) const;
   float* queries(int row) { return qkv_.data() + size_t(row) * size_t(qkv_width_); }
   float* keys(int row) { return queries(row) + config_.heads * config_.head_dim; }
@@ -141,7 +146,7 @@ class Model {
   Matrix embedding_, head_;
   bool tied_ = true;
   const bool tiles_permitted_ = tiles_permitted();
-  std::vector<float> final_norm_;
+  Norm final_norm_;
   std::vector<Region> weights_;  // one per thread
   KvCache cache_;
   Region cache_memory_;

@@ -6,6 +6,7 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
     embedding   scale * q, or fma(scale, q, minimum)
     norm        (x * (1 / sqrt(mean of squares + epsilon))) * weight; squares by fma into 16 lanes (element i in lane
                 i % 16, ascending), lanes added in a tree
+                layer norms: x less its mean, taken in such lanes; then as above, and the bias added
     activations int8 per group of 32: step = largest magnitude / 127, q = x / step rounded to even; a group whose step
                 is below the smallest normal number is zero
     linear      groups ascending: acc = fma(scale * step, dot, acc), and with minima acc = fma(minimum, step * sum(q),
@@ -22,7 +23,7 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
                 out = (chain of fma over tokens) * (1 / total)
                 a window hides positions: their p is 0, and they are no part of the largest score
                 int8, fp8: score and p are multiplied by the step of the token's key and value
-    mlp         gate / (1 + exponential(-gate)) * up
+    mlp         gate / (1 + exponential(-gate)) * up; without a gate up * (the larger of up and 0)
     residual    float32; logits: final norm, then linear
 
 Two more recipes store a number of the KV cache in a byte, "int8-g32/1+kv-int8" and "int8-g32/1+kv-fp8":
@@ -78,7 +79,7 @@ class SpecifiedDecoder:
                 x = self._layers(int(inputs.tokens[row]), int(inputs.positions[row]), inputs.block_tables[sequence])
                 if row in wanted:
                     head = self._weights.get("head.weight", self._weights["embedding.weight"])
-                    found.append(head.times(self._normed(x, "norm.weight")))
+                    found.append(head.times(self._normed(x, "norm")))
         return np.array(found, np.float32).reshape(len(found), self.config.head_size)
 
     def _layers(self, token: int, position: int, table: NDArray[np.int32]) -> Floats:
@@ -95,11 +96,11 @@ class SpecifiedDecoder:
                 bias = self._weights.get(f"layers.{layer}.{name}.bias")
                 return product if bias is None else product + bias.row(0)
 
-            normed = self._normed(x, f"layers.{layer}.attention_norm.weight")
+            normed = self._normed(x, f"layers.{layer}.attention_norm")
             q, k, v = (linear(f"attention.{name}", normed).reshape(-1, config.head_dim) for name in "qkv")
             if config.qk_norm:
                 q, k = (
-                    np.stack([self._normed(head, f"layers.{layer}.attention.{name}_norm.weight") for head in heads])
+                    np.stack([self._normed(head, f"layers.{layer}.attention.{name}_norm") for head in heads])
                     for name, heads in (("q", q), ("k", k))
                 )
             q, k = (rotated(heads, cosines, sines, config.rope_interleaved) for heads in (q, k))
@@ -118,16 +119,24 @@ class SpecifiedDecoder:
             first = max(0, position - window + 1) if window else 0
             out = [attended(q[head], keys[:, kv], values[:, kv], first) for head, kv in enumerate(kv_heads)]
             x = x + linear("attention.o", np.concatenate(out))
-            normed = self._normed(x, f"layers.{layer}.mlp_norm.weight")
-            gate, up = linear("mlp.gate", normed), linear("mlp.up", normed)
-            x = x + linear("mlp.down", gate / (_ONE + exponential(-gate)) * up)
+            normed = self._normed(x, f"layers.{layer}.mlp_norm")
+            up = linear("mlp.up", normed)
+            if config.gated:
+                gate = linear("mlp.gate", normed)
+                inner = gate / (_ONE + exponential(-gate)) * up
+            else:
+                inner = up * np.maximum(up, np.float32(0))
+            x = x + linear("mlp.down", inner)
         return x
 
     def _normed(self, x: Floats, name: str) -> Floats:
+        bias = self._weights.get(f"{name}.bias")
+        if bias is not None:
+            x = x - lane_sums(x, np.ones_like(x)) / np.float32(len(x))
         squares = lane_sums(x, x)
         scale = _ONE / np.sqrt(squares / np.float32(len(x)) + np.float32(self.config.norm_eps))
-        normed: Floats = x * scale * self._weights[name].row(0)
-        return normed
+        normed: Floats = x * scale * self._weights[f"{name}.weight"].row(0)
+        return normed if bias is None else normed + bias.row(0)
 
 
 class Grid:

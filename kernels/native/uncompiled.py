@@ -39,15 +39,20 @@ _KV_BYTES = 2
 _ONE = np.float32(1)
 
 
+class _Norm(NamedTuple):
+    weight: Floats
+    bias: Floats | None  # a layer norm's
+
+
 class _Layer(NamedTuple):
-    attention_norm: Floats
+    attention_norm: _Norm
     qkv: list[Matrix]
     qkv_bias: Floats | None
-    query_norm: Floats | None
-    key_norm: Floats | None
+    query_norm: _Norm | None
+    key_norm: _Norm | None
     output: list[Matrix]
     output_bias: Floats | None
-    mlp_norm: Floats
+    mlp_norm: _Norm
     gate_up: list[Matrix]
     down: list[Matrix]
 
@@ -206,19 +211,31 @@ class UncompiledDecoder:
             self._write(number, rows, k, v)
             attended = self._attended(number, rows, q * np.float32(1 / math.sqrt(config.head_dim)))
             x = x + _with_bias(_times(layer.output, quantised(attended.reshape(count, -1))), layer.output_bias)
-            gate, up = np.split(_times(layer.gate_up, quantised(self._normed(x, layer.mlp_norm))), 2, axis=1)
-            x = x + _times(layer.down, quantised(gate / (_ONE + exponential(-gate)) * up))
+            inner = self._activated(_times(layer.gate_up, quantised(self._normed(x, layer.mlp_norm))))
+            x = x + _times(layer.down, quantised(inner))
         return x
 
-    def _normed(self, x: Floats, weights: Floats) -> Floats:
+    def _activated(self, gate_up: Floats) -> Floats:
+        """What down reads [R, ffn]."""
+        if not self.config.gated:
+            squared: Floats = gate_up * np.maximum(gate_up, np.float32(0))
+            return squared
+        gate, up = np.split(gate_up, 2, axis=1)
+        activated: Floats = gate / (_ONE + exponential(-gate)) * up
+        return activated
+
+    def _normed(self, x: Floats, norm: _Norm) -> Floats:
+        if norm.bias is not None:
+            total = tree_sum(np.add.accumulate(in_lanes(x), axis=0)[-1])
+            x = x - (total / np.float32(x.shape[-1]))[:, None]
         squares = tree_sum(chain(in_lanes(np.multiply(x, x, dtype=np.float64))))
         scale = _ONE / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(self.config.norm_eps))
-        normed: Floats = x * scale[:, None] * weights
-        return normed
+        normed: Floats = x * scale[:, None] * norm.weight
+        return normed if norm.bias is None else normed + norm.bias
 
-    def _normed_heads(self, heads: Floats, weights: Floats) -> Floats:
+    def _normed_heads(self, heads: Floats, norm: _Norm) -> Floats:
         """Each head [R, heads, head_dim] by itself."""
-        return self._normed(heads.reshape(-1, heads.shape[-1]), weights).reshape(heads.shape)
+        return self._normed(heads.reshape(-1, heads.shape[-1]), norm).reshape(heads.shape)
 
     def _write(self, layer: int, rows: _Rows, k: Floats, v: Floats) -> None:
         """Keys and values [R, kv heads, head_dim] into the cache."""
@@ -292,26 +309,29 @@ class UncompiledDecoder:
         def vector(name: str, kind: str = "weight") -> Floats:
             return _vector(checkpoint, f"{name}.{kind}")
 
+        def norm(name: str) -> _Norm:
+            return _Norm(vector(name), vector(name, "bias") if config.layer_norm else None)
+
         self._layers = [
             _Layer(
-                attention_norm=vector(f"{at}.attention_norm"),
+                attention_norm=norm(f"{at}.attention_norm"),
                 qkv=matrix(*(f"{at}.attention.{part}" for part in "qkv")),
                 qkv_bias=(
                     np.concatenate([vector(f"{at}.attention.{part}", "bias") for part in "qkv"])
                     if config.qkv_bias
                     else None
                 ),
-                query_norm=vector(f"{at}.attention.q_norm") if config.qk_norm else None,
-                key_norm=vector(f"{at}.attention.k_norm") if config.qk_norm else None,
+                query_norm=norm(f"{at}.attention.q_norm") if config.qk_norm else None,
+                key_norm=norm(f"{at}.attention.k_norm") if config.qk_norm else None,
                 output=matrix(f"{at}.attention.o"),
                 output_bias=vector(f"{at}.attention.o", "bias") if config.output_bias else None,
-                mlp_norm=vector(f"{at}.mlp_norm"),
-                gate_up=matrix(f"{at}.mlp.gate", f"{at}.mlp.up"),
+                mlp_norm=norm(f"{at}.mlp_norm"),
+                gate_up=matrix(*(f"{at}.mlp.{part}" for part in (("gate", "up") if config.gated else ("up",)))),
                 down=matrix(f"{at}.mlp.down"),
             )
             for at in (f"layers.{number}" for number in range(self.config.layers))
         ]
-        self._norm = vector("norm")
+        self._norm = norm("norm")
         self._embedding = matrix("embedding")
         self._head = self._embedding if self.config.tied_head else matrix("head")
 

@@ -74,7 +74,7 @@ def test_the_native_step_is_the_specification_to_the_bit_however_it_is_cut(tmp_p
 
 @needs_compiler
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "nemotron"])
 def test_windows_and_head_norms_go_with_every_kv_format(tmp_path: Path, family: str, kv_format: str) -> None:
     checkpoint = open_checkpoint(write_tiny_folder(tmp_path / "model", FAMILIES[family]))
     prompt = GOLDEN[family]["prompt"]
@@ -90,6 +90,7 @@ def test_windows_and_head_norms_go_with_every_kv_format(tmp_path: Path, family: 
         Tiny(family="qwen2", qkv_bias=True, seed=3),
         Tiny(family="qwen3", qk_norm=True, head_dim=32, seed=4),
         Tiny(qkv_bias=True, output_bias=True, seed=5),
+        Tiny(family="nemotron", layer_norm=True, gated=False, head_dim=32, rotary_dim=16, tied_head=False, seed=6),
     ],
 )
 def test_gguf_files_of_a_family_hold_the_same_model(tmp_path: Path, shape: Tiny) -> None:
@@ -110,7 +111,7 @@ def vars_of(shape: Tiny) -> dict[str, object]:
 
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton needs its interpreter or a GPU")
-@pytest.mark.parametrize("family", ["mistral", "qwen2_windowed", "qwen3", "llama_biased", "llama_yarn"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2_windowed", "qwen3", "llama_biased", "llama_yarn", "nemotron"])
 def test_the_triton_operators_make_the_reference_s_logits(tmp_path: Path, family: str) -> None:
     path = write_tiny_folder(tmp_path / "model", FAMILIES[family])
     prompt = GOLDEN[family]["prompt"]
@@ -147,7 +148,7 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="supported in safetensors: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="supported in safetensors: llama, mistral, qwen2, qwen3, nemotron"):
         open_checkpoint(write_tiny_folder(tmp_path / "model", Tiny(family="falcon")))
-    with pytest.raises(CheckpointError, match="supported in GGUF: llama, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="supported in GGUF: llama, qwen2, qwen3, nemotron"):
         open_checkpoint(write_tiny_gguf(tmp_path / "model.gguf", Tiny(family="gpt2")))

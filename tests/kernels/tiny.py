@@ -34,6 +34,9 @@ class Tiny:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    layer_norm: bool = False
+    gated: bool = True
+    rotary_dim: int | None = None  # None: head_dim
     settings: tuple[tuple[str, object], ...] = ()  # more of config.json
 
 
@@ -53,7 +56,10 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
         weights |= {
             f"blk.{layer}.attn_norm.weight": norm(),
             f"blk.{layer}.ffn_down.weight": matrix(shape.hidden, shape.ffn),
-            f"blk.{layer}.ffn_gate.weight": matrix(shape.ffn, shape.hidden),
+        }
+        if shape.gated:
+            weights[f"blk.{layer}.ffn_gate.weight"] = matrix(shape.ffn, shape.hidden)
+        weights |= {
             f"blk.{layer}.ffn_up.weight": matrix(shape.ffn, shape.hidden),
             f"blk.{layer}.ffn_norm.weight": norm(),
             f"blk.{layer}.attn_k.weight": matrix(kv, shape.hidden),
@@ -69,7 +75,11 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
             weights[f"blk.{layer}.{name}.bias"] = more.standard_normal(widths[name]).astype(np.float32)
         for name in ("attn_q_norm", "attn_k_norm") if shape.qk_norm else ():
             weights[f"blk.{layer}.{name}.weight"] = more.uniform(0.5, 1.5, shape.head_dim).astype(np.float32)
+        for name in ("attn_norm", "ffn_norm") if shape.layer_norm else ():
+            weights[f"blk.{layer}.{name}.bias"] = (more.standard_normal(shape.hidden) * 0.2).astype(np.float32)
     weights["output_norm.weight"] = norm()
+    if shape.layer_norm:
+        weights["output_norm.bias"] = (more.standard_normal(shape.hidden) * 0.2).astype(np.float32)
     if not shape.tied_head:
         weights["output.weight"] = matrix(shape.vocabulary, shape.hidden) * np.float32(4)
     return weights
@@ -100,8 +110,8 @@ def write_tiny_gguf(
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
-    writer.add_rope_dimension_count(shape.head_dim)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_dimension_count(shape.rotary_dim or shape.head_dim)
+    (writer.add_layer_norm_eps if shape.layer_norm else writer.add_layer_norm_rms_eps)(shape.norm_eps)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{token}>" for token in range(shape.vocabulary)])
@@ -124,7 +134,7 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
     config = {
         "architectures": [f"{shape.family.capitalize()}ForCausalLM"],
         "model_type": shape.family,
-        "hidden_act": "silu",
+        "hidden_act": "silu" if shape.gated else "relu2",
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
         "num_hidden_layers": shape.layers,
@@ -133,18 +143,22 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocabulary,
         "max_position_embeddings": shape.context_length,
-        "rms_norm_eps": shape.norm_eps,
+        "norm_eps" if shape.layer_norm else "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_base,
         "tie_word_embeddings": shape.tied_head,
     } | dict(shape.settings)
+    if shape.rotary_dim is not None:
+        config["partial_rotary_factor"] = shape.rotary_dim / shape.head_dim
     (folder / "config.json").write_text(json.dumps(config))
-    renamed = {_hugging_face_name(name): _halves(name, weight, shape) for name, weight in tiny_weights(shape).items()}
+    renamed = {_hugging_face_name(name): _stored(name, weight, shape) for name, weight in tiny_weights(shape).items()}
     save_file({name: np.ascontiguousarray(weight) for name, weight in renamed.items()}, folder / "model.safetensors")
     return folder
 
 
-def _halves(name: str, weight: Floats, shape: Tiny) -> Floats:
-    """Rows of q and k from adjacent pairs to halves, as a Llama's GGUF has them; every other weight as it is."""
+def _stored(name: str, weight: Floats, shape: Tiny) -> Floats:
+    """Rows of q and k from adjacent pairs, as a Llama's GGUF has them, to halves; layer norms less 1."""
+    if shape.layer_norm and name.endswith("norm.weight"):
+        return weight - np.float32(1)
     if shape.family != "llama" or (".attn_q." not in name and ".attn_k." not in name):
         return weight
     pairs = weight.reshape(-1, shape.head_dim // 2, 2, *weight.shape[1:])
@@ -155,6 +169,7 @@ def _hugging_face_name(name: str) -> str:
     outside = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
+        "output_norm.bias": "model.norm.bias",
         "output.weight": "lm_head.weight",
     }
     inside = {
