@@ -17,6 +17,7 @@ them: a long stream may meet with more than a short one. Progress is one token w
 were delivered; those end when `accept_s` (nothing delivered yet) or `stall_s` have passed.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -150,6 +151,11 @@ class StreamState:
     def begun(self) -> bool:
         """Whether a worker has ever taken it."""
         return self._accepted_once
+
+    @property
+    def mourned(self) -> Collection[str]:
+        """Workers that it takes for dead because they fell silent."""
+        return self._mourned.keys()
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 

@@ -66,8 +66,8 @@ class Wake(Protocol):
 class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 
-    __slots__ = ("changed", "ended", "first_token_s", "headers", "last_token_s", "notes", "opened_s", "pending",
-                 "state", "submitted")
+    __slots__ = ("changed", "ended", "filed_under", "first_token_s", "headers", "last_token_s", "notes", "opened_s",
+                 "pending", "state", "submitted")
 
     def __init__(self, state: StreamState, headers: Mapping[str, str], changed: Wake, now_s: float) -> None:
         self.state = state
@@ -80,6 +80,7 @@ class Stream:
         self.last_token_s = now_s
         self.submitted = 0
         self.notes: list[Note] = []  # receipts of its attempts
+        self.filed_under = ""  # the worker by which `Streams` finds it
 
     @property
     def alive(self) -> bool:
@@ -131,6 +132,8 @@ class Streams:
         self._metrics = metrics
         self._record = record
         self._streams: dict[str, Stream] = {}
+        self._by_worker: dict[str, dict[Stream, None]] = {}  # who works on what, in order
+        self._mourners: dict[str, dict[Stream, None]] = {}  # by workers that they take for dead
         self._senders = Senders()
         self._replied_s: dict[str, float] = {}  # sender -> when it last replied: as good a sign of life as a status
         self._cancelled: OrderedDict[tuple[str, str, int], float] = OrderedDict()
@@ -206,8 +209,10 @@ class Streams:
         now_s = self._clock.now()
         if not self._streams:
             return
-        for stream in self._streams.values():
+        for stream in list(self._mourners.get(status.id, ())):
             stream.state.lives(status.id, status.epoch)
+            if status.id not in stream.state.mourned:
+                _take_out(self._mourners, status.id, stream)
         self._each_on(status.id, lambda state: state.worker_died(status.id, now_s, back_in_epoch=status.epoch))
         if self._senders.told(status.id, status.epoch, status.replies_sent.get(self._gateway, 0)):
             self._lost(status.id, now_s)
@@ -227,6 +232,8 @@ class Streams:
             status = self._fleet.worker(state.worker) if state.worker else None
             if status is not None and now_s >= self._blind_until_s and self._silent(status, now_s):
                 self._perform(stream, state.worker_died(state.worker, now_s))
+                if status.id in state.mourned and state.state != "ended":
+                    self._mourners.setdefault(status.id, {})[stream] = None
             self._perform(stream, state.tick(now_s, queueing=status is not None and status.waiting > 0))
         if not self._streams:
             self._ticked_s = None
@@ -246,9 +253,8 @@ class Streams:
         self._each_on(sender, lambda state: state.lost_reply(sender, now_s))
 
     def _each_on(self, worker: str, step: Callable[[StreamState], list[Action]]) -> None:
-        for stream in list(self._streams.values()):
-            if stream.state.worker == worker:
-                self._perform(stream, step(stream.state))
+        for stream in list(self._by_worker.get(worker, ())):
+            self._perform(stream, step(stream.state))
 
     def _stop_stranger(self, reply: Reply, sender: str) -> None:
         if isinstance(reply, Accepted | Tokens | Scored):
@@ -256,7 +262,18 @@ class Streams:
         elif isinstance(reply, Queued):
             self._cancel_at(subjects.router_cancel(sender), Cancel(reply.request_id, reply.attempt))
 
+    def _file(self, stream: Stream) -> None:
+        """Find it under the worker that has it now."""
+        worker = stream.state.worker
+        if worker != stream.filed_under:
+            _take_out(self._by_worker, stream.filed_under, stream)
+            stream.filed_under = worker
+            if worker:
+                self._by_worker.setdefault(worker, {})[stream] = None
+
     def _perform(self, stream: Stream, actions: list[Action]) -> None:
+        """`actions` are what an input of its state gave."""
+        self._file(stream)
         for action in actions:
             match action:
                 case Deliver(tokens):
@@ -316,11 +333,22 @@ class Streams:
 
     def _forget(self, stream: Stream) -> None:
         known = self._streams.pop(stream.state.request.request_id, None)
+        _take_out(self._by_worker, stream.filed_under, stream)
+        for worker in stream.state.mourned:
+            _take_out(self._mourners, worker, stream)
         if known is not None and self._record is not None:
             came_s = self._clock.wall() - (self._clock.now() - stream.opened_s)
             self._record.note(came_s, stream.state.request, len(stream.state.delivered))
         if not self._streams:
             self.some.clear()
+
+
+def _take_out(files: dict[str, dict[Stream, None]], worker: str, stream: Stream) -> None:
+    """Take a stream out of a worker's file, if it is there."""
+    file = files.get(worker, {})
+    file.pop(stream, None)
+    if not file:
+        files.pop(worker, None)
 
 
 def _too_large(error: ValueError) -> MillError:
