@@ -19,6 +19,7 @@ from kernels.step import Logprobs
 from shared.clock import Clock
 from shared.errors import MillError, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
+from worker.alarm import Alarm
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
 from worker.grammar import GrammarState
@@ -35,6 +36,8 @@ RATE_WINDOW_S = 5.0
 # tokens, would cost several times what the tokens do
 SHORT_STEP_S = 0.0015  # between two ticks of the event loop's clock
 GATHER_S = 0.004
+# an alarm is set for this share of a wait before its end, so that with its being late the wait is no longer
+ALARM_LATE = 0.1
 
 _log = structlog.get_logger("worker.engine")
 
@@ -128,7 +131,8 @@ class Engine:
         self._begun: set[Sequence] = set()  # streams whose first token is among them
         self._step_s = float("inf")  # what the last step took
         self._told_at = clock.now()  # when the drafter last heard of a step
-        self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox
+        self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox, or the wait is over
+        self._answered = False  # the former
 
     def submit(self, command: Command) -> bool:
         """Hand over for the next gap between steps. False when the inbox is full and this was only a wish."""
@@ -137,6 +141,7 @@ class Engine:
         self._inbox.append(command)
         if isinstance(command, Drafts) and self._is_fresh(command):
             self.draft_wait.answered(self._clock.now() - self._told_at)
+            self._answered = True
             self._fresh.set()
         self.idle.clear()
         self._wake.set()
@@ -144,24 +149,25 @@ class Engine:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            started, tokens = self._clock.now(), self.rate.total
-            held_s = await self._wait_for_drafts() if self.scheduler.speculates else 0.0
-            if self._inbox:
-                self._take_inbox()
-            step = self.scheduler.plan(self._clock.now())
-            self._keep(self.scheduler.take_events())
-            if step is None:
-                await self._rest()
-                continue
-            if step.copies and not await self._copy(step):
-                continue
-            computed = await self._execute(step)
-            if computed is None:
-                await self._run_one_by_one(step)
-                continue
-            self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs))
-            self._learn(step, self.rate.total - tokens, self._clock.now() - started)
+        with Alarm(self._fresh.set) as alarm:
+            while True:
+                started, tokens = self._clock.now(), self.rate.total
+                held_s = await self._wait_for_drafts(alarm) if self.scheduler.speculates else 0.0
+                if self._inbox:
+                    self._take_inbox()
+                step = self.scheduler.plan(self._clock.now())
+                self._keep(self.scheduler.take_events())
+                if step is None:
+                    await self._rest()
+                    continue
+                if step.copies and not await self._copy(step):
+                    continue
+                computed = await self._execute(step)
+                if computed is None:
+                    await self._run_one_by_one(step)
+                    continue
+                self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs))
+                self._learn(step, self.rate.total - tokens, self._clock.now() - started)
 
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
         """What waiting and drafts bring: from steps that are not in the way of a prompt."""
@@ -181,7 +187,7 @@ class Engine:
                           drafter=scheduler.drafter, gain=round(self.payback.gain, 3), why=self.payback.why)
             scheduler.paying = self.payback.following
 
-    async def _wait_for_drafts(self) -> float:
+    async def _wait_for_drafts(self, alarm: Alarm) -> float:
         """Hold the next step back where that has paid so far; for how many seconds it was."""
         scheduler = self.scheduler
         streams = len(scheduler.running)
@@ -191,13 +197,14 @@ class Engine:
         if not seconds or not any(self.heard_of(sequence) for sequence in scheduler.running):
             return 0.0
         self._fresh.clear()
+        self._answered = False
         if not await self._publish_kept():
             return 0.0
         began = self._clock.now()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._fresh.wait()
-        except TimeoutError:
+        alarm.set((1.0 - ALARM_LATE) * seconds)
+        await self._fresh.wait()
+        alarm.stop()
+        if not self._answered:
             self.draft_wait.missed()
         held_s = self._clock.now() - began
         self.holds += 1

@@ -6,8 +6,7 @@ The default model repeats a text, so that drafts pay and are waited for. After a
 process is stopped; it is woken for the next trial. The same request without drafts gives the tokens to compare with.
 
     held_ms      how long steps were held back for drafts behind the stop, all together: the added latency
-    wait_ms      what one wait could last then: twice the drafter's usual answer, at most a step; the loop's timer
-                 counts whole milliseconds and is late by one or two
+    wait_ms      what one wait could last then: twice the drafter's usual answer, at most a step
     gap_ms       the longest pause between two tokens behind the stop, beside the longest of the stream without drafts
 """
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -37,6 +38,8 @@ from shared.vocabulary import Vocabulary
 from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
+from worker.draft_wait import DraftWait
+from worker.engine import Engine
 from worker.following import Following
 from worker.outbox import Outgoing
 from worker.scheduler import Advanced, Ended, Started
@@ -543,6 +546,52 @@ def test_a_step_waits_for_a_quick_drafter_and_not_for_a_slow_or_silent_one() -> 
     assert quick_steps < 1000 / 6
     assert quick_s < alone_s / 5
     assert slow_s < 1.02 * alone_s
+
+
+def test_a_drafter_that_falls_silent_in_mid_stream_holds_one_step_back_for_less_than_its_wait(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Engine] = []
+    waits: list[float] = []
+
+    class Waiting(DraftWait):
+        def seconds(self, streams: int, step_s: float) -> float:
+            self.waiting = True
+            waits.append(super().seconds(streams, step_s))
+            return waits[-1]
+
+    class Seen(Engine):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.draft_wait = Waiting()
+            self.draft_wait.waiting = True
+            engines.append(self)
+
+    monkeypatch.setattr("worker.service.Engine", Seen)
+    one = request(deadline=DEADLINE, max_tokens=200)
+    seen: list[tuple[int, float, float]] = []
+
+    async def scenario(mesh: Mesh) -> None:
+        answer = oracle(mesh, {"r": plain(one)})
+        loop = asyncio.get_running_loop()
+        (engine,) = engines
+
+        def while_it_lives(follow: Follow) -> None:
+            if len(mesh.stream("r")) < 100:
+                loop.call_later(0.004, answer, follow)
+            elif not seen:
+                seen.append((engine.holds, engine.held_s, waits[-1]))
+
+        mesh.on_follow = while_it_lives
+        await mesh.send(mesh.drafter())
+        await mesh.send(one)
+        await mesh.ended("r")
+
+    play(scenario)
+    (engine,) = engines
+    (holds, held_s, wait_s), = seen
+    assert holds > 5
+    assert engine.holds == holds + 1
+    assert 0.8 * wait_s < engine.held_s - held_s < wait_s
 
 
 def stream_with_priced_drafter(usd_per_hour: float, seconds_each: float) -> tuple[Finished, Mesh]:
