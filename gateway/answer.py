@@ -6,6 +6,7 @@ once; whoever reads too slowly is taken for gone. Every stream opened here is en
 """
 
 import asyncio
+import contextlib
 import secrets
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 HEADERS_WITHIN_S = 3.0  # a client in a long queue gets its headers by then; later refusals come as events
 WRITE_S = 30.0  # for a client to take what was written
+LAST_WORD_S = 0.5  # for a worker to say, between two steps, what drafts brought a stream that a stop string ended
 EXPLAIN = b"x-tokenmill-explain"  # a request with this gets what is known of its placement as a header
 
 log = structlog.get_logger("gateway.answer")
@@ -254,6 +256,13 @@ class Answer:
         if self._client_left:
             raise ClientLeft
 
+    async def _last_words(self) -> None:
+        """Until workers have said what drafts brought the streams that stop strings ended, or for a moment."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                while any(stream.parting for stream in self._streams):
+                    await self._wait()
+
     def _advance(self) -> list[Piece]:
         """What has come since the last call, by choice. The first failure lands in `_error`."""
         pieces = []
@@ -269,7 +278,7 @@ class Answer:
             text, reason = added.text, None
             if added.stopped:
                 reason = "stop"
-                self._gateway.streams.cancel(stream)
+                self._gateway.streams.stop(stream)
             elif isinstance(ended, MillError):
                 self._error = self._error or ended
             elif ended is not None:
@@ -317,6 +326,7 @@ class Answer:
                 told[piece.index] += piece.told or []
             if self._error is not None:
                 raise self._error
+        await self._last_words()
         ids = self._options.return_token_ids
         scores, scores_prompt = self._options.logprobs >= 0, self._options.prompt_logprobs >= 0
         document = self._reply.whole([
@@ -345,6 +355,10 @@ class Answer:
                 return
             if None not in self._reasons:
                 if self._options.include_usage:
+                    if documents and any(stream.parting for stream in self._streams):
+                        await self._write(send, sse.events(documents))
+                        documents = []
+                    await self._last_words()
                     documents.append(self._reply.totals(self._usage(), self._metrics()))
                 await self._write(send, sse.events(documents) + sse.DONE, last=True)
                 return

@@ -2,8 +2,9 @@
 
 Rules: the names and meanings of `Speculation` down to `num_spec_tokens` are vLLM's, which benchmark tools read; what
 stands behind them is ours. Like vLLM this is said of requests with one stream only: figures of several do not add up.
-Of a stream that moved to another worker it is what the last one did. A stream that the gateway ended itself, at a stop
-string, has no such figures: its worker's last word comes after the answer.
+Of a stream that moved to another worker it is what the last one did. Where the gateway itself ends a stream, at a stop
+string, it waits a moment for the worker's last word on it: the figures are then those of all that the worker did, some
+tokens beyond the answer included.
 Pure.
 """
 

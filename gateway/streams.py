@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import structlog
+from msgspec.structs import replace
 
 from gateway.failover import Action, Deliver, Fail, Finish, Limits, SendCancel, Senders, StreamState, Submit, Withdraw
 from gateway.metrics import Metrics
@@ -67,7 +68,7 @@ class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 
     __slots__ = ("changed", "ended", "filed_under", "first_token_s", "headers", "last_token_s", "notes", "opened_s",
-                 "pending", "state", "submitted")
+                 "parting", "pending", "state", "submitted")
 
     def __init__(self, state: StreamState, headers: Mapping[str, str], changed: Wake, now_s: float) -> None:
         self.state = state
@@ -81,6 +82,7 @@ class Stream:
         self.submitted = 0
         self.notes: list[Note] = []  # receipts of its attempts
         self.filed_under = ""  # the worker by which `Streams` finds it
+        self.parting = False  # stopped, and its worker has yet to say what drafts brought
 
     @property
     def alive(self) -> bool:
@@ -133,6 +135,7 @@ class Streams:
         self._record = record
         self._streams: dict[str, Stream] = {}
         self._by_worker: dict[str, dict[Stream, None]] = {}  # who works on what, in order
+        self._parting: dict[str, Stream] = {}  # stopped streams whose handlers may wait for a last word
         self._mourners: dict[str, dict[Stream, None]] = {}  # by workers that they take for dead
         self._senders = Senders()
         self._replied_s: dict[str, float] = {}  # sender -> when it last replied: as good a sign of life as a status
@@ -160,6 +163,16 @@ class Streams:
         """Stop it wherever it is. Nothing more will come."""
         self._perform(stream, stream.state.cancel())
         self._forget(stream)
+        self._part(stream)
+
+    def stop(self, stream: Stream) -> None:
+        """As `cancel`, at a stop string. Where a drafter works `parting` is true until its worker's last word."""
+        self._perform(stream, stream.state.cancel())
+        self._forget(stream)
+        worker = self._fleet.worker(stream.state.worker)
+        if stream.ended is None and worker is not None and worker.drafter:
+            stream.parting = True
+            self._parting[stream.state.request.request_id] = stream
 
     def give_up(self, error: MillError) -> None:
         """End every stream with `error`."""
@@ -184,7 +197,7 @@ class Streams:
         for reply in message.replies:
             stream = self._streams.get(reply.request_id)
             if stream is None:
-                self._stop_stranger(reply, sender)
+                self._hear_last(reply, sender) if type(reply) is Finished else self._stop_stranger(reply, sender)
                 continue
             self._changed[stream.changed] = None
             if type(reply) is Tokens and (fresh := stream.state.hear_next(reply, sender, now_s, recipe)) is not None:
@@ -255,6 +268,19 @@ class Streams:
     def _each_on(self, worker: str, step: Callable[[StreamState], list[Action]]) -> None:
         for stream in list(self._by_worker.get(worker, ())):
             self._perform(stream, step(stream.state))
+
+    def _hear_last(self, reply: Finished, sender: str) -> None:
+        """A worker's last word on a stream that was stopped: how it ended is known already, what it took is not."""
+        stream = self._parting.get(reply.request_id)
+        if stream is not None and (reply.attempt, sender) == (stream.state.attempt, stream.state.worker):
+            stream.ended = replace(reply, reason="stop")
+            self._part(stream)
+            stream.changed.set()
+
+    def _part(self, stream: Stream) -> None:
+        if stream.parting:
+            stream.parting = False
+            del self._parting[stream.state.request.request_id]
 
     def _stop_stranger(self, reply: Reply, sender: str) -> None:
         if isinstance(reply, Accepted | Tokens | Scored):

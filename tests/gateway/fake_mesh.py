@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -80,6 +80,8 @@ class FakeMesh:
         self.batch = 4
         self.pause_s = 0.0
         self.script: Callable[[Generate], list[Reply] | None] = lambda request: None
+        self.drafter = ""  # that w1 says it follows
+        self.last_words: Callable[[Cancel], list[Reply]] = lambda cancel: []  # what w1 says to gateway g1 then
         self.requests: list[Generate] = []
         self.headers: list[dict[str, str]] = []
         self.cancels: list[Cancel] = []
@@ -93,7 +95,7 @@ class FakeMesh:
         await self.announce()
 
     async def announce(self) -> None:
-        worker = WorkerStatus("w1", 1, self.model, recipe="r", running=len(self.tasks),
+        worker = WorkerStatus("w1", 1, self.model, recipe="r", running=len(self.tasks), drafter=self.drafter,
                               replies_sent={"g1": self.seq})
         await self.bus.publish(subjects.status("worker", "w1"), encode(worker))
         await self.bus.publish(subjects.status("router", "r1"), encode(RouterStatus("r1", 1)))
@@ -112,13 +114,19 @@ class FakeMesh:
         request = decode(delivery.data, Generate)
         self.requests.append(request)
         self.headers.append(dict(delivery.headers))
-        task = asyncio.get_running_loop().create_task(self._serve(request))
+        self._keep(self._serve(request))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
     def _on_cancel(self, delivery: Delivery) -> None:
-        self.cancels.append(decode(delivery.data, Cancel))
+        cancel = decode(delivery.data, Cancel)
+        self.cancels.append(cancel)
         self.cancelled.set()
+        if words := self.last_words(cancel):
+            self._keep(self.reply("g1", *words))
 
     async def _serve(self, request: Generate) -> None:
         scripted = self.script(request)

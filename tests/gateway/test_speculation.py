@@ -1,13 +1,15 @@
 """What drafts brought a request, in the shapes that tools read; and that nothing else of an answer shows them."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from gateway.service import Gateway
 from gateway.speculation import accepted_at, metrics_of
-from shared.messages import Accepted, Finished, Generate, Reply, Tokens
+from shared.messages import Accepted, Cancel, Finished, Generate, Reply, Tokens
 from shared.tokens import pack
 from tests.gateway.fake_mesh import END, gateway_and_mesh
 from tests.gateway.world import virtual, world
@@ -47,6 +49,70 @@ async def test_an_answer_says_what_drafts_brought_as_vllm_does(path: str, stream
     assert document["metrics"] == {
         "time_to_first_token_ms": 500.0, "generation_time_ms": 1500.0, "queue_time_ms": 250.0, "mean_itl_ms": 250.0,
         "tokens_per_second": pytest.approx(7 / 1.5, abs=1e-3), "speculative_decoding": VLLM | OURS}
+
+
+def unended(request: Generate) -> list[Reply]:
+    """The stream of `script` before its end, of which a stop string in it is not the worker's business."""
+    return script(replace(request, max_tokens=100))[:2]
+
+
+def last_words(cancel: Cancel) -> list[Reply]:
+    """What its worker says of it: it had gone on for two tokens."""
+    *_, end = script(Generate(cancel.request_id, 1, gateway="g1", model="tiny", tokens=b"", max_tokens=9, deadline=0.0))
+    assert isinstance(end, Finished)
+    return [Tokens(cancel.request_id, 1, 7, pack([65, 66])), replace(end, reason="cancelled", completion_tokens=9)]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_a_stop_string_ended_says_it_too(path: str, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "stream": stream,
+                            "stream_options": {"include_usage": True}, "stop": "lo"}
+    async with gateway_and_mesh() as (client, mesh, gateway):
+        mesh.script, mesh.last_words, mesh.drafter = unended, last_words, "d1"
+        await heard_drafter(gateway)
+        response = await client.post(path, json=body, headers={"x-request-id": "asked"})
+        if stream:
+            events = [json.loads(block.removeprefix("data: ")) for block in response.text.split("\n\n")[:-2]]
+            assert [event["choices"][0]["finish_reason"] for event in events[-2:-1]] == ["stop"]
+            document = events[-1]
+        else:
+            document = response.json()
+            assert document["choices"][0]["finish_reason"] == "stop"
+        (receipt,) = (await client.get("/v1/requests/asked/receipt")).json()["choices"]
+    assert document["usage"]["completion_tokens"] == 5
+    assert document["metrics"]["speculative_decoding"] == VLLM | OURS
+    # of all that the worker did
+    assert document["metrics"]["tokens_per_second"] == pytest.approx(9 / 1.5, abs=1e-3)
+    assert receipt["ended"] == "stop" and receipt["speculation"]["drafter"] == "d1"
+    assert not gateway.streams._parting
+
+
+async def test_a_last_word_that_does_not_come_or_is_anothers_is_waited_for_for_a_moment_and_only_where_drafts_are(
+        ) -> None:
+    def alien(cancel: Cancel) -> list[Reply]:
+        return [replace(last_words(cancel)[-1], attempt=2)]
+
+    body = {"prompt": "Hi", "stop": "lo"}
+    async with gateway_and_mesh() as (client, mesh, gateway):
+        mesh.script, mesh.last_words = unended, last_words
+        without = await client.post("/v1/completions", json=body)
+        mesh.drafter = "d1"
+        await heard_drafter(gateway)
+        answers = []
+        for mesh.last_words in (lambda cancel: [], alien):
+            answers.append(await client.post("/v1/completions", json=body))
+            assert not gateway.streams._parting
+    for response in (without, *answers):
+        assert response.status_code == 200 and "metrics" not in response.json()
+        assert response.json()["choices"][0]["text"] == "Hel"
+    assert len(mesh.cancels) == 3
+
+
+async def heard_drafter(gateway: Gateway) -> None:
+    """Until the gateway knows that the worker follows a drafter."""
+    while (worker := gateway.fleet.worker("w1")) is None or not worker.drafter:
+        await asyncio.sleep(0.01)
 
 
 async def test_of_several_streams_and_of_one_without_a_drafter_nothing_is_said() -> None:
