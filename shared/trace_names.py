@@ -62,7 +62,7 @@ DRAFTER_S = "mill.drafter.seconds"  # that it worked on this request
 DRAFTER_USD = "mill.drafter.usd"
 
 # Histograms in seconds. The first three sets of buckets belong to the convention; its time per token ends at 10 ms, too
-# coarse where speculation works, hence the last.
+# coarse where speculation works, hence the fourth. What a grammar permits is found out in the last.
 REQUEST_DURATION = "gen_ai.server.request.duration"
 TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"
 TIME_PER_OUTPUT_TOKEN = "gen_ai.server.time_per_output_token"
@@ -71,3 +71,4 @@ TIME_TO_FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 
                                10.0)
 TIME_PER_OUTPUT_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, *TIME_PER_OUTPUT_TOKEN_BUCKETS)
+MASK_BUCKETS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)

@@ -8,7 +8,7 @@ Pure.
     commit --tokens--> Adjuster --row(drafts before it)--> Builder --Adjustments--> decoder --fill--> GrammarState
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from shared.tokens import unpack
 from worker.grammar import GrammarState
 
 Ids = NDArray[np.int32]
+# each writes the masks of one stream's rows
+Fills = Sequence[Callable[[], None]]
 
 # each is looked for behind every row
 MOST_BAD_WORDS = 256
@@ -197,17 +199,19 @@ class Builder:
         if walled.unwanted:
             self._walled.append(walled)
 
-    def build(self) -> Adjustments:
-        """All of them. What a grammar permits is found out when the decoder asks for it."""
+    def build(self, fill_masks: Callable[[Fills], None]) -> Adjustments:
+        """All of them. What a grammar permits is found out when the decoder asks for it, by `fill_masks`."""
         penalties = np.array(self._penalties, np.float32)
         masks = np.zeros((self._masks, self._words), np.uint32)
+        fills = [partial(walled.adjuster.fill, masks[walled.first:walled.first + len(walled.unwanted)], walled.drafts,
+                         walled.unwanted) for walled in self._walled]
         return Adjustments(
             samples=np.array(self._samples, np.int32), repetition=penalties[:, 0].copy(),
             frequency=penalties[:, 1].copy(), presence=penalties[:, 2].copy(), count_starts=_starts(self._counted),
             counted=np.concatenate(self._counted), counts=np.concatenate(self._counts),
             shift_starts=_starts(self._shifted), shifted=np.concatenate(self._shifted),
             shifts=np.concatenate(self._shifts), mask_of=np.array(self._mask_of, np.int32), masks=masks,
-            fill=partial(_fill, masks, self._walled) if self._walled else None)
+            fill=partial(fill_masks, fills) if fills else None)
 
 
 class _Walled(NamedTuple):
@@ -219,9 +223,10 @@ class _Walled(NamedTuple):
     unwanted: list[list[int]]
 
 
-def _fill(masks: NDArray[np.uint32], walled: list[_Walled]) -> None:
-    for adjuster, drafts, first, unwanted in walled:
-        adjuster.fill(masks[first:first + len(unwanted)], drafts, unwanted)
+def fill_all(fills: Fills) -> None:
+    """One after the other."""
+    for fill in fills:
+        fill()
 
 
 def without(mask: NDArray[np.uint32], unwanted: list[int]) -> NDArray[np.uint32]:

@@ -5,13 +5,14 @@ an index into those rows. The arrays handed out are copies, so nothing in flight
 did not change since the last step (most of them, while the same streams decode) is handed out again.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.step import Logprobs, StepInputs
-from worker.adjust import Builder
+from worker.adjust import Builder, Fills, fill_all
 from worker.scheduler import Step
 from worker.sequence import Sequence
 
@@ -33,7 +34,10 @@ _NOTHING = tuple(np.zeros(0) for _ in range(5))
 class Batch:
     """The device tables of `slots` sequences with up to `blocks_per_sequence` blocks each."""
 
-    def __init__(self, slots: int, blocks_per_sequence: int, vocabulary_size: int) -> None:
+    def __init__(self, slots: int, blocks_per_sequence: int, vocabulary_size: int,
+                 fill_masks: Callable[[Fills], None] = fill_all) -> None:
+        """`fill_masks`: called while a step is computed, to write the masks of its streams."""
+        self._fill_masks = fill_masks
         self._vocabulary_size = vocabulary_size
         self._tables = np.full((slots, blocks_per_sequence), -1, np.int32)
         self._temperature = np.zeros(slots, np.float32)
@@ -114,7 +118,7 @@ class Batch:
             block_tables=last.tables,
             sample_rows=self._counting[:len(slots)] if one_each else np.array(sample_rows, np.int32),
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds,
-            adjustments=adjusted.build() if adjusted is not None else None,
+            adjustments=adjusted.build(self._fill_masks) if adjusted is not None else None,
             logprobs=Logprobs.asked(told, targets, most) if told else None,
         )
 

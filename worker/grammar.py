@@ -42,6 +42,8 @@ INITIAL_FUEL = 200_000
 # what a schema may ask at most: compiling takes 0.1 s for a multiple of 10,007, 6 s for one of 99,991 and minutes for
 # one of ten million; 1 s for 4,000 properties
 MOST_MULTIPLE, MOST_NAMES = 10_000, 5_000
+# keywords of a schema under which stand names that the answer is to hold, each with its schema
+NAMED = ("properties",)
 # between two marks of JSON; without a bound a small model may write nothing else any more
 WHITESPACE = r"[ \n\t]{0,32}"
 LONGEST_SPELLING = 32
@@ -296,21 +298,37 @@ def _check(grammar: Grammar, words: _Words) -> None:
             if isinstance(choice, str) and not words.can_spell(choice):
                 raise BadRequest(f"no tokens of this model spell the choice {choice[:40]!r}", param="grammar")
         return
-    names, left = 0, [read]
+    names = 0
+    left: list[tuple[object, bool]] = [(read, False)]  # and whether its keys are names, not keywords
     while left:
-        part = left.pop()
+        part, named = left.pop()
         if isinstance(part, list):
             names += len(part)
-            left += part
+            left += [(each, False) for each in part]
         elif isinstance(part, dict):
             names += len(part)
-            left += part.values()
+            left += [(value, key in NAMED and not named) for key, value in part.items()]
             if _multiple(part.get("multipleOf")) > MOST_MULTIPLE:
                 raise BadRequest(f"multipleOf must have a value of at most {MOST_MULTIPLE} (its digits, where it is a "
                                  f"fraction), got {str(part['multipleOf'])[:40]}", param="grammar")
+            texts = list(part) if named else _texts([part.get("const"), part.get("enum")])
+            # as JSON has it: control characters are escaped
+            if (text := next((text for text in texts if not words.can_spell(dumps(text, ensure_ascii=False))),
+                             None)) is not None:
+                raise BadRequest(f"no tokens of this model spell {text[:40]!r}, which the schema names",
+                                 param="grammar")
     if names > MOST_NAMES:
         raise BadRequest(f"a schema takes at most {MOST_NAMES} keywords, properties and values of an enum, got {names}",
                          param="grammar")
+
+
+def _texts(value: object) -> list[str]:
+    """All that is written in a constant."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return [text for each in value.items() for text in _texts(list(each))] if isinstance(value, dict) else []
 
 
 def _multiple(value: object) -> int:

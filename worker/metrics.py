@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from shared.telemetry import metrics_served
-from shared.trace_names import FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
+from shared.trace_names import FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, MASK_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 from worker.sequence import Sequence
 
 Figures = Mapping[str, float]
@@ -83,6 +83,12 @@ class Metrics(Collector):
                                     buckets=TIME_TO_FIRST_TOKEN_BUCKETS, registry=self.registry)
         self._token_s = Histogram("mill_worker_time_per_output_token_seconds", "Mean of a stream behind its first.",
                                   buckets=FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, registry=self.registry)
+        self.mask_s = Histogram("mill_worker_mask_seconds",
+                                "Finding out what a grammar permits, of a stream in a step.",
+                                buckets=MASK_BUCKETS, registry=self.registry)
+        self.step_masks_s = Histogram("mill_worker_step_mask_seconds",
+                                      "The same of all streams of a step, which waits for it.",
+                                      buckets=MASK_BUCKETS, registry=self.registry)
         self.registry.register(self)
 
     def served(self, port: int, host: str) -> AbstractContextManager[None]:

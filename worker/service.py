@@ -50,6 +50,7 @@ from worker.grammar import Grammars
 from worker.grammar_queue import GrammarQueue
 from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, TierMemory
+from worker.mask_times import MaskTimes
 from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
 from worker.pace import Pace
@@ -149,8 +150,10 @@ class Worker:
             decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,
             settings.max_running, settings.max_waiting, max_draft_tokens), self._pool)
         blocks_per_sequence = -(-self._scheduler.length_limit // decoder.block_size_tokens)
+        self.metrics = Metrics(self.figures)
+        masks = MaskTimes(self.metrics.mask_s.observe, self.metrics.step_masks_s.observe)
         self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence,
-                                                     decoder.vocabulary_size), runner, clock,
+                                                     decoder.vocabulary_size, masks.fill), runner, clock,
                               self._publish)
         self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens, decoder.blocks)
         self._parity = probe_answer(name, epoch, decoder.block_size_tokens)
@@ -159,7 +162,6 @@ class Worker:
         self._engine.heard_of = self._following.may_hear
         self._engine.usd_per_hour = settings.price_usd_per_hour
         self._pace = Pace()
-        self.metrics = Metrics(self.figures)
         self._speculates = max_draft_tokens > 0
         self._drafter_s = 0.0  # that drafters worked for this worker
         self._gateways: dict[str, float] = {}  # last heard

@@ -13,7 +13,7 @@ from shared import adjust as specification
 from shared.messages import Adjust, Failed, Generate, Proposal, Sampling
 from shared.tokens import pack, unpack
 from tests.worker.builders import VOCABULARY, Bench, mock_decoder, plain, request
-from worker.adjust import Adjuster, Builder, without
+from worker.adjust import Adjuster, Builder, fill_all, without
 
 SMALL = 40  # a vocabulary in which everything is met again soon
 
@@ -50,7 +50,7 @@ def test_every_row_meets_the_logits_of_the_specification(
     for commit in [*commits, []]:
         builder = Builder(SMALL)
         builder.add(1, adjuster, tokens, drafts)
-        made = builder.build()
+        made = builder.build(fill_all)
         kernel.check_adjustments(made, 2 + len(drafts), SMALL)
         found = kernel.adjusted(np.tile(logits, (2 + len(drafts), 1)), made)
         assert (found[0] == logits).all()

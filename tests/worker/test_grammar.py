@@ -21,7 +21,10 @@ from shared.messages import Adjust, Failed, Finished, Generate, Grammar, Proposa
 from shared.tokens import pack
 from shared.vocabulary import Vocabulary
 from tests.worker.builders import Bench, request
+from worker.batch import Batch
 from worker.grammar import Grammars
+from worker.mask_times import MaskTimes
+from worker.metrics import Metrics
 from worker.mock_decoder import MockDecoder
 
 END, START, PADDING = 300, 301, 302
@@ -141,6 +144,26 @@ def test_a_regular_expression_a_choice_and_a_lark_or_ebnf_grammar_are_kept_to() 
         assert re.fullmatch("a[0-9]{1,3}", text)
         text, _ = end_of(asked(Grammar("lark", 'root ::= "yes" | "no" tail\ntail ::= "!"'), seed=seed))
         assert text in ("yes", "no!")
+
+
+def test_the_time_that_masks_take_is_told_of_each_stream_and_of_each_step() -> None:
+    metrics = Metrics(dict)
+    bench = Bench(decoder(), max_draft_tokens=0)
+    bench.batch = Batch(8, 512, SIZE, MaskTimes(metrics.mask_s.observe, metrics.step_masks_s.observe).fill)
+    for name, text in (("a", "abcdef"), ("b", "xyz")):
+        add(bench, asked(Grammar("regex", text), name))
+    bench.add(request("plain", max_tokens=20))
+    bench.finish()
+
+    def read(name: str) -> float:
+        value = metrics.registry.get_sample_value(f"mill_worker_{name}")
+        assert value is not None
+        return value
+
+    steps = max(len(bench.streams["a", 1]), len(bench.streams["b", 1]))
+    assert read("step_mask_seconds_count") == steps < 20
+    assert read("mask_seconds_count") == len(bench.streams["a", 1]) + len(bench.streams["b", 1])
+    assert 0.0 < read("mask_seconds_sum") == pytest.approx(read("step_mask_seconds_sum"))
 
 
 def test_an_answer_ends_when_its_grammar_does_without_a_token_more() -> None:
@@ -295,6 +318,32 @@ def test_text_that_the_vocabulary_cannot_spell_is_refused_or_breaks_off_without_
     state = poor.begin(Grammar("lark", 'start: "x" /\\x04y/'), [])
     assert state.forced(8) in ([], [120])
     assert poor.begin(Grammar("choice", '["ok"]'), []).forced(8)
+
+
+@pytest.mark.parametrize("schema", [
+    {"const": "größe"}, {"enum": [1, "a", ["größe"]]}, {"const": {"größe": 1}},
+    {"type": "object", "properties": {"größe": {}}}, {"items": {"properties": {"a": {"enum": ["ö"]}}}}])
+def test_a_schema_with_a_text_that_the_vocabulary_cannot_spell_is_refused_at_once(schema: dict[str, Any]) -> None:
+    """The answer began, and its stream ended at the byte that there was no token for."""
+    tokens = [b"" if byte == 0xC3 else bytes([byte]) for byte in range(256)] + [b"<|end|>"]
+    poor = Grammars(lambda: Vocabulary("v", tokens, [256], [256]), 257)
+    with pytest.raises(BadRequest, match="no tokens of this model spell"):
+        poor.begin(Grammar("json", json.dumps(schema)), [])
+    assert Grammars(lambda: VOCABULARY, SIZE).begin(Grammar("json", json.dumps(schema)), [])
+
+
+def test_what_a_schema_only_tells_its_readers_need_not_be_spelt() -> None:
+    tokens = [b"" if byte in (4, 0xC3) else bytes([byte]) for byte in range(256)] + [b"<|end|>"]
+    poor = Grammars(lambda: Vocabulary("v", tokens, [256], [256]), 257)
+    schema = {"properties": {"const": {"description": "größe", "type": "string"}, "enum": {"title": "größe"}}}
+    assert poor.begin(Grammar("json", json.dumps(schema)), [])
+    # what JSON escapes needs no byte of its own
+    state = poor.begin(Grammar("json", json.dumps({"const": "x\x04y"})), [])
+    said: list[int] = []
+    while not state.finished and (forced := state.forced(64)):
+        assert all(state.advance(token) for token in forced)
+        said += forced
+    assert json.loads(bytes(said)) == "x\x04y"
 
 
 @pytest.mark.parametrize("schema", [
