@@ -12,6 +12,7 @@ worker's scheduler, block pool and batch in a loop without bus and without time.
                tokens a second of the steps that decode, drafts off. `forced`: again with the tokens that the grammar
                leaves no choice about taken as drafts.
 
+The report is written after every 50 schemas, and with a file that was begun the command goes on there.
 Ends with 1 when an answer does not fit its schema, or drafts changed one.
 """
 
@@ -44,6 +45,8 @@ from worker.kv_blocks import BlockPool
 from worker.scheduler import Advanced, Limits, Scheduler
 
 MOST_TOKENS = 300
+# so many schemas at a time, after which what was found is written down
+PART, LONGEST = 50, 32
 BLOCKS = 2048
 SPEED_STREAMS = (1, 16)
 SPEED_ROUNDS = 3
@@ -67,34 +70,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deploy.bench.grammar", description=__doc__.splitlines()[0])
     parser.add_argument("--schemas", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=16, help="answers at a time")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="the report; one that was begun is gone on with")
+    parser.add_argument("--parts", default="validity,speed", help="what of both to do now")
     options = parser.parse_args()
-    report = measure(options.schemas, options.streams)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = measure(options.schemas, options.streams, options.json, options.parts.split(","))
     show({"rows": report["validity"]})
     show({"rows": report["rows"]})
     if wrong := complaints(report):
         raise SystemExit("\n".join(wrong))
 
 
-def measure(count: int, streams: int) -> dict[str, Any]:
-    """Validity of `count` schemas, and speed."""
+def measure(count: int, streams: int, kept: Path | None = None,
+            parts: Sequence[str] = ("validity", "speed")) -> dict[str, Any]:
+    """Validity of `count` schemas, some at a time, then speed. `kept`: the report as far as it has come.
+
+    Raises SystemExit where `kept` is a report of something else.
+    """
     folder = pull.pull("default")
     tokenizer, card = Tokenizer.load(folder), load_card(folder)
     decoder = NativeDecoder.load(folder / "model.gguf", blocks=BLOCKS)
     grammars = Grammars(lambda: load_vocabulary(folder / FILE), decoder.vocabulary_size)
-    requests = [_request(number, tokenizer, card.stop_token_ids) for number in range(count)]
+    report = _begun(kept, {"streams": streams, "recipe": NativeDecoder.recipe})
     with machine.Disturbance() as lost:
-        plain = run(decoder, grammars, requests, streams)
-        print(f"{count} schemas without drafts: {sum(map(len, plain.said.values()))} tokens", file=sys.stderr)
-        drafted = run(decoder, grammars, requests, streams, plain.said)
-        validity = [_validity("without", requests, plain, plain, tokenizer),
-                    _validity("with", requests, drafted, plain, tokenizer)]
-        rows = [_speed(decoder, grammars, requests, plain.said, side_by_side) for side_by_side in SPEED_STREAMS]
+        for first in range(report["done"], count if "validity" in parts else 0, PART):
+            requests = [_request(number, tokenizer, card.stop_token_ids)
+                        for number in range(first, min(count, first + PART))]
+            plain = run(decoder, grammars, requests, streams)
+            drafted = run(decoder, grammars, requests, streams, plain.said)
+            for row, found in zip(report["validity"], (plain, drafted), strict=True):
+                _add(row, _validity(requests, found, plain, tokenizer))
+            lengths = {name: len(tokens) for name, tokens in plain.said.items()}
+            report["longest"] = dict(sorted((report["longest"] | lengths).items(), key=lambda each: -each[1])[:LONGEST])
+            report["done"] = first + len(requests)
+            print(f"{report['done']} of {count} schemas", file=sys.stderr, flush=True)
+            _keep(kept, report, lost)
+        longest = [(_request(int(name[1:]), tokenizer, card.stop_token_ids), length)
+                   for name, length in report["longest"].items()]
+        for side_by_side in SPEED_STREAMS[len(report["rows"]):] if "speed" in parts else ():
+            report["rows"].append(_speed(decoder, grammars, longest, side_by_side))
+            _keep(kept, report, lost)
     decoder.close()
-    return {"machine": machine.describe(), "command": machine.command("deploy.bench.grammar", sys.argv[1:]),
-            "recipe": NativeDecoder.recipe, "steal_cores": lost.steal_cores, "validity": validity, "rows": rows}
+    return report
+
+
+def _begun(kept: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """The report to go on with: the one in `kept`, or an empty one."""
+    nothing = {"schemas": 0, "tokens": 0, "valid": 0, "invalid": 0, "cut": 0, "changed": 0, "draft_tokens": 0,
+               "accepted": 0, "forced": 0, "which": []}
+    if kept is None or not kept.exists():
+        return {"machine": machine.describe(), "command": machine.command("deploy.bench.grammar", sys.argv[1:]),
+                "commits": [machine.commit()], **about, "steal_cores": 0.0, "done": 0, "longest": {},
+                "validity": [{"drafts": drafts, **nothing} for drafts in ("without", "with")], "rows": []}
+    report: dict[str, Any] = json.loads(kept.read_text())
+    if {name: report.get(name) for name in about} != about:
+        raise SystemExit(f"{kept} is a report of other options or of another recipe: give another file")
+    report["commits"] = list(dict.fromkeys([*report["commits"], machine.commit()]))
+    return report
+
+
+def _keep(kept: Path | None, report: dict[str, Any], lost: machine.Disturbance) -> None:
+    lost.look()
+    report["steal_cores"] = max(report["steal_cores"], lost.steal_cores)
+    if kept is not None:
+        kept.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        total[name] += value
 
 
 def complaints(report: dict[str, Any]) -> list[str]:
@@ -159,13 +202,13 @@ def _request(number: int, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> Ge
                     stop_token_ids=stop_ids, grammar=Grammar("json", json.dumps(schema(number))))
 
 
-def _validity(drafts: str, requests: Sequence[Generate], found: Run, plain: Run,
-              tokenizer: Tokenizer) -> dict[str, Any]:
-    """One row of the report. An answer that ended must fit; one that was cut counts apart."""
+def _validity(requests: Sequence[Generate], found: Run, plain: Run, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a part adds to its row of the report. An answer that ended must fit; one that was cut counts apart."""
     from jsonschema import ValidationError, validate
 
     invalid, cut, changed = [], 0, 0
-    for number, request in enumerate(requests):
+    for request in requests:
+        number = int(request.request_id[1:])
         tokens = found.said[request.request_id]
         changed += tokens != plain.said[request.request_id]
         ended = tokens[:-1] if tokens and tokens[-1] in request.stop_token_ids else tokens
@@ -176,18 +219,21 @@ def _validity(drafts: str, requests: Sequence[Generate], found: Run, plain: Run,
             validate(json.loads(tokenizer.decode(ended)), schema(number))
         except (ValueError, ValidationError):
             invalid.append(number)
-    return {"drafts": drafts, "schemas": len(requests), "tokens": sum(map(len, found.said.values())),
+    return {"schemas": len(requests), "tokens": sum(map(len, found.said.values())),
             "valid": len(requests) - len(invalid) - cut, "invalid": len(invalid), "cut": cut, "changed": changed,
             "draft_tokens": found.drafts, "accepted": found.accepted_drafts, "forced": found.forced_tokens,
             "which": invalid}
 
 
-def _speed(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], said: Said,
+def _speed(decoder: Decoder, grammars: Grammars, longest: Sequence[tuple[Generate, int]],
            streams: int) -> dict[str, Any]:
-    """Tokens a second with and without a grammar, `streams` at a time; medians of some rounds in turns."""
-    chosen = sorted(requests, key=lambda request: -len(said[request.request_id]))[: max(4, 2 * streams)]
-    free = [replace(request, grammar=None, stop_token_ids=(), max_tokens=len(said[request.request_id]))
-            for request in chosen]
+    """Tokens a second with and without a grammar, `streams` at a time; medians of some rounds in turns.
+
+    `longest`: requests with the tokens that their answers have.
+    """
+    most = longest[:max(4, 2 * streams)]
+    chosen = [request for request, _ in most]
+    free = [replace(request, grammar=None, stop_token_ids=(), max_tokens=length) for request, length in most]
     rates: dict[str, list[float]] = {"grammar": [], "plain": [], "forced": []}
     for _ in range(SPEED_ROUNDS):
         for name, runs in (("plain", free), ("grammar", chosen), ("forced", chosen)):

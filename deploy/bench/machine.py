@@ -34,7 +34,7 @@ def describe() -> dict[str, object]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in ("torch", "numpy", "nats-py", "msgspec", "uvicorn", "uvloop")},
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -50,6 +50,10 @@ class Disturbance:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.look()
+
+    def look(self) -> None:
+        """Take in what was lost up to now."""
         wall_s, busy_s, steal_s = (
             now - then for now, then in zip((time.perf_counter(), *_stat()), self._start, strict=True)
         )
@@ -139,7 +143,8 @@ def _version(name: str) -> str:
         return "-"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the sources that run; "-" outside a repository."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )

@@ -1,6 +1,7 @@
 """The grammar benchmark tells an answer that fits from one that does not, and drafts that change one from others."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -48,12 +49,29 @@ def test_real_answers_fit_and_neither_company_nor_drafts_change_one() -> None:
             jsonschema.validate(json.loads(text), schema(number))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(available() is not None, reason=str(available()))
+def test_a_report_that_was_broken_off_is_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(grammar.pull, "pull", lambda ref: default_folder())
+    monkeypatch.setattr(grammar, "PART", 2)
+    kept = tmp_path / "report.json"
+    grammar.measure(2, 2, kept, ["validity"])
+    report = grammar.measure(4, 2, kept, ["validity"])
+    whole = grammar.measure(4, 2, parts=["validity"])
+    assert json.loads(kept.read_text()) == report
+    assert [report[name] for name in ("done", "validity", "longest")] == [
+        whole[name] for name in ("done", "validity", "longest")]
+    assert report["validity"][1]["schemas"] == 4 and report["validity"][1]["accepted"]
+    with pytest.raises(SystemExit, match="another file"):
+        grammar.measure(4, 3, kept, ["validity"])
+
+
 def test_what_does_not_fit_or_was_changed_is_found_out() -> None:
     tokenizer, stop_ids = Tokenizer.load(default_folder()), load_card(default_folder()).stop_token_ids
     requests = [grammar._request(0, tokenizer, stop_ids)]
     said = {"r0": tokenizer.encode("{}", add_special=False)}
     plain, other = Run(said, 1, 1, 0, 0, 0), Run({"r0": [5]}, 1, 1, 0, 0, 0)
-    rows: list[dict[str, Any]] = [grammar._validity("with", requests, found, plain, tokenizer)
+    rows: list[dict[str, Any]] = [{"drafts": "with"} | grammar._validity(requests, found, plain, tokenizer)
                                   for found in (plain, other)]
     assert [row["changed"] for row in rows] == [0, 1]
     assert rows[1]["invalid"] == 1
