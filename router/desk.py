@@ -5,7 +5,6 @@ once, to a worker or with a reason.
 
     arrived -> weigh -> settle -> worker.<id>.generate, placed.<router>      or -> replies.<gateway> with the reason
                      -> hold, while no worker has room                       -> replies.<gateway>, with each heartbeat
-                     -> park, while this router has not heard of everybody
 """
 
 import asyncio
@@ -29,16 +28,12 @@ from router.receipts import receipt_of, refusal_of
 from router.view import View
 from shared import receipts, subjects, telemetry, tiers
 from shared.clock import Clock
-from shared.errors import MeshUnavailable, NoEligibleWorker, Overloaded, TooLarge
+from shared.errors import MeshUnavailable, Overloaded, TooLarge
 from shared.messages import Cancel, Failed, Generate, Placement, Queued, Reply, encode
 from shared.receipts import Receipt
 from shared.settings import RouterSettings
 from shared.tokens import count
 
-# what a starting router may only seem to lack: workers, or ones with room
-PATIENCE_HELPS = (NoEligibleWorker.code, Overloaded.code)
-# requests held while a starting router has not heard any worker
-MAX_PARKED = 1024
 # a request whose worker turned out to be gone is placed again this often
 MAX_PLACEMENTS = 8
 # attempts remembered, so that a message delivered twice is placed once
@@ -69,14 +64,12 @@ class _Weighed(NamedTuple):
 class Desk:
     """The requests of one router, and what became of them.
 
-    `patient`: who is turned away for want of workers is parked instead; `lose_patience` ends that. Spans belong to
-    whoever made this object (`telemetry.configure_tracing`), not to the task that a message came with.
+    Spans belong to whoever made this object (`telemetry.configure_tracing`), not to the task that a message came with.
     """
 
     def __init__(self, settings: RouterSettings, clock: Clock, view: View, outbox: Outbox, metrics: Metrics) -> None:
         self.placed_total = 0
         self.refused_total = 0
-        self.patient = True
         self.admission: Admission[Arrived] = Admission(
             settings.max_held, settings.max_queue_s, weights_of(settings.tenant_weights))
         self._settings = settings
@@ -85,7 +78,6 @@ class Desk:
         self._outbox = outbox
         self._metrics = metrics
         self._rng = random.Random(settings.id)
-        self._parked: list[Arrived] = []
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._some_held = asyncio.Event()
         self._context = contextvars.copy_context()
@@ -105,13 +97,6 @@ class Desk:
         ticket = self.admission.held(cancel.request_id)
         if ticket is not None and ticket.content.request.attempt <= cancel.attempt:
             self._drop(ticket)
-
-    def lose_patience(self) -> None:
-        """Decide about those that were parked, and park no more."""
-        self.patient = False
-        parked, self._parked = self._parked, []
-        for arrived in parked:
-            self._route(arrived)
 
     # --- deciding
 
@@ -163,12 +148,9 @@ class Desk:
         )
 
     def _settle(self, arrived: Arrived, weighed: _Weighed) -> None:
-        """Carry a verdict out; one that patience may change is parked while this router has not heard of everybody."""
+        """Carry a verdict out."""
         request, verdict, decision_s = arrived.request, weighed.verdict, weighed.decision_s
         if isinstance(verdict, Refused):
-            if self.patient and verdict.code in PATIENCE_HELPS and len(self._parked) < MAX_PARKED:
-                self._parked.append(arrived)
-                return
             self._refuse_arrived(arrived, verdict, decision_s)
         else:
             prompt_tokens = count(request.tokens) + count(request.generated)

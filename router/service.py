@@ -5,7 +5,11 @@ request is in `router.desk`, what is known of workers in `router.view`, what wai
 
     generate.*, router.<id>.cancel         -> the desk
     worker.*.kv, status.worker.*, placed.* -> the view        -> worker.<id>.kv_request, when incomplete
+    status.router.*                        -> whether others take requests
     twice a second                                            -> status.router.<id>
+
+A router that has just started, or has been without a bus, stands out of the queue group until it knows every cache: the
+others take what comes. Where there are none it takes requests after a second at the latest, whatever it knows.
 """
 
 import asyncio
@@ -29,7 +33,8 @@ from shared.ids import new_epoch, new_id
 from shared.messages import Cancel, Generate, KvMessage, RouterStatus, SnapshotRequest, Status, WorkerStatus, decode
 from shared.settings import RouterSettings
 
-# a router waits this long to hear of a worker at all, and of what they hold, before it calls itself ready
+# a router waits this long to hear of a worker at all, and of what they hold, before it calls itself ready; where no
+# other takes requests it does after the first: gateways keep what nobody hears for two seconds (`accept_s`)
 STARTING_S, CATCH_UP_S = 1.0, 5.0
 FLUSH_S = 1.0
 
@@ -39,8 +44,8 @@ _log = structlog.get_logger("router")
 async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio.Event | None = None) -> None:
     """Route until cancelled; then stop taking requests, send what is decided, say goodbye.
 
-    `ready` is set once this router is subscribed. Raises ValueError for an unknown policy or an id that cannot stand in
-    a subject, BusUnavailable when the broker is gone at the start.
+    `ready` is set once this router hears what workers say. Raises ValueError for an unknown policy or an id that cannot
+    stand in a subject, BusUnavailable when the broker is gone at the start.
     """
     settings = checked(settings)
     tracing = telemetry.configure_tracing("router", settings.id, settings.otlp)
@@ -90,16 +95,25 @@ class Router:
         self._clock = clock
         self._started_at = clock.now()
         self._intake: Subscription | None = None
+        self._others: dict[str, float] = {}  # routers that are ready, and when they said so
 
     # --- what arrives
 
     async def listen(self) -> None:
-        """Subscribe; to requests last, when everything that helps to place them is heard."""
+        """Subscribe to all but requests."""
         for subject, handler in ((subjects.status("worker", "*"), self.on_status), (subjects.ALL_KV, self.on_kv),
+                                 (subjects.status("router", "*"), self.on_router),
                                  (subjects.ALL_PLACED, self.on_placed),
                                  (subjects.router_cancel(self.id), self.on_cancel)):
             await self._bus.subscribe(subject, handler)
-        self._intake = await self._bus.subscribe(subjects.ALL_GENERATE, self.on_generate, subjects.ROUTER_QUEUE)
+
+    async def take_requests(self) -> None:
+        """Enter the queue group, unless this router is leaving."""
+        intake = await self._bus.subscribe(subjects.ALL_GENERATE, self.on_generate, subjects.ROUTER_QUEUE)
+        if self.state == "draining":
+            await intake.unsubscribe()
+        else:
+            self._intake = intake
 
     def on_generate(self, delivery: Delivery) -> None:
         request = self._decoded(delivery, Generate)
@@ -117,6 +131,13 @@ class Router:
             self._ask_snapshots(self.view.on_status(status, self._clock.now()))
             self.desk.admission.on_status(status, self._clock.now())
             self._sound_alarms()
+
+    def on_router(self, delivery: Delivery) -> None:
+        status = self._decoded(delivery, Status)
+        if isinstance(status, RouterStatus) and delivery.subject == subjects.status("router", status.id):
+            self._others.pop(status.id, None)
+            if status.state == "ready" and status.id != self.id:
+                self._others[status.id] = self._clock.now()
 
     def on_kv(self, delivery: Delivery) -> None:
         message = self._decoded(delivery, KvMessage)
@@ -161,14 +182,17 @@ class Router:
         while True:
             now = self._clock.now()
             if not self._bus.connected:
-                self._start_over(now)
+                await self._start_over(now)
             for worker in self.view.forget_silent(now):
                 _log.info("worker_silent", worker=worker)
                 self.metrics.forget(worker)
                 self.desk.admission.forget(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
+            self._others = {router: at for router, at in self._others.items() if now - at <= self._settings.silence_s}
             if self.state == "starting":
                 self._catch_up(now - self._started_at)
+            if self._intake is None and self._is_wanted(now):
+                await self.take_requests()
             self.desk.look_after_held(now)
             self._say_status()
             await self._clock.sleep(self._settings.heartbeat_s)
@@ -178,9 +202,7 @@ class Router:
         self.state = "draining"
         try:
             async with asyncio.timeout(FLUSH_S):
-                if self._intake is not None:
-                    await self._intake.unsubscribe()
-                self.desk.lose_patience()
+                await self._take_no_more()
                 self.desk.hand_held_on()
                 self._say_status()
                 await self.outbox.all_sent()
@@ -190,18 +212,28 @@ class Router:
     def _catch_up(self, waited_s: float) -> None:
         """Ready when every cache is known: everybody speaks within a heartbeat, and snapshots come soon after."""
         caught_up = self.view.complete and waited_s >= self._settings.heartbeat_s
-        if caught_up or waited_s >= (CATCH_UP_S if self.view.fleet.workers() else STARTING_S):
+        # where others are ready there are workers to be heard of
+        some = self.view.fleet.workers() or self._others
+        if caught_up or waited_s >= (CATCH_UP_S if some else STARTING_S):
             self.state = "ready"
-        if self.state == "ready" or waited_s >= STARTING_S:
-            # who is missing now is not only late
-            self.desk.lose_patience()
 
-    def _start_over(self, now: float) -> None:
+    def _is_wanted(self, now: float) -> bool:
+        """Whether requests should come here: it knows where to send them, or nobody else does."""
+        alone = not self._others and now - self._started_at >= STARTING_S
+        return self.state == "ready" or (self.state == "starting" and alone)
+
+    async def _start_over(self, now: float) -> None:
         # without a bus the silence of workers says nothing about them
         if self.state != "draining":
             self.state = "starting"
-            self.desk.patient = True
             self._started_at = now
+            self._others.clear()
+            await self._take_no_more()
+
+    async def _take_no_more(self) -> None:
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            await intake.unsubscribe()
 
     def _say_status(self) -> None:
         index, desk = self.view.index, self.desk

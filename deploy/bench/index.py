@@ -124,8 +124,8 @@ async def _placements(blocks: int, workers: int, prompt_tokens: int, count: int)
     view, names = _view(blocks, workers)
     broker, clock = MemoryBroker(), LoopClock()
     router = Router(MemoryBus(broker), RouterSettings(id="router-1", max_queue_s=1e9), clock, view)
-    router.desk.lose_patience()
     await router.listen()
+    await router.take_requests()
     got = 0
     done = asyncio.Event()
 

@@ -576,7 +576,7 @@ class _Mesh:
                 left[name]["uncounted tokens"] = engine.rate.total - sent
         for name, router_found in self.routers.items():
             if name in self._alive:
-                left[name] = {"parked": len(router_found.desk._parked), "outgoing": len(router_found.outbox)}
+                left[name] = {"outgoing": len(router_found.outbox)}
         for name, things in left.items():
             if any(things.values()):
                 yield f"law 9: {name} still has {({what: much for what, much in things.items() if much})}"

@@ -1,11 +1,11 @@
 """A small mesh for router tests: routers, workers that only keep a cache, a gateway that only listens.
 
-Everything runs on the memory bus under virtual time.
+Everything runs on the memory bus under virtual time, unless `connect` gives other buses.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -14,7 +14,7 @@ from router import service
 from router.service import Router
 from shared import subjects
 from shared.blocks import join_hashes, split_hashes
-from shared.bus import BusUnavailable, Delivery
+from shared.bus import Bus, BusUnavailable, Delivery
 from shared.clock import LoopClock
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.messages import (
@@ -39,8 +39,10 @@ from tests.router.builders import status
 class Mesh:
     """The broker and everyone on it. Time is virtual; unix time starts at 1,000,000."""
 
-    def __init__(self, faults: Faults | None = None, seed: int = 0) -> None:
+    def __init__(self, faults: Faults | None = None, seed: int = 0,
+                 connect: Callable[[], Awaitable[Bus]] | None = None) -> None:
         self.broker = MemoryBroker(faults, seed)
+        self._connect = connect
         self.clock = LoopClock(wall_offset_s=1e6)
         self.tasks: asyncio.TaskGroup
 
@@ -56,9 +58,12 @@ class Mesh:
                 for task in running:
                     task.cancel()
 
+    async def bus(self) -> Bus:
+        return MemoryBus(self.broker) if self._connect is None else await self._connect()
+
     async def router(self, name: str = "r0", **settings: Any) -> "RunningRouter":
-        """A router that is subscribed."""
-        bus = MemoryBus(self.broker)
+        """A router that hears workers; it takes requests when it has caught up, or where it is alone."""
+        bus = await self.bus()
         ready = asyncio.Event()
         made: list[Router] = []
 
@@ -76,19 +81,19 @@ class Mesh:
         return RunningRouter(made[0], bus, task)
 
     async def worker(self, name: str = "w0", epoch: int = 1, **fields: Any) -> "CachingWorker":
-        worker = CachingWorker(MemoryBus(self.broker), name, epoch, fields)
+        worker = CachingWorker(await self.bus(), name, epoch, fields)
         await worker.start()
         self._running.append(self.tasks.create_task(worker.beat()))
         return worker
 
     async def gateway(self, name: str = "g") -> "ListeningGateway":
-        gateway = ListeningGateway(MemoryBus(self.broker), name)
+        gateway = ListeningGateway(await self.bus(), name)
         await gateway.start()
         return gateway
 
 
 class RunningRouter:
-    def __init__(self, router: Router, bus: MemoryBus, task: "asyncio.Task[None]") -> None:
+    def __init__(self, router: Router, bus: Bus, task: "asyncio.Task[None]") -> None:
         self.router = router
         self.view = router.view
         self.bus = bus
@@ -96,7 +101,7 @@ class RunningRouter:
 
     def crash(self) -> None:
         """Gone without a word."""
-        self.bus.crash()
+        _crash(self.bus)
         self.task.cancel()
 
     async def leave(self) -> None:
@@ -107,7 +112,7 @@ class RunningRouter:
 class CachingWorker:
     """Keeps the blocks of every request it gets, and tells of them."""
 
-    def __init__(self, bus: MemoryBus, name: str, epoch: int, fields: dict[str, Any]) -> None:
+    def __init__(self, bus: Bus, name: str, epoch: int, fields: dict[str, Any]) -> None:
         self.bus = bus
         self.name = name
         self.epoch = epoch
@@ -117,6 +122,8 @@ class CachingWorker:
         self.requests: list[Generate] = []
         self.headers: list[dict[str, str]] = []
         self.mute = False  # events get lost on the way out
+        self.silent = False  # heartbeats do
+        self.crashed = False
         self.snapshots_sent = 0
         self.deaf_to_requests = 0  # so many requests for a snapshot get lost
         self._outgoing: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
@@ -156,17 +163,19 @@ class CachingWorker:
     async def beat(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._send())
-            while not self.bus.closed:
+            while not self.crashed:
                 self.say_status()
                 await asyncio.sleep(0.5)
             raise asyncio.CancelledError
 
     def say_status(self, **fields: Any) -> None:
         now = status(self.name, epoch=self.epoch, kv_seq=self.seq, **(self.fields | fields))
-        self._say(subjects.status("worker", self.name), encode(now))
+        if not self.silent:
+            self._say(subjects.status("worker", self.name), encode(now))
 
     def crash(self) -> None:
-        self.bus.crash()
+        self.crashed = True
+        _crash(self.bus)
 
     def _tell(self, *events: KvEvent) -> None:
         self.seq += 1
@@ -183,10 +192,15 @@ class CachingWorker:
                 await self.bus.publish(subject, data)
 
 
+def _crash(bus: Bus) -> None:
+    assert isinstance(bus, MemoryBus)
+    bus.crash()
+
+
 class ListeningGateway:
     """Sends requests and keeps what is refused."""
 
-    def __init__(self, bus: MemoryBus, name: str) -> None:
+    def __init__(self, bus: Bus, name: str) -> None:
         self.bus = bus
         self.name = name
         self.replies: list[StepReplies] = []

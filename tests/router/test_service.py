@@ -15,9 +15,11 @@ from shared.blocks import split_hashes
 from shared.clock import LoopClock
 from shared.memory_bus import Faults, MemoryBroker, MemoryBus
 from shared.messages import KvEvents, Residency, encode
+from shared.nats_bus import NatsBus
 from shared.settings import RouterSettings
+from tests.nats_server import nats_server
 from tests.router.builders import blocks, named, request
-from tests.router.mesh import Mesh
+from tests.router.mesh import CachingWorker, Mesh
 from tests.virtual_time import run_virtual
 
 Scenario = Callable[[Mesh], Awaitable[None]]
@@ -112,15 +114,93 @@ def test_a_router_is_not_ready_before_it_has_caught_up_or_waited_long_enough(
     play(scenario)
 
 
-def test_a_request_that_meets_a_router_just_born_waits_for_the_first_heartbeat() -> None:
+def placed_by(worker: CachingWorker) -> list[str]:
+    return [got.placement.router for got in worker.requests if got.placement]
+
+
+# a worker that no crowd of a test fills
+QUICK = {"prefill_tok_s": 1e9, "max_running": 1000}
+
+
+async def a_router_joins(mesh: Mesh) -> None:
+    """Another comes while requests do: it is asked for nothing until it says that it is ready, then for its share."""
+    gateway, worker = await mesh.gateway(), await mesh.worker(**QUICK)
+    worker.store(blocks(20))
+    await mesh.router("old")
+    while not any(status.state == "ready" for status in gateway.routers):
+        await asyncio.sleep(0.05)
+    worker.deaf_to_requests = 1
+    born = await mesh.router("young")
+    number = 0
+    while born.router.state == "starting":
+        await gateway.ask(request(start=1000 * (number := number + 1)))
+        await asyncio.sleep(0.05)
+    assert number >= 20  # its snapshot came a second late
+    await asyncio.sleep(0.1)
+    early = placed_by(worker)
+    assert len(early) >= number - 1 and set(early[:number - 2]) == {"old"}
+    for _ in range(40):
+        await gateway.ask(request(start=1000 * (number := number + 1)))
+    await asyncio.sleep(0.3)
+    assert len(worker.requests) == number and gateway.unheard == 0
+    assert set(placed_by(worker)) == {"old", "young"}
+
+
+def test_a_router_that_has_just_started_leaves_requests_to_those_that_know() -> None:
+    play(a_router_joins)
+
+
+async def test_over_nats_too_a_router_that_has_just_started_leaves_requests_to_those_that_know() -> None:
+    buses: list[NatsBus] = []
+    with nats_server() as server:
+        async def connect() -> NatsBus:
+            buses.append(await NatsBus.connect(server.url, "test"))
+            return buses[-1]
+
+        try:
+            async with asyncio.timeout(30), Mesh(connect=connect).running() as mesh:
+                await a_router_joins(mesh)
+        finally:
+            for bus in buses:
+                await bus.close()
+
+
+@pytest.mark.parametrize(("deaf", "taken_after_s"), [(0, (0.5, 0.55)), (99, (1.0, 1.05))])
+def test_the_only_router_takes_requests_after_a_second_whatever_it_knows(
+        deaf: int, taken_after_s: tuple[float, float]) -> None:
     async def scenario(mesh: Mesh) -> None:
-        worker, gateway = await mesh.worker(), await mesh.gateway()
+        worker, gateway = await mesh.worker(**QUICK), await mesh.gateway()
+        worker.store(blocks(20))
         await asyncio.sleep(0.1)  # its status went by before the router came
+        worker.deaf_to_requests = deaf
         await mesh.router()
-        await gateway.ask(request())
+        begun, number = mesh.clock.now(), 0
+        while not worker.requests:
+            await gateway.ask(request(start=1000 * (number := number + 1)))
+            await asyncio.sleep(0.01)
+        assert taken_after_s[0] <= mesh.clock.now() - begun <= taken_after_s[1]
+        assert gateway.refusals == [] and gateway.unheard >= number - 2
+
+    play(scenario)
+
+
+def test_a_router_that_hears_of_others_and_of_no_worker_does_not_refuse_what_they_can_place() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        gateway, worker = await mesh.gateway(), await mesh.worker(**QUICK)
+        await mesh.router("old")
+        await asyncio.sleep(1)
+        worker.silent = True  # its heartbeats get lost for a while, not long enough for it to be taken for dead
+        await mesh.router("young")
+        for number in range(12):
+            await gateway.ask(request(start=1000 * number))
+            await asyncio.sleep(0.1)
+        worker.silent = False
+        assert gateway.refusals == [] and set(placed_by(worker)) == {"old"}
         await asyncio.sleep(1.1)
-        assert len(worker.requests) == 1
-        assert gateway.refusals == []
+        for number in range(12, 50):
+            await gateway.ask(request(start=1000 * number))
+        await asyncio.sleep(0.1)
+        assert set(placed_by(worker)) == {"old", "young"} and len(worker.requests) == 50
 
     play(scenario)
 
@@ -387,7 +467,10 @@ def test_an_outage_of_the_bus_is_survived() -> None:
         worker.store(blocks(2))
         await asyncio.sleep(0.9)
         mesh.broker.start()
-        await asyncio.sleep(1.5)
+        await gateway.ask(request(start=9000))
+        await asyncio.sleep(0.1)
+        assert gateway.unheard == 1 and not worker.requests
+        await asyncio.sleep(1.4)
         await gateway.ask(request())
         await asyncio.sleep(0.1)
         assert len(worker.requests) == 1
