@@ -43,7 +43,7 @@ def make_batch(scheduler: Scheduler) -> Batch:
 class Bench:
     """A scheduler and a decoder without bus, loop or time."""
 
-    def __init__(self, decoder: MockDecoder, **limits: int) -> None:
+    def __init__(self, decoder: Decoder, **limits: int) -> None:
         self.decoder = decoder
         self.scheduler = make_scheduler(decoder, **limits)
         self.batch = make_batch(self.scheduler)
