@@ -4,9 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 SEEDS  ?= 200
+CASES  ?= 1000
 FROM   ?= 0
 
-.PHONY: help install up test check format simulate clean
+.PHONY: help install up test check format simulate sampling clean
 
 help:            ## list these words
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +41,9 @@ check: install   ## ruff, mypy, import contracts
 
 simulate: install ## play SEEDS fault schedules of the whole mesh, from seed FROM on
 	@$(BIN)/python -m tests.laws.simulate --seeds $(SEEDS) --from $(FROM)
+
+sampling: install ## check CASES requests with random sampling parameters, from number FROM on
+	@$(BIN)/python -m tests.laws.sampling --cases $(CASES) --from $(FROM)
 
 format: install  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .

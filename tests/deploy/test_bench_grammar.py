@@ -59,8 +59,11 @@ def test_a_report_that_was_broken_off_is_gone_on_with(monkeypatch: pytest.Monkey
     report = grammar.measure(4, 2, kept, ["validity"])
     whole = grammar.measure(4, 2, parts=["validity"])
     assert json.loads(kept.read_text()) == report
-    assert [report[name] for name in ("done", "validity", "longest")] == [
-        whole[name] for name in ("done", "validity", "longest")]
+    # how many drafts are worth a row follows from what steps took
+    timed = ("draft_tokens", "accepted", "forced")
+    assert [[(name, value) for name, value in row.items() if name not in timed] for row in report["validity"]] == [
+        [(name, value) for name, value in row.items() if name not in timed] for row in whole["validity"]]
+    assert (report["done"], report["longest"]) == (whole["done"], whole["longest"])
     assert report["validity"][1]["schemas"] == 4 and report["validity"][1]["accepted"]
     with pytest.raises(SystemExit, match="another file"):
         grammar.measure(4, 3, kept, ["validity"])
