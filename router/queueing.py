@@ -26,8 +26,8 @@ T = TypeVar("T")
 REMEMBERED = 4096
 # the drain rate follows this much of the past; what was known before counts as so much of it
 WINDOW_S, PRIOR_S = 30.0, 5.0
-# how far costs may seem to be off: requests of next to no cost are held up by other things than workers, and what is seen of
-# them says nothing of those that come next
+# how far costs may seem to be off: requests of next to no cost are held up by other things than workers, and what is
+# seen of them says nothing of those that come next
 MOST_OFF = 8.0
 MAX_RELEASES = 4096
 
