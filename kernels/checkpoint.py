@@ -9,6 +9,7 @@ tensors, and gguf only to dequantise: the native step starts without either.
     layers.N.mlp_norm.weight [hidden]             layers.N.attention.{k,v}.weight [kv_heads * head_dim, hidden]
     layers.N.mlp.{gate,up}.weight [ffn, hidden]   layers.N.attention.o.weight [hidden, heads * head_dim]
     layers.N.mlp.down.weight [hidden, ffn]          families of layer norms: a bias for each norm, and no mlp.gate
+    layers.N.router.weight [experts, hidden], layers.N.experts.M.{gate,up,down}.weight    of a mixture, instead of mlp
 
 With a tied head, `head.weight` is another name of `embedding.weight`. Rows of q and k stand as stored; the config's
 `rope_interleaved` says which elements of a head turn together.
@@ -23,8 +24,8 @@ from numpy.typing import NDArray
 
 from kernels.checkpoint_config import gguf_config, hugging_face_config
 from kernels.config import CheckpointError, DecoderConfig
-from kernels.gguf_header import read_gguf_header
-from kernels.tensor_names import check_shapes, from_gguf, from_hugging_face, some
+from kernels.gguf_header import TensorInfo, read_gguf_header
+from kernels.tensor_names import check_shapes, experts_of, from_gguf, from_hugging_face, some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,9 +93,13 @@ class GgufCheckpoint:
         header = read_gguf_header(path)
         self.config = gguf_config(path, header)
         self._file = header.file
-        self._infos = {
-            from_gguf(name): info for name, info in header.tensors.items() if name != "rope_freqs.weight"
-        }
+        self._infos: dict[str, TensorInfo] = {}
+        for stored, info in header.tensors.items():
+            name = from_gguf(stored)
+            if (experts := experts_of(name, info.shape[0])) is not None:
+                self._infos |= dict(zip(experts, _unstacked(info), strict=True))
+            elif stored != "rope_freqs.weight":
+                self._infos[name] = info
         check_shapes(path, self.config, {name: info.shape for name, info in self._infos.items()})
 
     def names(self) -> list[str]:
@@ -186,6 +191,13 @@ class SafetensorsCheckpoint:
         name = _stored(name, self.config)
         plain: Tensor = self._files[name].get_tensor(self._stored_names[name])
         return plain
+
+
+def _unstacked(info: TensorInfo) -> list[TensorInfo]:
+    """The tensors [...] of a stack [count, ...]."""
+    count, *shape = info.shape
+    size = info.size_bytes // count
+    return [TensorInfo(info.block, tuple(shape), info.start + size * at, size) for at in range(count)]
 
 
 def _stored(name: str, config: DecoderConfig) -> str:

@@ -1,7 +1,7 @@
 """A DecoderConfig out of GGUF metadata or Hugging Face's config.json.
 
-Rule: what the decoder does not do (other biases, other rope scalings, experts, quantised safetensors) is refused by
-name here, never ignored: a checkpoint that opens is computed as its authors meant it.
+Rule: what the decoder does not do (other biases, other rope scalings, other routers, quantised safetensors) is refused
+by name here, never ignored: a checkpoint that opens is computed as its authors meant it.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.config import CheckpointError, DecoderConfig, Yarn, llama3_rope_factors, yarn_rope
+from kernels.config import CheckpointError, DecoderConfig, Experts, Yarn, llama3_rope_factors, yarn_rope
 from kernels.gguf_header import GgufHeader
 
 HEAD_IDS = "d2t.json"
@@ -24,12 +24,14 @@ class _Family(NamedTuple):
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_interleaved: bool = False  # in GGUF; Hugging Face stores halves
-    window_asked_for: bool = False  # `use_sliding_window` has to be set, and layers before `max_window_layers` see all
     windowed: bool = False  # `sliding_window` means something
+    window_asked_for: bool = False  # `use_sliding_window` has to be set
+    first_layers_see_all: bool = False  # those before `max_window_layers`
     layer_norm: bool = False  # as `DecoderConfig`; Hugging Face stores what its weights exceed 1 by
     gated: bool = True  # as `DecoderConfig`
     activation: str = "silu"  # Hugging Face's name of what the MLP does
     partly_rotary: bool = False  # `partial_rotary_factor` means something, and is a half where nothing is said
+    mixture: bool = False  # of experts
 
 
 _NEMOTRON = _Family(layer_norm=True, gated=False, activation="relu2", partly_rotary=True)
@@ -38,13 +40,24 @@ GGUF_FAMILIES = {
     "qwen2": _Family(qkv_bias=True),
     "qwen3": _Family(qk_norm=True),
     "nemotron": _NEMOTRON,
+    "qwen3moe": _Family(qk_norm=True, mixture=True),
 }
 HUGGING_FACE_FAMILIES = {
     "llama": _Family(),
     "mistral": _Family(windowed=True),
-    "qwen2": _Family(qkv_bias=True, windowed=True, window_asked_for=True),
-    "qwen3": _Family(qk_norm=True, windowed=True, window_asked_for=True),
+    "qwen2": _Family(qkv_bias=True, windowed=True, window_asked_for=True, first_layers_see_all=True),
+    "qwen3": _Family(qk_norm=True, windowed=True, window_asked_for=True, first_layers_see_all=True),
+    "qwen3_moe": _Family(qk_norm=True, windowed=True, window_asked_for=True, mixture=True),
     "nemotron": _NEMOTRON,
+}
+
+# What GGUF may say of experts, and what of that is done here. A key that is not there says nothing.
+_ROUTING = {
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (1,),  # a softmax
+    "leading_dense_block_count": (0,),
 }
 
 # Beyond any model; a damaged number must not become a huge table.
@@ -75,8 +88,9 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(f"{path} is one part of a split GGUF; merge the parts first (gguf-split --merge)")
-    if metadata.get(f"{architecture}.expert_count", 0):
-        raise CheckpointError(f"{path} is a mixture of experts; only dense models are supported")
+    if metadata.get(f"{architecture}.expert_count", 0) and not family.mixture:
+        mixtures = ", ".join(name for name, known in GGUF_FAMILIES.items() if known.mixture)
+        raise CheckpointError(f"{path} is a mixture of experts of architecture {architecture}; supported: {mixtures}")
 
     def said(key: str, default: object = None) -> object:
         return metadata.get(f"{architecture}.{key}", default)
@@ -119,6 +133,26 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         gated=family.gated,
         windows=(_whole(path, "attention.sliding_window", window),) * layers if window else None,
         head_ids=head_ids(path.parent),
+        experts=_gguf_experts(path, header, str(architecture), layers) if family.mixture else None,
+    )
+
+
+def _gguf_experts(path: Path, header: GgufHeader, architecture: str, layers: int) -> Experts:
+    def said(key: str) -> object:
+        return header.metadata.get(f"{architecture}.{key}")
+
+    for key, done in _ROUTING.items():
+        if (value := said(key)) is not None and value not in done:
+            raise CheckpointError(f"{path}: {architecture}.{key} is {value!r}, only {done[-1]!r} is supported")
+    if layers > len(header.tensors):
+        found = len(header.tensors)
+        raise CheckpointError(f"{path} announces {layers} layers but holds {found} tensors; download it again")
+    return Experts(
+        count=_whole(path, "expert_count", said("expert_count")),
+        per_token=_whole(path, "expert_used_count", said("expert_used_count")),
+        ffn=_whole(path, "expert_feed_forward_length", said("expert_feed_forward_length")),
+        normalised=said("expert_weights_norm") is not False,
+        dense_layers=tuple(at for at in range(layers) if f"blk.{at}.ffn_gate_inp.weight" not in header.tensors),
     )
 
 
@@ -205,6 +239,25 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         gated=family.gated,
         windows=_hugging_face_windows(file, settings, family, layers),
         head_ids=head_ids(path),
+        experts=_hugging_face_experts(file, settings) if family.mixture else None,
+    )
+
+
+def _hugging_face_experts(file: Path, settings: dict[str, Any]) -> Experts:
+    def whole(key: str, default: int | None = None) -> int:
+        value = settings.get(key)
+        return _whole(file, key, default if value is None else value)
+
+    dense = settings.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise CheckpointError(f"{file}: mlp_only_layers should be a list of layers, it is {dense!r}")
+    return Experts(
+        count=whole("num_local_experts" if settings.get("num_experts") is None else "num_experts"),
+        per_token=whole("num_experts_per_tok"),
+        ffn=whole("moe_intermediate_size"),
+        normalised=bool(settings.get("norm_topk_prob", False)),
+        every=whole("decoder_sparse_step", 1),
+        dense_layers=tuple(dense),
     )
 
 
@@ -223,7 +276,7 @@ def _hugging_face_windows(file: Path, settings: dict[str, Any], family: _Family,
     size = _whole(file, "sliding_window", window)
     kinds = settings.get("layer_types")
     if kinds is None:
-        first = settings.get("max_window_layers", 0) if family.window_asked_for else 0
+        first = settings.get("max_window_layers", 0) if family.first_layers_see_all else 0
         return tuple(size if layer >= first else 0 for layer in range(layers))
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown or len(kinds) != layers:

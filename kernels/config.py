@@ -11,6 +11,26 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of an MLP: of `count` MLPs, `per_token` work for a token, as its router chooses."""
+
+    count: int
+    per_token: int
+    ffn: int  # width of each
+    # True: weights are a softmax over the chosen experts. False: over all, so that those of the chosen miss 1.
+    normalised: bool
+    every: int = 1  # layers every - 1, 2 every - 1, ... have a mixture ...
+    dense_layers: tuple[int, ...] = ()  # ... but for these
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise CheckpointError(f"{self.per_token} of {self.count} experts cannot work for a token")
+
+    def has(self, layer: int) -> bool:
+        return (layer + 1) % self.every == 0 and layer not in self.dense_layers
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """Sizes and constants of one model. Query head h reads KV head h // (heads // kv_heads)."""
 
@@ -41,6 +61,7 @@ class DecoderConfig:
     windows: tuple[int, ...] | None = None
     # A trimmed head: the token id of each of its rows, ascending. None: row i is id i.
     head_ids: tuple[int, ...] | None = None
+    experts: Experts | None = None  # of the layers that `is_mixture` names
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocabulary", "context_length"):
@@ -67,6 +88,10 @@ class DecoderConfig:
     @property
     def heads_per_kv_head(self) -> int:
         return self.heads // self.kv_heads
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether experts stand in place of this layer's MLP."""
+        return self.experts is not None and self.experts.has(layer)
 
     def window(self, layer: int) -> int:
         """Tokens that a token of this layer sees, itself included; 0: all before it."""

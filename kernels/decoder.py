@@ -1,6 +1,7 @@
 """A decoder of the Llama families in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
 
     embed | per layer: norm qkv (head norm) rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
+    in a mixture of experts gate-up swiglu down are those of the experts that a row's router has chosen
 
 Some families have layer norms, or no gate: the square of what is positive of up.
 
@@ -23,7 +24,7 @@ from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.logprobs import check_logprobs
 from kernels.ops import Ops, table
-from kernels.reference import fill_logprobs, race, rotary_tables, widened
+from kernels.reference import fill_logprobs, race, rotary_tables, routed, widened
 from kernels.step import Race, StepInputs, check_places
 
 KV_BYTES = 512 << 20
@@ -32,6 +33,18 @@ KV_BYTES = 512 << 20
 class Norm(NamedTuple):
     weight: Tensor  # [hidden]
     bias: Tensor | None  # [hidden]: a layer norm; None: root mean square
+
+
+class Mlp(NamedTuple):
+    gate_up: Tensor  # [2 ffn, hidden]; without a gate [ffn, hidden]
+    down: Tensor  # [hidden, ffn]
+
+
+class Mixture(NamedTuple):
+    """Experts in place of an MLP."""
+
+    router: Tensor  # [experts, hidden]
+    experts: list[Mlp]
 
 
 class Layer(NamedTuple):
@@ -45,8 +58,7 @@ class Layer(NamedTuple):
     o: Tensor  # [hidden, heads * head_dim]
     o_bias: Tensor | None  # [hidden]
     mlp_norm: Norm
-    gate_up: Tensor  # [2 ffn, hidden]; without a gate [ffn, hidden]
-    down: Tensor  # [hidden, ffn]
+    mlp: Mlp | Mixture
 
 
 class StepTensors(NamedTuple):
@@ -91,7 +103,7 @@ class TorchDecoder:
         self.embedding = self._matrix(checkpoint, "embedding")  # [vocabulary, hidden]
         self.head = self.embedding if config.tied_head else self._matrix(checkpoint, "head")
         self.norm = self._norm(checkpoint, "norm")
-        self.layers = [self._layer(checkpoint, f"layers.{layer}.") for layer in range(config.layers)]
+        self.layers = [self._layer(checkpoint, layer) for layer in range(config.layers)]
         cache = (config.layers, self.blocks, block_size_tokens, config.kv_heads, config.head_dim)
         self.keys = torch.empty(cache, dtype=dtype, device=self.device)
         self.values = torch.empty(cache, dtype=dtype, device=self.device)
@@ -217,8 +229,23 @@ class TorchDecoder:
             )
             hidden = self._linear(attended.flatten(1), layer.o, layer.o_bias)
             normed, residual = self._add_norm(hidden, residual, layer.mlp_norm)
-            hidden = ops.linear(self._activated(ops.linear(normed, layer.gate_up)), layer.down)
+            hidden = self._mlp(normed, layer.mlp) if isinstance(layer.mlp, Mlp) else self._mixture(normed, layer.mlp)
         return hidden, residual
+
+    def _mlp(self, x: Tensor, mlp: Mlp) -> Tensor:
+        return self.ops.linear(self._activated(self.ops.linear(x, mlp.gate_up)), mlp.down)
+
+    def _mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """Each expert works for all rows that chose it; what a row gets is added in the experts' order."""
+        experts = self.config.experts
+        assert experts is not None
+        logits = self.ops.linear(x, mixture.router)
+        weights, chosen = routed(logits, experts.per_token, experts.normalised)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert in chosen.unique().tolist():
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            total[rows] += weights[rows, places, None] * self._mlp(x[rows], mixture.experts[expert]).float()
+        return total.to(x.dtype)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = self.ops.linear(x, weight)
@@ -266,8 +293,8 @@ class TorchDecoder:
             longest=int(inputs.positions.max(initial=0)) + 1,
         )
 
-    def _layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
-        config = self.config
+    def _layer(self, checkpoint: Checkpoint, number: int) -> Layer:
+        config, prefix = self.config, f"layers.{number}."
         return Layer(
             attention_norm=self._norm(checkpoint, prefix + "attention_norm"),
             qkv=self._matrix(checkpoint, *(f"{prefix}attention.{part}" for part in "qkv")),
@@ -281,13 +308,20 @@ class TorchDecoder:
             o=self._matrix(checkpoint, prefix + "attention.o"),
             o_bias=self._vector(checkpoint, prefix + "attention.o", "bias") if config.output_bias else None,
             mlp_norm=self._norm(checkpoint, prefix + "mlp_norm"),
-            gate_up=self._matrix(checkpoint, *(f"{prefix}mlp.{part}" for part in self._mlp_inputs)),
-            down=self._matrix(checkpoint, prefix + "mlp.down"),
+            mlp=self._mlp_weights(checkpoint, prefix, number),
         )
 
-    @property
-    def _mlp_inputs(self) -> tuple[str, ...]:
-        return ("gate", "up") if self.config.gated else ("up",)
+    def _mlp_weights(self, checkpoint: Checkpoint, prefix: str, number: int) -> Mlp | Mixture:
+        def mlp(name: str) -> Mlp:
+            parts = ("gate", "up") if self.config.gated else ("up",)
+            gate_up = self._matrix(checkpoint, *(f"{prefix}{name}.{part}" for part in parts))
+            return Mlp(gate_up, self._matrix(checkpoint, f"{prefix}{name}.down"))
+
+        experts = self.config.experts
+        if experts is None or not self.config.is_mixture(number):
+            return mlp("mlp")
+        router = self._matrix(checkpoint, prefix + "router")
+        return Mixture(router, [mlp(f"experts.{expert}") for expert in range(experts.count)])
 
     def _norm(self, checkpoint: Checkpoint, name: str) -> Norm:
         bias = self._vector(checkpoint, name, "bias") if self.config.layer_norm else None

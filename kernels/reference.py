@@ -100,6 +100,19 @@ def squared_relu(x: Tensor) -> Tensor:
     return x.float().clamp(min=0.0).square().to(x.dtype)
 
 
+def routed(logits: Tensor, per_token: int, normalised: bool) -> tuple[Tensor, Tensor]:
+    """The experts of each row and their weights, both [R, per_token], from a router's logits [R, experts].
+
+    The largest logits are chosen, of equal ones the lowest id; they come out in ascending order. A weight is a softmax,
+    over the chosen where it is `normalised`, else over all experts.
+    """
+    wide = logits.float()
+    chosen = wide.sort(dim=-1, descending=True, stable=True).indices[:, :per_token].sort(dim=-1).values
+    if normalised:
+        return torch.softmax(wide.gather(1, chosen), -1), chosen
+    return torch.softmax(wide, -1).gather(1, chosen), chosen
+
+
 def write_kv(
     keys: Tensor,
     values: Tensor,

@@ -4,12 +4,14 @@ Rule: a name that is not known here stays as it is, and `check_shapes` refuses i
 ignore means that the checkpoint is of another family.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from kernels.config import CheckpointError, DecoderConfig
 
 _TENSORS_PER_LAYER = 8
+_EVERY_EXPERT = ".experts.*."  # in the name of a stack of all experts' tensors
 
 _OUTSIDE = {
     "token_embd.weight": "embedding.weight",
@@ -33,6 +35,10 @@ _INSIDE = {
     "ffn_gate": "mlp.gate",
     "ffn_up": "mlp.up",
     "ffn_down": "mlp.down",
+    "ffn_gate_inp": "router",
+    "ffn_gate_exps": "experts.*.gate",
+    "ffn_up_exps": "experts.*.up",
+    "ffn_down_exps": "experts.*.down",
     "input_layernorm": "attention_norm",
     "self_attn.q_proj": "attention.q",
     "self_attn.k_proj": "attention.k",
@@ -44,7 +50,9 @@ _INSIDE = {
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
+    "mlp.gate": "router",
 }
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
 
 def from_gguf(name: str) -> str:
@@ -61,9 +69,18 @@ def _ours(name: str, prefix: str) -> str:
         return _OUTSIDE[name]
     layer, _, rest = name.removeprefix(prefix).partition(".")
     inside, _, kind = rest.rpartition(".")
-    if not name.startswith(prefix) or kind not in ("weight", "bias") or inside not in _INSIDE:
+    expert = _EXPERT.fullmatch(inside)
+    ours = f"experts.{expert[1]}.{expert[2]}" if expert else _INSIDE.get(inside)
+    if not name.startswith(prefix) or kind not in ("weight", "bias") or ours is None:
         return name
-    return f"layers.{layer}.{_INSIDE[inside]}.{kind}"
+    return f"layers.{layer}.{ours}.{kind}"
+
+
+def experts_of(name: str, count: int) -> list[str] | None:
+    """The names of each expert's tensor in a stack of `count`; None: `name` is of no stack."""
+    if _EVERY_EXPERT not in name:
+        return None
+    return [name.replace("*", str(expert)) for expert in range(count)]
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -83,11 +100,13 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             "attention.v": (kv, hidden),
             "attention.o": (hidden, attention),
             "mlp_norm": (hidden,),
-            "mlp.up": (ffn, hidden),
-            "mlp.down": (hidden, ffn),
         }
-        if config.gated:
-            inside["mlp.gate"] = (ffn, hidden)
+        if (experts := config.experts) and config.is_mixture(layer):
+            inside["router"] = (experts.count, hidden)
+            for expert in range(experts.count):
+                inside |= _mlp(f"experts.{expert}", hidden, experts.ffn, config.gated)
+        else:
+            inside |= _mlp("mlp", hidden, ffn, config.gated)
         if config.qk_norm:
             inside |= {"attention.q_norm": (config.head_dim,), "attention.k_norm": (config.head_dim,)}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
@@ -98,10 +117,19 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _mlp(name: str, hidden: int, ffn: int, gated: bool) -> dict[str, tuple[int, ...]]:
+    gate = {f"{name}.gate": (ffn, hidden)} if gated else {}
+    return gate | {f"{name}.up": (ffn, hidden), f"{name}.down": (hidden, ffn)}
+
+
 def check_shapes(path: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
     if config.layers * _TENSORS_PER_LAYER > len(found):
         raise CheckpointError(
             f"{path} announces {config.layers} layers but holds {len(found)} tensors; download it again"
+        )
+    if config.experts is not None and config.experts.count > len(found):
+        raise CheckpointError(
+            f"{path} announces {config.experts.count} experts but holds {len(found)} tensors; download it again"
         )
     expected = expected_shapes(config)
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()

@@ -80,6 +80,10 @@ class _Config(ctypes.Structure):
         ("windows", ctypes.c_void_p),
         ("head_ids", ctypes.c_void_p),
         ("head_rows", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("experts_per_token", ctypes.c_int32),
+        ("expert_feed_forward", ctypes.c_int32),
+        ("experts_normalised", ctypes.c_int32),
     ]
 
 
@@ -194,6 +198,7 @@ class NativeDecoder:
             windows.ctypes.data,
             _address(head_ids),
             config.head_size,
+            *_described_experts(config),
         )
         self._model = self._library.mill_open(ctypes.byref(native), described, self._message, _MESSAGE_BYTES)
         del kept
@@ -424,9 +429,11 @@ def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
         raise ValueError(f"the KV cache needs at least one block of 16 tokens, got {blocks}: raise kv_bytes")
     if not 0 <= threads <= _MOST_THREADS_ASKED:
         raise ValueError(f"threads must be in 0..{_MOST_THREADS_ASKED}, got {threads}")
+    dense = any(not config.is_mixture(layer) for layer in range(config.layers))
     for name, value, multiple in (
         ("hidden", config.hidden, _GROUP),
-        ("ffn", config.ffn, _GROUP),
+        ("ffn", config.ffn if dense else _GROUP, _GROUP),
+        ("the experts' ffn", config.experts.ffn if config.experts else _GROUP, _GROUP),
         ("heads * head_dim", config.heads * config.head_dim, _GROUP),
         ("head_dim", config.head_dim, _LANES),
     ):
@@ -436,11 +443,11 @@ def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
 
 def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
     """The tensors in the order mill_open wants them, and the arrays they point into."""
-    names = [
-        f"layers.{layer}.{name}"
-        for layer in range(checkpoint.config.layers)
-        for name in (*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS)
-    ]
+    inside = [*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS]
+    if (experts := checkpoint.config.experts) is not None:
+        inside.append("router.weight")
+        inside += [f"experts.{at}.{part}.weight" for at in range(experts.count) for part in ("gate", "up", "down")]
+    names = [f"layers.{layer}.{name}" for layer in range(checkpoint.config.layers) for name in inside]
     names += ["embedding.weight", "norm.weight", "norm.bias", "head.weight"]
     there = set(checkpoint.names())
     described = (_Tensor * len(names))()
@@ -459,6 +466,12 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
         outputs, inputs = shape if len(shape) == 2 else (1, shape[0])
         described[at] = _Tensor(data.ctypes.data, _TYPES[kind], outputs, inputs)
     return described, kept
+
+
+def _described_experts(config: DecoderConfig) -> tuple[int, int, int, int]:
+    """The last fields of _Config."""
+    experts = config.experts
+    return (0, 0, 0, 0) if experts is None else (experts.count, experts.per_token, experts.ffn, int(experts.normalised))
 
 
 def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -49,7 +49,7 @@ MILL_INLINE void add(Lanes scale, const GroupRows& rows, const Lanes dots[R], La
 // Q4 and Q5. R rows from `row` on: one pass over the panel, sums in registers. Unpacking is an eighth of the work at four
 // rows, and more rows find the panel in L1: unpacking it once for all of them was no faster on Zen 3.
 template <bool Nibbles, int R>
-void multiply_pairs(const uint8_t* panel, int groups, const Activations& x, int row, float* acc) {
+void multiply_pairs(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
   constexpr size_t kGroupBytes = Nibbles ? kQ4GroupBytes : kQ5GroupBytes;
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
@@ -68,7 +68,7 @@ void multiply_pairs(const uint8_t* panel, int groups, const Activations& x, int 
 }
 
 template <int R>
-void multiply_q8(const uint8_t* panel, int groups, const Activations& x, int row, float* acc) {
+void multiply_q8(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
   const uint16_t* scales = (const uint16_t*)panel;
   const uint8_t* lines = panel + q8_header_bytes(groups);
   Lanes sums[R];
@@ -86,7 +86,7 @@ void multiply_q8(const uint8_t* panel, int groups, const Activations& x, int row
 
 // Q4_K, Q5_K and Q6_K.
 template <Kind K, int R>
-void multiply_super(const uint8_t* panel, int groups, const Activations& x, int row, float* acc) {
+void multiply_super(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
   constexpr size_t kLineBytes = K == Kind::Q4_K ? kQ4LineBytes : kQ8LineBytes;
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
@@ -116,8 +116,8 @@ void multiply_super(const uint8_t* panel, int groups, const Activations& x, int 
 }
 
 template <Kind K>
-void multiply_super_rows(const uint8_t* panel, int groups, const Activations& x, float* acc) {
-  by_rows(0, x.rows, [&](auto count, int row) { multiply_super<K, count>(panel, groups, x, row, acc); });
+void multiply_super_rows(const uint8_t* panel, int groups, const Rows& x, float* acc) {
+  by_rows(0, x.count, [&](auto count, int row) { multiply_super<K, count>(panel, groups, x, row, acc); });
 }
 
 template <Kind K>
@@ -140,24 +140,24 @@ void multiply_float_rows(const uint8_t* panel, int inputs, const float* x, float
 }
 
 template <Kind K>
-void multiply_float(const uint8_t* panel, int inputs, const Activations& x, float* acc) {
-  by_rows(0, x.rows, [&](auto count, int row) {
-    multiply_float_rows<K, count>(panel, inputs, x.plain.data() + size_t(row) * size_t(inputs), acc + row * kLanes);
+void multiply_float(const uint8_t* panel, int inputs, const Rows& x, float* acc) {
+  by_rows(0, x.count, [&](auto count, int row) {
+    multiply_float_rows<K, count>(panel, inputs, x.plain(row, inputs), acc + row * kLanes);
   });
 }
 
 // The first rows of a product with a quantised panel, if there are enough of them for tiles; returns how many they are.
 int multiply_tiles([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const uint8_t* panel,
-                   [[maybe_unused]] const Activations& x, [[maybe_unused]] float* acc, [[maybe_unused]] uint8_t* unpacked) {
+                   [[maybe_unused]] const Rows& x, [[maybe_unused]] float* acc, [[maybe_unused]] uint8_t* unpacked) {
   int row = 0;
 #if MILL_AMX
-  if (!unpacked || x.rows < kFewestTileRows || (matrix.kind != Kind::Q4 && matrix.kind != Kind::Q8)) return 0;
+  if (!unpacked || x.count < kFewestTileRows || (matrix.kind != Kind::Q4 && matrix.kind != Kind::Q8)) return 0;
   const int groups = matrix.inputs / kGroup;
   const bool nibbles = matrix.kind == Kind::Q4;
   if (nibbles) unpack_nibbles(panel + 64, kQ4GroupBytes, groups, unpacked);
   TilePanel tiles{groups, panel, nibbles ? kQ4GroupBytes : 2 * kLanes, nibbles ? unpacked : panel + q8_header_bytes(groups),
                   panel + matrix.panel_bytes, matrix.panel_bytes / size_t(groups)};
-  for (; x.rows - row >= kFewestTileRows; row += kTileRows) {
+  for (; x.count - row >= kFewestTileRows; row += kTileRows) {
     if (nibbles)
       multiply_sixteen<true>(tiles, x, row, acc);
     else
@@ -170,18 +170,18 @@ int multiply_tiles([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const
 
 }  // namespace
 
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc, uint8_t* unpacked) {
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked) {
   const int groups = matrix.inputs / kGroup;
   switch (matrix.kind) {
     case Kind::Q4_0:  // described as Q4
     case Kind::Q4:
-      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.rows,
+      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.count,
                      [&](auto count, int row) { multiply_pairs<true, count>(panel, groups, x, row, acc); });
     case Kind::Q5_0:  // described as Q5
     case Kind::Q5:
-      return by_rows(0, x.rows, [&](auto count, int row) { multiply_pairs<false, count>(panel, groups, x, row, acc); });
+      return by_rows(0, x.count, [&](auto count, int row) { multiply_pairs<false, count>(panel, groups, x, row, acc); });
     case Kind::Q8:
-      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.rows,
+      return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.count,
                      [&](auto count, int row) { multiply_q8<count>(panel, groups, x, row, acc); });
     case Kind::Q4_K: return multiply_super_rows<Kind::Q4_K>(panel, groups, x, acc);
     case Kind::Q5_K: return multiply_super_rows<Kind::Q5_K>(panel, groups, x, acc);
@@ -197,14 +197,12 @@ void Wanted::by(const Matrix& matrix) {
   halves = halves || matrix.kind == Kind::Q6_K;
 }
 
-void Activations::reserve(int inputs, Wanted what) {
+void Activations::reserve(int inputs, Wanted what, int most_rows) {
   wanted = what;
-  q.resize(size_t(inputs) * kPassRows);
-  scale.resize(size_t(inputs / kGroup) * kPassRows);
-  sum.resize(size_t(inputs / kGroup) * kPassRows);
-  offset.resize(size_t(inputs / kGroup) * kPassRows);
-  first_offset.resize(size_t(inputs / kGroup) * kPassRows);
-  if (wanted.plain) plain.resize(size_t(inputs) * kPassRows);
+  const size_t numbers = size_t(inputs) * size_t(most_rows), groups = numbers / kGroup;
+  q.resize(numbers);
+  scale.resize(groups), sum.resize(groups), offset.resize(groups), first_offset.resize(groups);
+  if (wanted.plain) plain.resize(numbers);
 }
 
 void Activations::set_group(int row, int group, int inputs, const float* values) {
@@ -229,6 +227,17 @@ void Activations::set_group(int row, int group, int inputs, const float* values)
     const int8_t* const first = q.data() + at * kGroup;
     first_offset[at] = -128 * std::accumulate(first, first + kGroup / 2, 0);
   }
+}
+
+void Activations::copy_row(int row, int inputs, const Activations& from, int from_row) {
+  for (int group = 0; group < inputs / kGroup; group++) {
+    const size_t to = size_t(group) * size_t(rows) + size_t(row), at = size_t(group) * size_t(from.rows) + size_t(from_row);
+    std::memcpy(q.data() + to * kGroup, from.q.data() + at * kGroup, kGroup);
+    scale[to] = from.scale[at], sum[to] = from.sum[at];
+    offset[to] = from.offset[at], first_offset[to] = from.first_offset[at];
+  }
+  if (wanted.plain)
+    std::memcpy(plain.data() + size_t(row) * size_t(inputs), from.plain.data() + size_t(from_row) * size_t(inputs), size_t(inputs) * sizeof(float));
 }
 
 }  // namespace mill

@@ -55,7 +55,7 @@ struct Activations {
   std::vector<float> plain;     // [rows][inputs], if wanted
   Wanted wanted;
 
-  void reserve(int inputs, Wanted what);
+  void reserve(int inputs, Wanted what, int most_rows = kPassRows);
   // The rows of one group from `row` on.
   GroupRows group(int index, int row) const {
     const size_t at = size_t(index) * size_t(rows) + size_t(row);
@@ -63,6 +63,19 @@ struct Activations {
   }
   // Takes the 32 numbers of one group of one row.
   void set_group(int row, int group, int inputs, const float* values);
+  // Takes a row as it stands in others that keep all that these want.
+  void copy_row(int row, int inputs, const Activations& from, int from_row);
+};
+
+// Consecutive rows of activations: all of them, or some.
+struct Rows {
+  const Activations* of;
+  int first, count;
+
+  Rows(const Activations& all) : of(&all), first(0), count(all.rows) {}
+  Rows(const Activations& all, int first_, int count_) : of(&all), first(first_), count(count_) {}
+  GroupRows group(int index, int row) const { return of->group(index, first + row); }
+  const float* plain(int row, int inputs) const { return of->plain.data() + size_t(first + row) * size_t(inputs); }
 };
 
 struct Matrix {
@@ -95,6 +108,6 @@ struct Matrix {
 
 // acc[row][16] for all rows of `x` = the product with one panel.
 // `unpacked`: inputs * 16 bytes on a line of 64 for AMX to work in, and then this thread has Tiles; null: none are used.
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Activations& x, float* acc, uint8_t* unpacked);
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked);
 
 }  // namespace mill

@@ -13,6 +13,12 @@
 //     7. normalise, quantise      as 1
 //     8. gate and up, SiLU, quantise   in units of 32 outputs, so a thread has whole groups; some families: up, squared ReLU
 //     9. down projection, added to the residual stream
+// Where a layer has experts, in place of the last two:
+//     8. the router's logits
+//     9. each row's experts, and their weights
+//    10. rows put side by side by expert (one row stays where it is)
+//    11. gate and up of one chosen expert after the other, for the rows that chose it
+//    12. down projections   a thread adds all experts of its outputs, in their order, and then to the residual stream
 #include "model.hpp"
 
 #include <sys/mman.h>
@@ -27,6 +33,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr int kRowsEachThreadPrepares = 2;
+constexpr int kExpertDownPanels = 4;  // of an expert's down projection that lie and are read together: one alone is a few KB
+constexpr int kRowsBeyond = 16;  // tiles read so many rows, whether they are there or not
 
 // x * weight / root mean square; squares are summed in 16 lanes (lane i % 16, ascending), then by sum_of. `out` may be x.
 void rms_norm(const float* x, const float* weight, int width, float epsilon, float* out) {
@@ -136,19 +144,36 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
   rotation_.resize(size_t(kPassRows) * size_t(config.rope_dims));
   logits_ = Region(size_t(kPassRows) * size_t(config.head_rows) * sizeof(float));
 
-  Wanted of_normed, of_attended, of_down;
+  Wanted of_normed, of_attended, of_down, of_expert, of_expert_down;
   of_normed.by(head_);
   for (const Layer& layer : layers_) {
-    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.gate, &layer.up})
-      if (matrix->outputs) of_normed.by(*matrix);
+    for (const Matrix* matrix : {&layer.query, &layer.key, &layer.value}) of_normed.by(*matrix);
     of_attended.by(layer.output);
-    of_down.by(layer.down);
+    if (layer.experts.empty()) {
+      for (const Matrix* matrix : {&layer.mlp.gate, &layer.mlp.up})
+        if (matrix->outputs) of_normed.by(*matrix);
+      of_down.by(layer.mlp.down);
+      continue;
+    }
+    of_normed.by(layer.router);
+    for (const Mlp& expert : layer.experts) {
+      for (const Matrix* matrix : {&expert.gate, &expert.up}) of_normed.by(*matrix), of_expert.by(*matrix);
+      of_expert_down.by(expert.down);
+    }
   }
   normed_input_.reserve(config.hidden, of_normed);
   head_input_.reserve(config.hidden, of_normed);
   attended_input_.reserve(attention_width, of_attended);
   down_input_.reserve(config.feed_forward, of_down);
-  const int widest = std::max({config.hidden, attention_width, config.feed_forward});
+  if (config.experts) {
+    const int pairs = kPassRows * config.experts_per_token;
+    expert_input_.reserve(config.hidden, of_expert, pairs + kRowsBeyond);
+    expert_down_input_.reserve(config.expert_feed_forward, of_expert_down, pairs + kRowsBeyond);
+    router_logits_.resize(size_t(kPassRows) * size_t(config.experts));
+    routed_.resize(size_t(pairs));
+    expert_taken_ = std::vector<Counter>(size_t(1 + config.experts) * size_t(team_.size()));
+  }
+  const int widest = std::max({config.hidden, attention_width, config.feed_forward, config.expert_feed_forward});
   for (Scratch& scratch : scratch_) {
     scratch.normed.reserve(config.hidden, of_normed);
     scratch.attended.reserve(attention_width, of_attended);
@@ -156,6 +181,11 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
     scratch.other_acc.resize(size_t(kPassRows) * kGroup);
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
     scratch.head.resize(size_t(config.head_dim));
+    if (config.experts) {
+      scratch.shares.resize(size_t(config.experts + kLanes - 1) / kLanes * kLanes);
+      scratch.taken.resize(size_t(config.experts));
+      scratch.mixed.resize(size_t(kPassRows) * kExpertDownPanels * kLanes);
+    }
     if (tiles_permitted_) scratch.unpacked = Region(size_t(widest) * kLanes);
     scratch.rotated.resize(size_t(kRowsInTile) * size_t(config.heads / config.kv_heads * config.head_dim));
     scratch.scores = Region(attention_scratch(config.head_dim, config.context) * sizeof(float));
@@ -168,7 +198,7 @@ void Model::place_weights(const mill_tensor* tensors) {
     Matrix* matrix;
     const mill_tensor* tensor;
   };
-  std::vector<std::vector<Part>> stretches;  // the parts of a stretch take turns, unit by unit
+  std::vector<std::vector<Part>> stretches, of_experts;  // the parts of a stretch take turns, unit by unit
   const auto part = [](Matrix& matrix, const mill_tensor& tensor, int panels_per_unit) {
     matrix.describe(tensor.type, tensor.outputs, tensor.inputs, panels_per_unit);
     return Part{&matrix, &tensor};
@@ -177,20 +207,34 @@ void Model::place_weights(const mill_tensor* tensors) {
     const float* const values = static_cast<const float*>(tensor.data);
     return values ? std::vector<float>(values, values + tensor.inputs) : std::vector<float>();
   };
+  const auto mlp = [&](Mlp& to, const mill_tensor* three, int down_panels, std::vector<std::vector<Part>>& of) {
+    const mill_tensor &gate = three[0], &up = three[1], &down = three[2];
+    if (!up.data) return;
+    of.emplace_back();
+    if (gate.data) of.back().push_back(part(to.gate, gate, kGroup / kLanes));
+    of.back().push_back(part(to.up, up, kGroup / kLanes));
+    of.push_back({part(to.down, down, down_panels)});
+  };
   const mill_tensor* next = tensors;
   for (Layer& layer : layers_) {
     layer.attention_norm.weight = vector(*next++);
     for (Matrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output})
       stretches.push_back({part(*matrix, *next++, 1)});
     layer.feed_forward_norm.weight = vector(*next++);
-    const mill_tensor *gate = next++, *up = next++;
-    stretches.emplace_back();
-    if (gate->data) stretches.back().push_back(part(layer.gate, *gate, kGroup / kLanes));
-    stretches.back().push_back(part(layer.up, *up, kGroup / kLanes));
-    stretches.push_back({part(layer.down, *next++, 1)});
+    mlp(layer.mlp, next, 1, stretches);
+    next += 3;
     for (std::vector<float>* to : {&layer.query_bias, &layer.key_bias, &layer.value_bias, &layer.output_bias, &layer.query_norm.weight,
                                    &layer.key_norm.weight, &layer.attention_norm.bias, &layer.feed_forward_norm.bias})
       *to = vector(*next++);
+    if (config_.experts == 0) continue;
+    const mill_tensor* const router = next++;
+    if (router->data) {
+      stretches.push_back({part(layer.router, *router, 1)});
+      layer.experts.resize(size_t(config_.experts));
+      for (size_t expert = 0; expert < layer.experts.size(); expert++)
+        mlp(layer.experts[expert], next + 3 * expert, kExpertDownPanels, of_experts);
+    }
+    next += 3 * config_.experts;
   }
   const mill_tensor& embedding = *next++;
   final_norm_.weight = vector(*next++);
@@ -203,6 +247,7 @@ void Model::place_weights(const mill_tensor* tensors) {
   taken_ = std::vector<Counter>(stretches.size() * size_t(team_.size()));
   for (size_t index = 0; index < stretches.size(); index++)
     for (const Part& each : stretches[index]) each.matrix->stretch = int(index);
+  stretches.insert(stretches.end(), of_experts.begin(), of_experts.end());
 
   std::vector<size_t> sizes;
   for (int thread = 0; thread < team_.size(); thread++) {
@@ -287,6 +332,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     }
     normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
     head_input_.rows = samples;
+    expert_input_.rows = expert_down_input_.rows = rows * config_.experts_per_token;
     for (Counter& counter : taken_) counter.next.store(0, std::memory_order_relaxed);
     team_.run_step([&](int thread) { run_pass(pass, thread); });
     if (!pass.finite) return false;
@@ -324,9 +370,11 @@ void Model::run_pass(Pass& pass, int thread) {
     });
     project(layer.output, layer.output_bias, attended, thread, residual(0), hidden, true);
     team_.meet();
-    gate_and_up(layer, prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.feed_forward_norm)), scratch, thread);
-    team_.meet();
-    project(layer.down, {}, down_input_, thread, residual(0), hidden, true);
+    const Activations& fed = prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.feed_forward_norm));
+    if (layer.experts.empty())
+      feed_forward(layer, fed, thread);
+    else
+      mixture(layer, fed, thread);
     team_.meet();
   }
   if (pass.samples > 0) sample(pass, thread);
@@ -364,11 +412,11 @@ const Activations& Model::prepare(Activations& shared, Activations& own, int row
 // Calls work(share, first panel) for units nobody has begun: this thread's own, then the others'. A thread whose core is
 // taken away for a while holds up the step by one unit, not by its share.
 template <typename Work>
-void Model::share_out(const Matrix& matrix, int thread, Work work) {
+void Model::share_out(const Matrix& matrix, Counter* taken, int thread, Work work) {
   for (int offset = 0; offset < team_.size(); offset++) {
     const int owner = (thread + offset) % team_.size();
     const Matrix::Share& share = matrix.shares[size_t(owner)];
-    std::atomic<int>& next = taken_[size_t(matrix.stretch * team_.size() + owner)].next;
+    std::atomic<int>& next = taken[owner].next;
     int panel;
     while ((panel = share.first + next.fetch_add(1, std::memory_order_relaxed) * matrix.panels_per_unit) < share.last)
       work(share, panel);
@@ -380,7 +428,7 @@ void Model::project(const Matrix& matrix, const std::vector<float>& bias, const 
                     bool add) {
   Scratch& scratch = scratch_[size_t(thread)];
   float* const acc = scratch.acc.data();
-  share_out(matrix, thread, [&](const Matrix::Share& share, int index) {
+  share_out(matrix, taken(matrix), thread, [&](const Matrix::Share& share, int index) {
     multiply_panel(matrix, matrix.panel(share, index), x, acc, scratch.unpacked.data());
     const int count = std::min(kLanes, matrix.outputs - index * kLanes);
     if (!bias.empty())
@@ -480,28 +528,140 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int fir
          attended_.data() + size_t(row) * size_t(width) + size_t(first_head) * size_t(dim), size_t(width));
 }
 
-// down_input_ = silu(gate) * up, or the square of what is positive of up, quantised as soon as a group of 32 is there.
-void Model::gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread) {
+void Model::feed_forward(const Layer& layer, const Activations& x, int thread) {
+  gate_and_up(layer.mlp, x, taken(layer.mlp.up), thread, down_input_, 0, config_.feed_forward);
+  team_.meet();
+  project(layer.mlp.down, {}, down_input_, thread, residual(0), config_.hidden, true);
+}
+
+// Rows of `out` from first_out on, `width` numbers each = silu(gate) * up, or the square of what is positive of up, quantised
+// as soon as a group of 32 is there.
+void Model::gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int thread, Activations& out, int first_out, int width) {
   constexpr int per_unit = kGroup / kLanes;
-  const size_t half = size_t(x.rows) * kLanes;
+  Scratch& scratch = scratch_[size_t(thread)];
+  const size_t half = size_t(x.count) * kLanes;
   float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
   const auto multiply = [&](const Matrix& matrix, const Matrix::Share& share, int index, float* acc) {
     for (int i = 0; i < per_unit; i++)
       multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data());
   };
-  const bool gated = layer.gate.outputs > 0;
-  const Matrix& leader = gated ? layer.gate : layer.up;
-  share_out(leader, thread, [&](const Matrix::Share& share, int index) {
-    if (gated) multiply(layer.gate, share, index, gates);
-    multiply(layer.up, layer.up.shares[size_t(&share - leader.shares.data())], index, ups);
-    for (int row = 0; row < x.rows; row++) {
+  const bool gated = mlp.gate.outputs > 0;
+  const Matrix& leader = gated ? mlp.gate : mlp.up;
+  share_out(leader, taken, thread, [&](const Matrix::Share& share, int index) {
+    if (gated) multiply(mlp.gate, share, index, gates);
+    multiply(mlp.up, mlp.up.shares[size_t(&share - leader.shares.data())], index, ups);
+    for (int row = 0; row < x.count; row++) {
       float group[kGroup];
       for (int i = 0; i < per_unit; i++) {
         const size_t at = size_t(i) * half + size_t(row) * kLanes;
         store(group + i * kLanes, gated ? silu(load(gates + at)) * load(ups + at) : squared_relu(load(ups + at)));
       }
-      down_input_.set_group(row, index / per_unit, config_.feed_forward, group);
+      out.set_group(first_out + row, index / per_unit, width, group);
     }
+  });
+}
+
+// The experts of a layer for the rows that chose them, added to the residual stream.
+void Model::mixture(const Layer& layer, const Activations& x, int thread) {
+  Scratch& scratch = scratch_[size_t(thread)];
+  const int rows = x.rows, all = config_.experts, per_token = config_.experts_per_token;
+  project(layer.router, {}, x, thread, router_logits_.data(), all, false);
+  team_.meet();
+  const auto [first, last] = share_of(rows, thread, team_.crew());
+  for (int row = first; row < last; row++)
+    choose_experts(router_logits_.data() + size_t(row) * size_t(all), scratch, routed_.data() + size_t(row) * size_t(per_token));
+  if (thread == 0)
+    for (Counter* each = taken_of_experts(0); each < taken_of_experts(size_t(1 + std::min(all, rows * per_token))); each++)
+      each->next.store(0, std::memory_order_relaxed);
+  team_.meet();
+  Routing& routing = scratch.routing;
+  routing.group(routed_, rows, per_token, all);
+  if (rows > 1) {
+    const auto [begin, end] = share_of(rows * per_token, thread, team_.crew());
+    for (int pair = begin; pair < end; pair++) expert_input_.copy_row(pair, config_.hidden, x, routing.rows[size_t(pair)]);
+    team_.meet();
+  }
+  for (size_t at = 0; at < routing.experts.size(); at++)
+    gate_and_up(layer.experts[size_t(routing.experts[at])], rows > 1 ? routing.of(expert_input_, at) : Rows(x),
+                taken_of_experts(1 + at), thread, expert_down_input_, routing.starts[at], config_.expert_feed_forward);
+  team_.meet();
+  add_experts(layer, routing, rows, thread);
+}
+
+// The largest logits win, of equal ones the lower expert; `chosen` is in ascending order.
+void Model::choose_experts(const float* logits, Scratch& scratch, Routed* chosen) const {
+  const int count = config_.experts;
+  std::vector<float>& shares = scratch.shares;
+  std::fill(scratch.taken.begin(), scratch.taken.end(), uint8_t(0));
+  float largest = logits[0];
+  for (int n = 0; n < config_.experts_per_token; n++) {
+    int best = -1;
+    for (int expert = 0; expert < count; expert++)
+      if (!scratch.taken[size_t(expert)] && (best < 0 || logits[expert] > logits[best])) best = expert;
+    scratch.taken[size_t(best)] = 1;
+    if (n == 0) largest = logits[best];
+  }
+  std::copy(logits, logits + count, shares.begin());
+  std::fill(shares.begin() + count, shares.end(), largest);
+  for (size_t i = 0; i < shares.size(); i += kLanes) store(&shares[i], exponential(load(&shares[i]) - splat(largest)));
+  std::fill(shares.begin() + count, shares.end(), 0.0f);
+  if (config_.experts_normalised)
+    for (int expert = 0; expert < count; expert++)
+      if (!scratch.taken[size_t(expert)]) shares[size_t(expert)] = 0.0f;
+  Lanes total = splat(0.0f);
+  for (size_t i = 0; i < shares.size(); i += kLanes) total = total + load(&shares[i]);
+  const float sum = sum_of(total);
+  for (int expert = 0; expert < count; expert++)
+    if (scratch.taken[size_t(expert)]) *chosen++ = {expert, shares[size_t(expert)] / sum};
+}
+
+void Model::Routing::group(const std::vector<Routed>& chosen, int count, int per_token, int all_experts) {
+  const size_t pairs = size_t(count) * size_t(per_token);
+  next.assign(size_t(all_experts), 0);
+  for (size_t pair = 0; pair < pairs; pair++) next[size_t(chosen[pair].expert)]++;
+  experts.clear(), starts.clear();
+  rows.resize(pairs), weights.resize(pairs);
+  int start = 0;
+  for (int expert = 0; expert < all_experts; expert++) {
+    const int of_expert = next[size_t(expert)];
+    if (of_expert) experts.push_back(expert), starts.push_back(start);
+    next[size_t(expert)] = start;
+    start += of_expert;
+  }
+  starts.push_back(start);
+  for (size_t pair = 0; pair < pairs; pair++) {
+    const size_t at = size_t(next[size_t(chosen[pair].expert)]++);
+    rows[at] = int(pair) / per_token, weights[at] = chosen[pair].weight;
+  }
+}
+
+// residual += the sum of weight * down(expert), experts ascending. All experts have the same shape, so the same shares.
+void Model::add_experts(const Layer& layer, const Routing& routing, int rows, int thread) {
+  Scratch& scratch = scratch_[size_t(thread)];
+  const Matrix& leader = layer.experts[size_t(routing.experts[0])].down;
+  float *const acc = scratch.acc.data(), *const mixed = scratch.mixed.data();
+  const auto sum_of_row = [&](int row, int i) { return mixed + (size_t(row) * kExpertDownPanels + size_t(i)) * kLanes; };
+  share_out(leader, taken_of_experts(0), thread, [&](const Matrix::Share& share, int index) {
+    const size_t owner = size_t(&share - leader.shares.data());
+    const int panels = std::min(kExpertDownPanels, share.last - index);
+    std::fill(mixed, sum_of_row(rows, 0), 0.0f);
+    for (size_t at = 0; at < routing.experts.size(); at++) {
+      const Matrix& down = layer.experts[size_t(routing.experts[at])].down;
+      const Rows x = routing.of(expert_down_input_, at);
+      for (int i = 0; i < panels; i++) {
+        multiply_panel(down, down.panel(down.shares[owner], index + i), x, acc, scratch.unpacked.data());
+        for (int n = 0; n < x.count; n++) {
+          const size_t pair = size_t(x.first + n);
+          float* const to = sum_of_row(routing.rows[pair], i);
+          store(to, fma(splat(routing.weights[pair]), load(acc + n * kLanes), load(to)));
+        }
+      }
+    }
+    for (int row = 0; row < rows; row++)
+      for (int i = 0; i < panels; i++) {
+        float* const to = residual(row) + (index + i) * kLanes;
+        store(to, load(to) + load(sum_of_row(row, i)));
+      }
   });
 }
 

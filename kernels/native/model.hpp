@@ -25,10 +25,12 @@ struct mill_config {
   const int32_t* windows;     // [layers] positions that a row of the layer sees, its own included; 0: all before it
   const int32_t* head_ids;    // [head_rows] the token id of each row of a trimmed head, ascending; null: row i is id i
   int32_t head_rows;
+  int32_t experts, experts_per_token, expert_feed_forward;  // 0: no layer has any
+  int32_t experts_normalised;  // 1: weights are a softmax over the chosen; 0: over all
 };
 
 struct mill_tensor {
-  const void* data;  // null: there is none (an untied head; a gate; biases; norms of heads)
+  const void* data;  // null: there is none (an untied head; a gate; biases; norms of heads; an MLP, or the experts in its place)
   int32_t type;      // as numbered in GGUF
   int32_t outputs, inputs;
 };
@@ -78,7 +80,8 @@ class Region {
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
-  // of the heads of q and k, the biases of attn_norm and ffn_norm; then token_embd, output_norm, its bias, output.
+  // of the heads of q and k, the biases of attn_norm and ffn_norm, and where the model has experts, the router and of each
+  // expert gate, up, down; then token_embd, output_norm, its bias, output.
   // Copies what it needs. Throws std::bad_alloc.
   Model(const mill_config& config, const mill_tensor* tensors);
 
@@ -97,23 +100,47 @@ class Model {
   struct Norm {
     std::vector<float> weight, bias;  // a bias: a layer norm; none: root mean square
   };
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
+  struct Mlp {
+    Matrix gate, up, down;  // without outputs, there is no gate
+  };
   struct Layer {
     Norm attention_norm, feed_forward_norm;
     std::vector<float> query_bias, key_bias, value_bias, output_bias;  // empty: none
     Norm query_norm, key_norm;                                         // as well
-    Matrix query, key, value, output, gate, up, down;                  // without outputs, there is no gate
+    Matrix query, key, value, output;
+    Mlp mlp;
+    Matrix router;
+    std::vector<Mlp> experts;  // in place of `mlp`, where there are any
+  };
+  struct Routed {
+    int expert;
+    float weight;
+  };
+  // A layer's rows, expert by expert: a row stands once in a list of pairs for each expert that it chose.
+  struct Routing {
+    std::vector<int> experts;  // chosen by some row, ascending
+    std::vector<int> starts;   // [experts + 1] the first pair of each
+    std::vector<int> rows;     // [pairs] ascending within an expert
+    std::vector<float> weights;  // [pairs]
+    std::vector<int> next;     // [all experts] scratch of group()
+
+    void group(const std::vector<Routed>& chosen, int rows, int per_token, int all_experts);
+    Rows of(const Activations& pairs, size_t at) const { return {pairs, starts[at], starts[at + 1] - starts[at]}; }
   };
   struct Scratch {  // one thread's own
     Activations normed, attended;
     std::vector<float> acc, other_acc, row, head, rotated;
+    std::vector<float> shares, mixed;  // of experts: what a router gives each, and a unit's sums
+    std::vector<uint8_t> taken;
+    Routing routing;
     Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
   struct Asked;
   struct Tile;
   struct Pass;
-  struct alignas(64) Counter {
-    std::atomic<int> next{0};
-  };
 
   void place_weights(const mill_tensor* tensors);
   void run_pass(Pass& pass, int thread);
@@ -121,14 +148,20 @@ class Model {
   template <typename Row>
   const Activations& prepare(Activations& shared, Activations& own, int rows, int width, int thread, Row values);
   template <typename Work>
-  void share_out(const Matrix& matrix, int thread, Work work);
+  void share_out(const Matrix& matrix, Counter* taken, int thread, Work work);
+  Counter* taken(const Matrix& matrix) { return &taken_[size_t(matrix.stretch) * size_t(team_.size())]; }
+  Counter* taken_of_experts(size_t at) { return expert_taken_.data() + at * size_t(team_.size()); }
   void project(const Matrix& matrix, const std::vector<float>& bias, const Activations& x, int thread, float* out, int stride, bool add);
   void write_cache(const Pass& pass, int layer, int thread);
   void attend_all(const Pass& pass, int layer, int thread);
   void attend_tile(const Pass& pass, int layer, int row, int rows, int kv_head, Scratch& scratch);
   void attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch);
   void norm(const float* x, const Norm& by, int width, float* out) const;
-  void gate_and_up(const Layer& layer, const Activations& x, Scratch& scratch, int thread);
+  void gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int thread, Activations& out, int first_out, int width);
+  void feed_forward(const Layer& layer, const Activations& x, int thread);
+  void mixture(const Layer& layer, const Activations& x, int thread);
+  void choose_experts(const float* logits, Scratch& scratch, Routed* chosen) const;
+  void add_experts(const Layer& layer, const Routing& routing, int rows, int thread);
   void sample(Pass& pass, int thread);
   void say_how_likely(Pass& pass, int thread, bool& finite);
   const float* normed_head(const float* head, const Norm& by, Scratch& scratch) const;
@@ -153,9 +186,13 @@ class Model {
 
   std::vector<float> residual_, qkv_, attended_, rotation_;  // [kPassRows][...]
   Activations normed_input_, attended_input_, down_input_, head_input_;
+  std::vector<float> router_logits_;  // [kPassRows][experts]
+  std::vector<Routed> routed_;        // [kPassRows][experts per token]
+  Activations expert_input_, expert_down_input_;  // [pairs of a row and one of its experts]
   Region logits_;
   std::vector<Scratch> scratch_;
   std::vector<Counter> taken_;  // [stretches][threads] units of a thread's share that somebody has begun, in this pass
+  std::vector<Counter> expert_taken_;  // [1 + experts][threads] the same in this layer: down projections, then each expert
   std::atomic<int> next_item_{0};
   Team team_;
 };

@@ -37,6 +37,9 @@ class Activations(NamedTuple):
     steps: Floats  # [groups, R]
     sums: Doubles  # [groups, R] step * sum of q, rounded to float32
 
+    def some(self, rows: NDArray[np.intp]) -> "Activations":
+        return Activations(self.rows[rows], self.q[:, torch.from_numpy(rows)], self.steps[:, rows], self.sums[:, rows])
+
 
 def quantised(rows: Floats) -> Activations:
     """As `specification.quantised`, of every group of every row."""

@@ -24,6 +24,10 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
                 a window hides positions: their p is 0, and they are no part of the largest score
                 int8, fp8: score and p are multiplied by the step of the token's key and value
     mlp         gate / (1 + exponential(-gate)) * up; without a gate up * (the larger of up and 0)
+    experts     the router is a linear; its largest logits are chosen, of equal ones the lower expert;
+                p = exponential(logit - largest), of those not chosen 0 where weights are normalised;
+                weight = p / total, the total in 16 lanes (expert e in lane e % 16) and a tree;
+                the chosen in ascending order: mixed = fma(weight, mlp of the expert, mixed), from 0
     residual    float32; logits: final norm, then linear
 
 Two more recipes store a number of the KV cache in a byte, "int8-g32/1+kv-int8" and "int8-g32/1+kv-fp8":
@@ -45,6 +49,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.checkpoint import Checkpoint
+from kernels.config import Experts
 from kernels.native.grids import GROUP, taken_apart
 from kernels.step import StepInputs
 
@@ -120,13 +125,21 @@ class SpecifiedDecoder:
             out = [attended(q[head], keys[:, kv], values[:, kv], first) for head, kv in enumerate(kv_heads)]
             x = x + linear("attention.o", np.concatenate(out))
             normed = self._normed(x, f"layers.{layer}.mlp_norm")
-            up = linear("mlp.up", normed)
-            if config.gated:
-                gate = linear("mlp.gate", normed)
-                inner = gate / (_ONE + exponential(-gate)) * up
+
+            def mlp(name: str, normed: Floats = normed) -> Floats:
+                up = linear(f"{name}.up", normed)
+                if not config.gated:
+                    return linear(f"{name}.down", up * np.maximum(up, np.float32(0)))
+                gate = linear(f"{name}.gate", normed)
+                return linear(f"{name}.down", gate / (_ONE + exponential(-gate)) * up)
+
+            if config.experts is not None and config.is_mixture(layer):
+                mixed = np.zeros(config.hidden, np.float32)
+                for expert, weight in routed(linear("router", normed), config.experts):
+                    mixed = fma(weight, mlp(f"experts.{expert}"), mixed)
+                x = x + mixed
             else:
-                inner = up * np.maximum(up, np.float32(0))
-            x = x + linear("mlp.down", inner)
+                x = x + mlp("mlp")
         return x
 
     def _normed(self, x: Floats, name: str) -> Floats:
@@ -195,6 +208,16 @@ def quantised(values: Floats) -> tuple[NDArray[np.int32], np.float32]:
     if step < np.finfo(np.float32).tiny:
         return np.zeros(GROUP, np.int32), np.float32(0)
     return np.rint(values / step).astype(np.int32), step
+
+
+def routed(logits: Floats, experts: Experts) -> list[tuple[int, np.float32]]:
+    """The chosen experts of a row, ascending, and their weights."""
+    chosen = np.sort(np.argsort(-logits, kind="stable")[: experts.per_token])
+    shares = exponential(logits - logits.max())
+    if experts.normalised:
+        shares[np.setdiff1d(np.arange(experts.count), chosen)] = 0
+    total = lane_sums(shares, np.ones_like(shares))
+    return [(int(expert), np.float32(shares[expert] / total)) for expert in chosen]
 
 
 def rotated(heads: Floats, cosines: Floats, sines: Floats, interleaved: bool) -> Floats:

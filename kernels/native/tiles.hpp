@@ -120,7 +120,7 @@ MILL_INLINE void add_products(const TilePanel& panel, int group, const GroupRows
 
 // acc[row][16] for sixteen rows from `row` on, or as many as there are.
 template <bool Nibbles>
-void multiply_sixteen(const TilePanel& panel, const Activations& x, int row, float* acc) {
+void multiply_sixteen(const TilePanel& panel, const Rows& x, int row, float* acc) {
   alignas(64) int32_t products[2][kTileRows * kLanes];
   Lanes sums[kTileRows];
 #pragma GCC unroll 16
@@ -138,7 +138,7 @@ void multiply_sixteen(const TilePanel& panel, const Activations& x, int row, flo
   if (g < panel.groups) add_products<Nibbles>(panel, g, x.group(g, row), products[0], sums);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; r++)
-    if (row + r < x.rows) store(acc + (row + r) * kLanes, sums[r]);
+    if (row + r < x.count) store(acc + (row + r) * kLanes, sums[r]);
 }
 
 #else

@@ -23,7 +23,7 @@ from kernels.native.decoder import BLOCK_SIZE_TOKENS, MOST_THREADS, RECIPE, chec
 from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
 from kernels.native.packed import FLOATS, KINDS, Activations, Matrix, Plain, quantised, stacked
-from kernels.native.specification import LARGEST_HALF
+from kernels.native.specification import LARGEST_HALF, routed
 from kernels.reference import adjust_logits, fill_logprobs, mask_logits, race, sample, widened
 from kernels.step import Race, StepInputs, check_places
 
@@ -44,6 +44,18 @@ class _Norm(NamedTuple):
     bias: Floats | None  # a layer norm's
 
 
+class _Mlp(NamedTuple):
+    gate_up: list[Matrix]
+    down: list[Matrix]
+
+
+class _Mixture(NamedTuple):
+    """Experts in place of an MLP."""
+
+    router: list[Matrix]
+    experts: list[_Mlp]
+
+
 class _Layer(NamedTuple):
     attention_norm: _Norm
     qkv: list[Matrix]
@@ -53,8 +65,7 @@ class _Layer(NamedTuple):
     output: list[Matrix]
     output_bias: Floats | None
     mlp_norm: _Norm
-    gate_up: list[Matrix]
-    down: list[Matrix]
+    mlp: _Mlp | _Mixture
 
 
 class _Rows(NamedTuple):
@@ -211,9 +222,28 @@ class UncompiledDecoder:
             self._write(number, rows, k, v)
             attended = self._attended(number, rows, q * np.float32(1 / math.sqrt(config.head_dim)))
             x = x + _with_bias(_times(layer.output, quantised(attended.reshape(count, -1))), layer.output_bias)
-            inner = self._activated(_times(layer.gate_up, quantised(self._normed(x, layer.mlp_norm))))
-            x = x + _times(layer.down, quantised(inner))
+            normed = quantised(self._normed(x, layer.mlp_norm))
+            x = x + (self._fed(layer.mlp, normed) if isinstance(layer.mlp, _Mlp) else self._mixed(layer.mlp, normed))
         return x
+
+    def _fed(self, mlp: _Mlp, x: Activations) -> Floats:
+        return _times(mlp.down, quantised(self._activated(_times(mlp.gate_up, x))))
+
+    def _mixed(self, mixture: _Mixture, x: Activations) -> Floats:
+        """What experts make of their rows, added expert by expert."""
+        experts = self.config.experts
+        assert experts is not None
+        weights = np.zeros((len(x.rows), experts.count), np.float32)
+        chosen = np.zeros(weights.shape, np.bool_)
+        for row, logits in enumerate(_times(mixture.router, x)):
+            for expert, weight in routed(logits, experts):
+                weights[row, expert], chosen[row, expert] = weight, True
+        mixed = np.zeros((len(x.rows), self.config.hidden), np.float32)
+        for expert in np.flatnonzero(chosen.any(0)):
+            rows = np.flatnonzero(chosen[:, expert])
+            made = self._fed(mixture.experts[expert], x.some(rows))
+            mixed[rows] = chain(np.multiply(made, weights[rows, expert, None], dtype=np.float64)[None], mixed[rows])
+        return mixed
 
     def _activated(self, gate_up: Floats) -> Floats:
         """What down reads [R, ffn]."""
@@ -312,6 +342,14 @@ class UncompiledDecoder:
         def norm(name: str) -> _Norm:
             return _Norm(vector(name), vector(name, "bias") if config.layer_norm else None)
 
+        def mlp(at: str) -> _Mlp:
+            parts = ("gate", "up") if config.gated else ("up",)
+            return _Mlp(matrix(*(f"{at}.{part}" for part in parts)), matrix(f"{at}.down"))
+
+        def mixture(at: str) -> _Mixture:
+            count = config.experts.count if config.experts else 0
+            return _Mixture(matrix(f"{at}.router"), [mlp(f"{at}.experts.{expert}") for expert in range(count)])
+
         self._layers = [
             _Layer(
                 attention_norm=norm(f"{at}.attention_norm"),
@@ -326,10 +364,9 @@ class UncompiledDecoder:
                 output=matrix(f"{at}.attention.o"),
                 output_bias=vector(f"{at}.attention.o", "bias") if config.output_bias else None,
                 mlp_norm=norm(f"{at}.mlp_norm"),
-                gate_up=matrix(*(f"{at}.mlp.{part}" for part in (("gate", "up") if config.gated else ("up",)))),
-                down=matrix(f"{at}.mlp.down"),
+                mlp=mixture(at) if config.is_mixture(number) else mlp(f"{at}.mlp"),
             )
-            for at in (f"layers.{number}" for number in range(self.config.layers))
+            for number, at in enumerate(f"layers.{number}" for number in range(config.layers))
         ]
         self._norm = norm("norm")
         self._embedding = matrix("embedding")

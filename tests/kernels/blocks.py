@@ -1,5 +1,7 @@
 """Random blocks of every kind of quantised weights: GGUF's own library writes only some of them."""
 
+import math
+
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
@@ -30,9 +32,10 @@ def random_blocks(kind: str, outputs: int, inputs: int, seed: int = 0) -> NDArra
 
 
 def stored_as(kind: str, shape: Tiny = WIDE) -> dict[str, tuple[NDArray[np.uint8], Kind]]:
-    """Every matrix of a tiny model, in random blocks of a kind."""
-    matrices = {name: weight.shape for name, weight in tiny_weights(shape).items() if weight.ndim == 2}
+    """Every matrix of a tiny model but its routers, in random blocks of a kind; those of experts are stacked."""
+    matrices = {name: weight.shape for name, weight in tiny_weights(shape).items()
+                if weight.ndim > 1 and "ffn_gate_inp" not in name}
     return {
-        name: (random_blocks(kind, outputs, inputs, seed), Kind[kind])
-        for seed, (name, (outputs, inputs)) in enumerate(matrices.items())
+        name: (random_blocks(kind, math.prod(stack), inputs, seed).reshape(*stack, -1), Kind[kind])
+        for seed, (name, (*stack, inputs)) in enumerate(matrices.items())
     }

@@ -110,6 +110,18 @@ def test_no_number_of_rows_changes_a_bit(tmp_path: Path, emulated: Load, linear:
             assert (tile_products(decoder) > before) == (tiles and rows >= FEWEST_ROWS_FOR_TILES)
 
 
+@pytest.mark.parametrize("linear", [Kind.Q4_1, Kind.Q8_0])
+def test_experts_are_the_specification_s_whether_tiles_take_their_rows_or_not(
+    tmp_path: Path, emulated: Load, linear: Kind
+) -> None:
+    # of four experts two for each row: 15 to 25 of 40 rows for an expert, and they begin anywhere among the pairs
+    shape = Tiny(family="qwen3moe", qk_norm=True, layers=1, experts=4, experts_per_token=2, expert_ffn=32)
+    path = write_tiny_gguf(tmp_path / "model.gguf", shape, linear=linear)
+    expected = whole(specified(path))
+    for tiles in (True, False):
+        assert same_bits(whole(emulated(path, tiles)), expected)
+
+
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
 def test_a_cache_in_bytes_is_the_specification_s_too(tmp_path: Path, emulated: Load, kv_format: str) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", Tiny(layers=1, heads=3, kv_heads=1, head_dim=32, hidden=32, ffn=32))

@@ -37,11 +37,18 @@ class Tiny:
     layer_norm: bool = False
     gated: bool = True
     rotary_dim: int | None = None  # None: head_dim
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    dense_layers: tuple[int, ...] = ()  # without experts all the same
     settings: tuple[tuple[str, object], ...] = ()  # more of config.json
 
 
 def tiny_weights(shape: Tiny) -> dict[str, Floats]:
-    """Random weights by GGUF name, q and k in GGUF's row order; scaled so that logits spread like a trained model's."""
+    """Random weights by GGUF name, q and k in GGUF's row order; scaled so that logits spread like a trained model's.
+
+    Experts' weights are stacked.
+    """
     random = np.random.default_rng(shape.seed)
     attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
@@ -51,16 +58,23 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
     def norm() -> Floats:
         return random.uniform(0.5, 1.5, shape.hidden).astype(np.float32)
 
+    def mlp(layer: int) -> dict[str, Floats]:
+        down = {f"blk.{layer}.ffn_down.weight": matrix(shape.hidden, shape.ffn)}
+        gate = {f"blk.{layer}.ffn_gate.weight": matrix(shape.ffn, shape.hidden)} if shape.gated else {}
+        return down | gate | {f"blk.{layer}.ffn_up.weight": matrix(shape.ffn, shape.hidden)}
+
+    def mixture(layer: int) -> dict[str, Floats]:
+        sizes = {"gate": (shape.expert_ffn, shape.hidden), "up": (shape.expert_ffn, shape.hidden),
+                 "down": (shape.hidden, shape.expert_ffn)}
+        stacks = {f"blk.{layer}.ffn_{name}_exps.weight": np.stack([matrix(*size) for _ in range(shape.experts)])
+                  for name, size in sizes.items()}
+        return stacks | {f"blk.{layer}.ffn_gate_inp.weight": matrix(shape.experts, shape.hidden)}
+
     weights = {"token_embd.weight": matrix(shape.vocabulary, shape.hidden) * np.float32(4)}
     for layer in range(shape.layers):
         weights |= {
             f"blk.{layer}.attn_norm.weight": norm(),
-            f"blk.{layer}.ffn_down.weight": matrix(shape.hidden, shape.ffn),
-        }
-        if shape.gated:
-            weights[f"blk.{layer}.ffn_gate.weight"] = matrix(shape.ffn, shape.hidden)
-        weights |= {
-            f"blk.{layer}.ffn_up.weight": matrix(shape.ffn, shape.hidden),
+            **(mixture(layer) if shape.experts and layer not in shape.dense_layers else mlp(layer)),
             f"blk.{layer}.ffn_norm.weight": norm(),
             f"blk.{layer}.attn_k.weight": matrix(kv, shape.hidden),
             f"blk.{layer}.attn_output.weight": matrix(shape.hidden, attention),
@@ -112,12 +126,17 @@ def write_tiny_gguf(
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_rope_dimension_count(shape.rotary_dim or shape.head_dim)
     (writer.add_layer_norm_eps if shape.layer_norm else writer.add_layer_norm_rms_eps)(shape.norm_eps)
+    if shape.experts:
+        writer.add_expert_count(shape.experts)
+        writer.add_expert_used_count(shape.experts_per_token)
+        writer.add_expert_feed_forward_length(shape.expert_ffn)
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{token}>" for token in range(shape.vocabulary)])
     writer.add_token_types([1] * shape.vocabulary)
     for name, weight in tiny_weights(shape).items():
-        kind = Kind.F32 if weight.ndim == 1 else head if name in ("token_embd.weight", "output.weight") else linear
+        plain = weight.ndim == 1 or name.endswith("ffn_gate_inp.weight")  # as converters leave them
+        kind = Kind.F32 if plain else head if name in ("token_embd.weight", "output.weight") else linear
         blocks, kind = (stored or {}).get(name) or (gguf.quants.quantize(weight, kind), kind)
         writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
@@ -146,11 +165,25 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
         "norm_eps" if shape.layer_norm else "rms_norm_eps": shape.norm_eps,
         "rope_theta": shape.rope_base,
         "tie_word_embeddings": shape.tied_head,
-    } | dict(shape.settings)
+    }
+    if shape.experts:
+        config |= {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.expert_ffn,
+            "mlp_only_layers": list(shape.dense_layers),
+        }
+    config |= dict(shape.settings)
     if shape.rotary_dim is not None:
         config["partial_rotary_factor"] = shape.rotary_dim / shape.head_dim
     (folder / "config.json").write_text(json.dumps(config))
-    renamed = {_hugging_face_name(name): _stored(name, weight, shape) for name, weight in tiny_weights(shape).items()}
+    renamed: dict[str, Floats] = {}
+    for name, weight in tiny_weights(shape).items():
+        theirs = _hugging_face_name(name)
+        if "*" in theirs:
+            renamed |= {theirs.replace("*", str(expert)): each for expert, each in enumerate(weight)}
+        else:
+            renamed[theirs] = _stored(name, weight, shape)
     save_file({name: np.ascontiguousarray(weight) for name, weight in renamed.items()}, folder / "model.safetensors")
     return folder
 
@@ -184,6 +217,10 @@ def _hugging_face_name(name: str) -> str:
         "ffn_gate": "mlp.gate_proj",
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.*.gate_proj",
+        "ffn_up_exps": "mlp.experts.*.up_proj",
+        "ffn_down_exps": "mlp.experts.*.down_proj",
     }
     if name in outside:
         return outside[name]

@@ -222,6 +222,10 @@ def test_a_student_computes_and_exports_what_the_served_decoder_does(shape: Tiny
         with pytest.raises(CheckpointError, match="scales its rope"):
             Student(checkpoint, range(shape.layers), range(shape.vocabulary))
         return
+    if checkpoint.config.experts is not None:
+        with pytest.raises(CheckpointError, match="is a mixture of experts"):
+            Student(checkpoint, range(shape.layers), range(shape.vocabulary))
+        return
     student = Student(checkpoint, range(shape.layers), range(shape.vocabulary))
     document = Document(np.array(prompts(1, 5)[0] * 4, np.int32), 1)
     target = TorchDecoder(checkpoint, blocks=16)

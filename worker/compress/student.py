@@ -46,6 +46,9 @@ class Student(nn.Module):  # type: ignore[misc]  # torch is not followed
         if config.rope_factors is not None or config.rope_magnitude != 1.0:
             raise CheckpointError(f"{target.path} scales its rope, which a drafter's config.json cannot say yet: "
                                   "distil from a model without rope scaling")
+        if config.experts is not None:
+            raise CheckpointError(f"{target.path} is a mixture of experts, which no drafter can be made of yet: "
+                                  "distil from a dense model of its vocabulary")
         windows = None if config.windows is None else tuple(config.window(layer) for layer in layers)
         self.config = replace(config, layers=len(layers), tied_head=False, head_ids=tuple(head_ids), windows=windows)
         self.register_buffer("embedding", target.tensor("embedding.weight"), persistent=False)
