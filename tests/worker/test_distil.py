@@ -222,6 +222,10 @@ def test_a_student_computes_and_exports_what_the_served_decoder_does(shape: Tiny
         with pytest.raises(CheckpointError, match="scales its rope"):
             Student(checkpoint, range(shape.layers), range(shape.vocabulary))
         return
+    if checkpoint.config.layer_norm:
+        with pytest.raises(CheckpointError, match="is of a family that no drafter can be made of"):
+            Student(checkpoint, range(shape.layers), range(shape.vocabulary))
+        return
     if checkpoint.config.experts is not None:
         with pytest.raises(CheckpointError, match="is a mixture of experts"):
             Student(checkpoint, range(shape.layers), range(shape.vocabulary))

@@ -49,6 +49,9 @@ class Student(nn.Module):  # type: ignore[misc]  # torch is not followed
         if config.experts is not None:
             raise CheckpointError(f"{target.path} is a mixture of experts, which no drafter can be made of yet: "
                                   "distil from a dense model of its vocabulary")
+        if config.layer_norm or not config.gated or config.rotary_dim != config.head_dim:
+            raise CheckpointError(f"{target.path} is of a family that no drafter can be made of yet (layer norms, no "
+                                  "gate, heads that turn in part): distil from a model of a Llama family")
         windows = None if config.windows is None else tuple(config.window(layer) for layer in layers)
         self.config = replace(config, layers=len(layers), tied_head=False, head_ids=tuple(head_ids), windows=windows)
         self.register_buffer("embedding", target.tensor("embedding.weight"), persistent=False)
