@@ -49,12 +49,15 @@ MILL_INLINE void add(Lanes scale, const GroupRows& rows, const Lanes dots[R], La
 // Q4 and Q5. R rows from `row` on: one pass over the panel, sums in registers. Unpacking is an eighth of the work at four
 // rows, and more rows find the panel in L1: unpacking it once for all of them was no faster on Zen 3.
 template <bool Nibbles, int R>
-void multiply_pairs(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
+void multiply_pairs(const uint8_t* panel, int groups, const Rows& x, int row, float* acc, Ahead& ahead) {
   constexpr size_t kGroupBytes = Nibbles ? kQ4GroupBytes : kQ5GroupBytes;
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
   for (int g = 0; g < groups; g++, panel += kGroupBytes) {
-    if (row == 0) prefetch_ahead<kGroupBytes>(panel);
+    if (row == 0)
+      prefetch_ahead<kGroupBytes>(panel);
+    else
+      ahead.fetch();
     const Lanes scale = load_half((const uint16_t*)panel), minimum = load_half((const uint16_t*)panel + kLanes);
     const GroupRows rows = x.group(g, row);
     Lanes dots[R];
@@ -68,13 +71,16 @@ void multiply_pairs(const uint8_t* panel, int groups, const Rows& x, int row, fl
 }
 
 template <int R>
-void multiply_q8(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
+void multiply_q8(const uint8_t* panel, int groups, const Rows& x, int row, float* acc, Ahead& ahead) {
   const uint16_t* scales = (const uint16_t*)panel;
   const uint8_t* lines = panel + q8_header_bytes(groups);
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
   for (int g = 0; g < groups; g++, lines += kQ8LineBytes) {
-    if (row == 0) prefetch_ahead<kQ8LineBytes + 64>(lines);
+    if (row == 0)
+      prefetch_ahead<kQ8LineBytes + 64>(lines);
+    else
+      ahead.fetch();
     const Lanes scale = load_half(scales + g * kLanes);
     const GroupRows rows = x.group(g, row);
     Lanes dots[R];
@@ -170,19 +176,19 @@ int multiply_tiles([[maybe_unused]] const Matrix& matrix, [[maybe_unused]] const
 
 }  // namespace
 
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked) {
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked, Ahead& ahead) {
   const int groups = matrix.inputs / kGroup;
   switch (matrix.kind) {
     case Kind::Q4_0:  // described as Q4
     case Kind::Q4:
       return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.count,
-                     [&](auto count, int row) { multiply_pairs<true, count>(panel, groups, x, row, acc); });
+                     [&](auto count, int row) { multiply_pairs<true, count>(panel, groups, x, row, acc, ahead); });
     case Kind::Q5_0:  // described as Q5
     case Kind::Q5:
-      return by_rows(0, x.count, [&](auto count, int row) { multiply_pairs<false, count>(panel, groups, x, row, acc); });
+      return by_rows(0, x.count, [&](auto count, int row) { multiply_pairs<false, count>(panel, groups, x, row, acc, ahead); });
     case Kind::Q8:
       return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.count,
-                     [&](auto count, int row) { multiply_q8<count>(panel, groups, x, row, acc); });
+                     [&](auto count, int row) { multiply_q8<count>(panel, groups, x, row, acc, ahead); });
     case Kind::Q4_K: return multiply_super_rows<Kind::Q4_K>(panel, groups, x, acc);
     case Kind::Q5_K: return multiply_super_rows<Kind::Q5_K>(panel, groups, x, acc);
     case Kind::Q6_K: return multiply_super_rows<Kind::Q6_K>(panel, groups, x, acc);

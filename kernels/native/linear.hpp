@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ahead.hpp"
 #include "dots.hpp"
 
 namespace mill {
@@ -107,7 +108,8 @@ struct Matrix {
 };
 
 // acc[row][16] for all rows of `x` = the product with one panel.
+// Where rows are many enough to go in several turns, `ahead` is fetched beside all but the first.
 // `unpacked`: inputs * 16 bytes on a line of 64 for AMX to work in, and then this thread has Tiles; null: none are used.
-void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked);
+void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, float* acc, uint8_t* unpacked, Ahead& ahead);
 
 }  // namespace mill

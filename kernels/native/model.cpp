@@ -94,6 +94,7 @@ struct Model::Pass {
   int first_sample, samples;
   std::vector<const int32_t*> tables;  // [rows] the block table of the row's sequence
   std::vector<Tile> tiles;             // all rows
+  std::vector<int32_t> blocks;         // that its attention reads, each once; empty where fetching them ahead is not worth it
   float* logits;                       // [samples][head rows]
   int32_t* tokens;                     // [samples][places], or null
   float* scores;                       // [samples][places], or null
@@ -103,6 +104,14 @@ struct Model::Pass {
   std::atomic<bool> finite{true};
 
   int position(int row) const { return inputs.positions[first + row]; }
+  void find_blocks() {
+    if (rows <= kRowsTogether) return;
+    for (int row = 0; row < rows; row++)
+      if (row + 1 == rows || tables[size_t(row)] != tables[size_t(row) + 1])
+        blocks.insert(blocks.end(), tables[size_t(row)], tables[size_t(row)] + position(row) / kBlockTokens + 1);
+    std::sort(blocks.begin(), blocks.end());
+    blocks.erase(std::unique(blocks.begin(), blocks.end()), blocks.end());
+  }
   // Puts the next row beside its neighbour, or into a tile of its own.
   void place(int row) {
     const bool beside = row > 0 && tables[size_t(row)] == tables[size_t(row) - 1] && position(row) == position(row - 1) + 1 &&
@@ -318,7 +327,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     const int rows = std::min(kPassRows, inputs.rows - first);
     int samples = 0;
     while (sample + samples < inputs.samples && inputs.sample_rows[sample + samples] < first + rows) samples++;
-    Pass pass{inputs, first, rows, sample, samples, {}, {}, nullptr, nullptr, nullptr, wanted.places, {}, {}};
+    Pass pass{inputs, first, rows, sample, samples, {}, {}, {}, nullptr, nullptr, nullptr, wanted.places, {}, {}};
     if (inputs.logprobs && wanted.tokens) pass.asked.resize(size_t(samples));
     const size_t placed = size_t(sample) * size_t(wanted.places);
     pass.logits = wanted.logits ? wanted.logits + size_t(sample) * size_t(config_.head_rows) : reinterpret_cast<float*>(logits_.data());
@@ -330,6 +339,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
       pass.tables.push_back(inputs.block_tables + int64_t(sequence) * inputs.table_width);
       pass.place(row - first);
     }
+    pass.find_blocks();
     normed_input_.rows = attended_input_.rows = down_input_.rows = rows;
     head_input_.rows = samples;
     expert_input_.rows = expert_down_input_.rows = rows * config_.experts_per_token;
@@ -346,6 +356,7 @@ void Model::run_pass(Pass& pass, int thread) {
   Scratch& scratch = scratch_[size_t(thread)];
   const int hidden = config_.hidden, attention_width = config_.heads * config_.head_dim, rows = pass.rows;
   embed(pass, thread);
+  look_ahead(pass, 0, thread);
   team_.meet();
   for (int index = 0; index < config_.layers; index++) {
     const Layer& layer = layers_[size_t(index)];
@@ -363,7 +374,9 @@ void Model::run_pass(Pass& pass, int thread) {
     write_cache(pass, index, thread);
     if (thread == 0) next_item_.store(0, std::memory_order_relaxed);
     team_.meet();
+    scratch.ahead.stop();
     attend_all(pass, index, thread);
+    look_ahead(pass, index + 1, thread);
     team_.meet();
     const Activations& attended = prepare(attended_input_, scratch.attended, rows, attention_width, thread, [&](int row) {
       return attended_.data() + size_t(row) * size_t(attention_width);
@@ -377,7 +390,17 @@ void Model::run_pass(Pass& pass, int thread) {
       mixture(layer, fed, thread);
     team_.meet();
   }
+  scratch.ahead.stop();
   if (pass.samples > 0) sample(pass, thread);
+}
+
+// This thread's part of what attention of that layer will read.
+void Model::look_ahead(const Pass& pass, int layer, int thread) {
+  if (layer == config_.layers) return;
+  const int32_t *const first = pass.blocks.data(), *const last = first + pass.blocks.size();
+  if (last - first > thread)
+    scratch_[size_t(thread)].ahead.begin(cache_.keys(0, layer, 0), cache_.block_bytes(),
+                                         2 * cache_.side_bytes() * size_t(cache_.heads), first + thread, last, team_.crew());
 }
 
 // Token embeddings into the residual stream; cosines and sines of each row's position, in float64, rounded once.
@@ -429,7 +452,7 @@ void Model::project(const Matrix& matrix, const std::vector<float>& bias, const 
   Scratch& scratch = scratch_[size_t(thread)];
   float* const acc = scratch.acc.data();
   share_out(matrix, taken(matrix), thread, [&](const Matrix::Share& share, int index) {
-    multiply_panel(matrix, matrix.panel(share, index), x, acc, scratch.unpacked.data());
+    multiply_panel(matrix, matrix.panel(share, index), x, acc, scratch.unpacked.data(), scratch.ahead);
     const int count = std::min(kLanes, matrix.outputs - index * kLanes);
     if (!bias.empty())
       for (int row = 0; row < x.rows; row++)
@@ -543,7 +566,7 @@ void Model::gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int threa
   float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
   const auto multiply = [&](const Matrix& matrix, const Matrix::Share& share, int index, float* acc) {
     for (int i = 0; i < per_unit; i++)
-      multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data());
+      multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data(), scratch.ahead);
   };
   const bool gated = mlp.gate.outputs > 0;
   const Matrix& leader = gated ? mlp.gate : mlp.up;
@@ -649,7 +672,7 @@ void Model::add_experts(const Layer& layer, const Routing& routing, int rows, in
       const Matrix& down = layer.experts[size_t(routing.experts[at])].down;
       const Rows x = routing.of(expert_down_input_, at);
       for (int i = 0; i < panels; i++) {
-        multiply_panel(down, down.panel(down.shares[owner], index + i), x, acc, scratch.unpacked.data());
+        multiply_panel(down, down.panel(down.shares[owner], index + i), x, acc, scratch.unpacked.data(), scratch.ahead);
         for (int n = 0; n < x.count; n++) {
           const size_t pair = size_t(x.first + n);
           float* const to = sum_of_row(routing.rows[pair], i);

@@ -136,6 +136,7 @@ class Model {
     std::vector<float> shares, mixed;  // of experts: what a router gives each, and a unit's sums
     std::vector<uint8_t> taken;
     Routing routing;
+    Ahead ahead;
     Region scores, unpacked;  // `unpacked` only where tiles may be used
   };
   struct Asked;
@@ -153,6 +154,7 @@ class Model {
   Counter* taken_of_experts(size_t at) { return expert_taken_.data() + at * size_t(team_.size()); }
   void project(const Matrix& matrix, const std::vector<float>& bias, const Activations& x, int thread, float* out, int stride, bool add);
   void write_cache(const Pass& pass, int layer, int thread);
+  void look_ahead(const Pass& pass, int layer, int thread);
   void attend_all(const Pass& pass, int layer, int thread);
   void attend_tile(const Pass& pass, int layer, int row, int rows, int kv_head, Scratch& scratch);
   void attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch);
