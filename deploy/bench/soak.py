@@ -5,7 +5,8 @@
 The whole mesh of real processes with the real model and the drafter, and a small KV cache so that it fills and requests
 wait for blocks. `--streams` clients send requests of all kinds (`deploy.bench.soak_requests`) after random pauses.
 Every REST_EVERY_S all of them rest until the mesh is idle, which is when its books are compared. Before they begin,
-FILLERS requests that ask for no token, and short ones over HTTP, fill the tables in which requests are remembered.
+FILLERS requests that ask for no token, short ones over HTTP, and some whose long answers are all but finished fill the
+tables in which requests, and what was said, are remembered.
 
 Rules, each a complaint and exit code 1 when broken:
 memory    of each process: the 95 % interval of its slope over the samples behind the first third (caches fill before)
@@ -38,6 +39,7 @@ from deploy.bench.mesh import show
 from deploy.bench.slope import Slope, fit
 from deploy.bench.soak_requests import Hurry, Mesh, Wrong
 from deploy.local_mesh import LocalMesh, Options
+from drafter import recent
 from gateway import receipts
 from gateway.model_files import load_card
 
@@ -171,6 +173,7 @@ class Soak:
         await hurry.listen()
         await hurry.fill(FILLERS, "worker-1")
         await self._fill_receipts(model)
+        await hurry.fill_drafter(recent.TOKENS_PER_AUDIENCE + soak_requests.SAID_AT_ONCE)
         self._began = time.monotonic()
         await self._rest()  # a worker that last spoke of thousands waiting gets nothing until it speaks again
         self._may_send.set()

@@ -32,6 +32,7 @@ WITNESSES = 5
 OUTPUT_TOKENS = (1, 64)  # short ones are more frequent
 SMALL_BUFFER_BYTES = 4096
 FILLED_AT_ONCE = 32
+SAID_AT_ONCE = 2000
 HURRIED_GATEWAY = "soak-in-a-hurry"
 
 Body = dict[str, Any]
@@ -252,6 +253,20 @@ class Hurry:
                 await self._open[name]
                 del self._open[name]
                 await self._bus.publish(subjects.worker_cancel(worker), encode(Cancel(name, 1)))
+
+    async def fill_drafter(self, tokens: int) -> None:
+        """Have so many tokens remembered as what streams have said: their answers are all but finished when they come."""
+        chooser = random.Random(0)
+        while tokens > 0:
+            name = f"said-{tokens}"
+            said = [chooser.randrange(1000, 40_000) for _ in range(min(SAID_AT_ONCE, tokens))]
+            waiter = self._open[name] = asyncio.get_running_loop().create_future()
+            request = Generate(name, 1, HURRIED_GATEWAY, self._model, pack([1000]), len(said) + 1, time.time() + 60.0,
+                               generated=pack(said))
+            await self._bus.publish(subjects.generate(self._model), encode(request))
+            if not isinstance(await waiter, Finished):
+                raise Wrong(f"{name} ended as {waiter.result()}")
+            tokens -= len(said)
 
     async def send(self, mesh: Mesh, chooser: random.Random) -> str:
         self._sent += 1
