@@ -22,6 +22,11 @@ struct GroupRows {
   const int8_t* q;          // [R][32]
   const float *scale, *sum;  // [R]
   const int32_t *offset, *first_offset;  // [R]  -128 * the sum of q, and of its first half
+
+  // To the same rows of the next group, where so many rows stand beside one another.
+  MILL_INLINE void to_next_group(int rows) {
+    q += size_t(rows) * kGroup, scale += rows, sum += rows, offset += rows, first_offset += rows;
+  }
 };
 
 // Where halves of a group have scales of their own (int8, Q6_K), the dot is scale * dot of the first half + scale * dot of

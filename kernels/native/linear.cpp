@@ -53,13 +53,14 @@ void multiply_pairs(const uint8_t* panel, int groups, const Rows& x, int row, fl
   constexpr size_t kGroupBytes = Nibbles ? kQ4GroupBytes : kQ5GroupBytes;
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
-  for (int g = 0; g < groups; g++, panel += kGroupBytes) {
+  GroupRows rows = x.group(0, row);
+  const int stride = x.stride();
+  for (int g = 0; g < groups; g++, panel += kGroupBytes, rows.to_next_group(stride)) {
     if (row == 0)
       prefetch_ahead<kGroupBytes>(panel);
     else
       ahead.fetch();
     const Lanes scale = load_half((const uint16_t*)panel), minimum = load_half((const uint16_t*)panel + kLanes);
-    const GroupRows rows = x.group(g, row);
     Lanes dots[R];
     if constexpr (Nibbles)
       q4_dots<R>(panel + kPairBytes, rows, dots);
@@ -76,13 +77,14 @@ void multiply_q8(const uint8_t* panel, int groups, const Rows& x, int row, float
   const uint8_t* lines = panel + q8_header_bytes(groups);
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
-  for (int g = 0; g < groups; g++, lines += kQ8LineBytes) {
+  GroupRows rows = x.group(0, row);
+  const int stride = x.stride();
+  for (int g = 0; g < groups; g++, lines += kQ8LineBytes, rows.to_next_group(stride)) {
     if (row == 0)
       prefetch_ahead<kQ8LineBytes + 64>(lines);
     else
       ahead.fetch();
     const Lanes scale = load_half(scales + g * kLanes);
-    const GroupRows rows = x.group(g, row);
     Lanes dots[R];
     q8_dots<R>(lines, rows, dots);
     add<R>(scale, rows, dots, sums);
@@ -96,15 +98,16 @@ void multiply_super(const uint8_t* panel, int groups, const Rows& x, int row, fl
   constexpr size_t kLineBytes = K == Kind::Q4_K ? kQ4LineBytes : kQ8LineBytes;
   Lanes sums[R];
   for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
+  GroupRows rows = x.group(0, row);
+  const int stride = x.stride();
   for (int first = 0; first < groups; first += kSuperGroups) {
     const Lanes factor = load_half((const uint16_t*)panel), lowest = load_half((const uint16_t*)panel + kLanes);
     const int8_t* scales = (const int8_t*)panel + (K == Kind::Q6_K ? 1 : 2) * 2 * kLanes;
     if (row == 0) prefetch_ahead<kSuperHeadBytes>(panel);
     panel += kSuperHeadBytes;
-    for (int g = first; g < first + kSuperGroups; g++, panel += kLineBytes, scales += 2 * kLanes) {
+    for (int g = first; g < first + kSuperGroups; g++, panel += kLineBytes, scales += 2 * kLanes, rows.to_next_group(stride)) {
       if (row == 0) prefetch_ahead<kLineBytes>(panel);
       const Lanes one = load_int8(scales), other = load_int8(scales + kLanes);
-      const GroupRows rows = x.group(g, row);
       Lanes dots[R];
       if constexpr (K == Kind::Q6_K) {
         half_dots<R>(panel, rows, one, other, dots);

@@ -76,6 +76,7 @@ struct Rows {
   Rows(const Activations& all) : of(&all), first(0), count(all.rows) {}
   Rows(const Activations& all, int first_, int count_) : of(&all), first(first_), count(count_) {}
   GroupRows group(int index, int row) const { return of->group(index, first + row); }
+  int stride() const { return of->rows; }  // from a group to the next one
   const float* plain(int row, int inputs) const { return of->plain.data() + size_t(first + row) * size_t(inputs); }
 };
 
