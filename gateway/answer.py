@@ -8,6 +8,7 @@ once; whoever reads too slowly is taken for gone. Every stream opened here is en
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,18 @@ import structlog
 from opentelemetry.trace import SpanKind
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway import sse
+from gateway import replies, sse
+from gateway.dialects.dialect import Reading
+from gateway.dialects.parts import Part, Said, joined
 from gateway.direct import DirectBody, direct_body
 from gateway.openai import common
-from gateway.openai.chat import ChatReply
-from gateway.openai.completions import CompletionReply
 from gateway.openai.logprobs import Spelling, Told
 from gateway.openai.parameters import Options, prompt_likeliest
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Kept, Outcome, found, header, outcome_of
+from gateway.replies import ReadChoice
+from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics, metrics_of
 from gateway.streams import Stream
 from gateway.tenants import Tenant
@@ -57,7 +60,7 @@ class Piece(msgspec.Struct, frozen=True):
     """What one wake-up added to choice `index`; `reason` when it ended with that."""
 
     index: int
-    text: str
+    parts: list[Part]
     tokens: list[int]
     reason: str | None
     told: list[Told] | None = None  # how likely they were, where asked for
@@ -66,12 +69,13 @@ class Piece(msgspec.Struct, frozen=True):
 class Answer:
     """One request from its prompts to its last byte."""
 
-    def __init__(self, gateway: "Gateway", operation: str, reply: type[ChatReply] | type[CompletionReply],
+    def __init__(self, gateway: "Gateway", operation: str, reply: Callable[[Head], Reply],
                  model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
                  tenant: Tenant, residency: Residency, prediction: list[int],
-                 adjust: Adjust | None = None) -> None:
+                 adjust: Adjust | None = None, reading: Reading | None = None) -> None:
         """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds;
-        `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects."""
+        `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects; `reading`: how to look for
+        calls and thoughts."""
         self._gateway = gateway
         self._operation = operation
         self._model = model
@@ -95,21 +99,24 @@ class Answer:
         self._task: asyncio.Task[Any] | None = None
         choices = len(prompts) * options.choices
         self._opened = [False] * choices
-        self._choices = [model.choice(options) for _ in range(choices)]
+        self._choices = [model.choice(options, reading) for _ in range(choices)]
+        self._read = isinstance(self._choices[0], ReadChoice)
         predicted = PredictedText(prediction)
         self._matches = [PredictionMatch(predicted) for _ in range(choices)] if prediction else []
-        self._plain = choices == 1 and not prediction and not options.stop and not options.prompt_only \
-            and not options.return_token_ids and not options.continuous_usage and options.logprobs < 0
+        self._plain = (choices == 1 and not self._read and not prediction and not options.stop
+                       and not options.prompt_only and not options.return_token_ids and not options.continuous_usage
+                       and options.logprobs < 0)
         self._reasons: list[str | None] = [None] * choices
         self._shown = [0] * choices  # tokens taken of each choice
         self._error: MillError | None = None
         self._streams: list[Stream] = []
         self._id = secrets.token_hex(12)
-        self._reply = reply(
-            reply.id_prefix + self._id, int(gateway.clock.wall()), model.name,
-            fingerprint(model, gateway.recipe(model)), options.include_usage,
-            options.tier if options.show_tier else None,
-            Spelling(model.tokenizer.token_bytes, model.tokenizer.special_ids if options.skip_special else ()))
+        self._reply = reply(Head(
+            self._id, int(gateway.clock.wall()), model.name, fingerprint(model, gateway.recipe(model)),
+            options.include_usage, options.tier if options.show_tier else None,
+            Spelling(model.tokenizer.token_bytes, model.tokenizer.special_ids if options.skip_special else ()),
+            model.dialect.id_length))
+        self._plain = self._plain and self._reply.quick
 
     async def give(self, receive: Receive, send: Send) -> None:
         """Open the streams, answer, end what is left. Raises MillError while the answer has not begun."""
@@ -237,7 +244,8 @@ class Answer:
             if stream.ended is not None:
                 return False
         documents = self._plain_documents() if self._plain and self._opened[0] else self._documents()
-        if self._error is None and None in self._reasons and (not documents or direct.write(sse.events(documents))):
+        if self._error is None and None in self._reasons and (
+                not documents or direct.write(self._reply.events(documents))):
             if documents:
                 self._written_s = self._gateway.clock.now()
             return True
@@ -247,7 +255,7 @@ class Answer:
     def _plain_documents(self) -> list[bytes]:
         """`_documents` of what nearly every stream is: one choice, begun, of which nothing is told but its text."""
         text = self._choices[0].text(self._streams[0].take())
-        return [self._reply.content(0, text, None, None, None)] if text else []
+        return [self._reply.content(0, text)] if text else []
 
     async def _wait(self) -> None:
         """Until something changed. Raises ClientLeft."""
@@ -275,7 +283,7 @@ class Answer:
             told = self._told(index, added.tokens) if self._options.logprobs >= 0 else None
             if self._matches:
                 self._matches[index].follow(added.tokens)
-            text, reason = added.text, None
+            parts, reason = self._parts(added), None
             if added.stopped:
                 reason = "stop"
                 self._gateway.streams.stop(stream)
@@ -283,11 +291,18 @@ class Answer:
                 self._error = self._error or ended
             elif ended is not None:
                 rest = choice.flush()
-                text += rest.text
+                parts = joined([*parts, *self._parts(rest)])
                 reason = "stop" if rest.stopped else ended.reason
+            if reason == "stop" and choice.called:
+                reason = "tool_calls"
             self._reasons[index] = reason
-            pieces.append(Piece(index, text, added.tokens, reason, told))
+            pieces.append(Piece(index, parts, added.tokens, reason, told))
         return pieces
+
+    def _parts(self, added: replies.Piece) -> list[Part]:
+        if self._read:
+            return list(added.parts)
+        return [Said(added.text)] if added.text else []
 
     def _told(self, index: int, tokens: list[int]) -> list[Told]:
         """How likely these were, the next of a choice. A record that did not come is left out."""
@@ -315,13 +330,13 @@ class Answer:
     # --- one piece ----------------------------------------------------------------------------------------------------
 
     async def _whole(self, send: Send) -> None:
-        texts: list[list[str]] = [[] for _ in self._choices]
+        parts: list[list[Part]] = [[] for _ in self._choices]
         tokens: list[list[int]] = [[] for _ in self._choices]
         told: list[list[Told]] = [[] for _ in self._choices]
         while None in self._reasons:
             await self._wait()
             for piece in self._advance():
-                texts[piece.index].append(piece.text)
+                parts[piece.index] += piece.parts
                 tokens[piece.index] += piece.tokens
                 told[piece.index] += piece.told or []
             if self._error is not None:
@@ -331,9 +346,11 @@ class Answer:
         scores, scores_prompt = self._options.logprobs >= 0, self._options.prompt_logprobs >= 0
         document = self._reply.whole([
             common.WholeChoice(
-                "".join(texts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
+                "".join(part.text for part in parts[i] if isinstance(part, Said)), self._reasons[i] or "stop",
+                tokens[i] if ids else None,
                 self._prompt_of(i).tokens if ids else None, told[i] if scores else None,
-                self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i))
+                self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i),
+                common.spoken(parts[i]) if self._read else None, joined(parts[i]))
             for i in range(len(self._choices))], self._usage(), self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),
                                       (b"content-length", str(len(document)).encode())])
@@ -351,19 +368,19 @@ class Answer:
             self._unwritten = []
             if self._error is not None:
                 log.warning("stream_failed", code=self._error.code, reason=self._error.message)
-                await self._write(send, sse.events([*documents, common.error_json(self._error)]), last=True)
+                await self._write(send, self._reply.events([*documents, self._reply.failed(self._error)]), last=True)
                 return
             if None not in self._reasons:
                 if self._options.include_usage:
                     if documents and any(stream.parting for stream in self._streams):
-                        await self._write(send, sse.events(documents))
+                        await self._write(send, self._reply.events(documents))
                         documents = []
                     await self._last_words()
-                    documents.append(self._reply.totals(self._usage(), self._metrics()))
-                await self._write(send, sse.events(documents) + sse.DONE, last=True)
+                documents += self._reply.totals(self._usage(), self._metrics())
+                await self._write(send, self._reply.events(documents) + self._reply.done, last=True)
                 return
             if documents:
-                await self._write(send, sse.events(documents))
+                await self._write(send, self._reply.events(documents))
             elif self._gateway.clock.now() - self._written_s >= self._gateway.settings.keep_alive_s:
                 await self._write(send, sse.KEEP_ALIVE)
             self._resting = True
@@ -396,14 +413,11 @@ class Answer:
         for piece in pieces:
             if not opened[piece.index]:
                 opened[piece.index] = True
-                opening = self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None,
-                                              self._echo(piece.index))
-                documents += [opening] if opening is not None else []
-            if piece.text or (ids and piece.tokens) or piece.told:
-                documents.append(self._reply.content(piece.index, piece.text, piece.tokens if ids else None, usage,
-                                                     piece.told))
+                documents += self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None,
+                                                 self._echo(piece.index))
+            documents += self._reply.piece(piece.index, piece.parts, piece.tokens if ids else None, usage, piece.told)
             if piece.reason is not None:
-                documents.append(self._reply.closing(piece.index, piece.reason, usage))
+                documents += self._reply.closing(piece.index, piece.reason, usage)
         return documents
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -460,7 +474,8 @@ class Answer:
                 draft_tokens=sum(end.draft_tokens for end in ends),
                 accepted_draft_tokens=sum(end.accepted_draft_tokens for end in ends),
                 attempts=max(stream.state.attempt for stream in self._streams)), accepted,
-            count(self._prediction) * len(self._matches) - accepted)
+            count(self._prediction) * len(self._matches) - accepted,
+            sum(choice.reasoning_tokens for choice in self._choices))
 
     def _metrics(self) -> RequestMetrics | None:
         """What one stream took and drafts brought it; None of several, and where its worker said nothing of drafts."""

@@ -3,7 +3,7 @@
 Rules: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`, and what is left
 of its tenant's limits. Where keys are needed everything needs one but what `_OPEN` lists.
 
-    POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /tokenize, /detokenize
+    POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /v1/tokenize, /v1/detokenize
     GET /v1/requests/{id}/receipt: why it went where it went
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -31,6 +32,7 @@ from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
 from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
+from gateway.openai.tools import tools_of
 from gateway.prompt import ServedModel
 from gateway.tenants import Tenant
 from shared.errors import BadRequest, MillError, NotAuthorised, RateLimited, RequestTimeout
@@ -58,8 +60,8 @@ def build_app(gateway: "Gateway") -> ASGIApp:
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.model),
         Route("/v1/requests/{id:path}/receipt", api.receipt),
-        Route("/tokenize", api.tokenize, methods=["POST"]),
-        Route("/detokenize", api.detokenize, methods=["POST"]),
+        *(Route(path, api.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
+        *(Route(path, api.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
@@ -121,10 +123,12 @@ class _Api:
             if body.messages is None:
                 return model.text(body.prompt or "", body.add_special_tokens is not False)
             return model.chat(template_messages(body.messages), now_s=now_s,
-                              add_generation_prompt=body.add_generation_prompt is not False)
+                              add_generation_prompt=body.add_generation_prompt is not False,
+                              variables=body.chat_template_kwargs, tools=tools_of(body.tools, None, None))
 
         tokens = await self._gateway.aside(len(raw), work)
-        return _json(TokenizeReply(len(tokens), model.card.context_length, tokens))
+        words = [model.tokenizer.decode([token]) for token in tokens] if body.return_token_strs else UNSET
+        return _json(TokenizeReply(len(tokens), model.card.context_length, tokens, words))
 
     async def detokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway)
@@ -154,7 +158,8 @@ class _Api:
 
     def _model(self, name: str, model: ServedModel) -> Model:
         root = model.card.name if name == model.name else model.name
-        return Model(name, self._created, root, model.card.context_length, self._gateway.serves(model))
+        return Model(name, self._created, root, model.card.context_length, model.dialect.calls,
+                     model.dialect.thoughts, self._gateway.serves(model))
 
 
 class _Envelope:

@@ -6,7 +6,7 @@ Pure. Work per token does not grow with the stream.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from gateway.tokenizer import Tokenizer
 
@@ -16,15 +16,16 @@ _Utf8 = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """One stream."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, shown: Collection[int] = ()) -> None:
+        """`shown`: special tokens that are not skipped."""
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skipped = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
         self._decoder = _Utf8("replace")
         self._open = False  # a character has begun and is not complete
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text these tokens complete; perhaps none."""
-        data = self._tokenizer.decode_bytes(tokens, self._skip_special)
+        data = self._tokenizer.spelt(tokens, self._skipped)
         if not self._open and data.isascii():
             return data.decode("ascii")
         text = self._decoder.decode(data)

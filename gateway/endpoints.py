@@ -16,9 +16,12 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from gateway.answer import Answer, ClientLeft
+from gateway.dialects.dialect import Reading
+from gateway.dialects.grammars import enforced
 from gateway.openai import chat, common, completions
-from gateway.openai.parameters import Options, Parameters, check_scored, names_tier
-from gateway.prompt import ServedModel
+from gateway.openai.parameters import Options, Parameters, check_length, check_scored, names_tier
+from gateway.prompt import Prompt, ServedModel
+from gateway.reply import Head, Reply
 from gateway.residency import policy_of
 from gateway.tenants import Tenant
 from shared.errors import RequestTimeout, TooLarge
@@ -35,16 +38,25 @@ class Endpoint(ABC):
 
     operation: str
     source: str
-    reply: type[chat.ChatReply] | type[completions.CompletionReply]
     decode: common.BodyDecoder
+
+    @abstractmethod
+    def reply(self, body: Any, head: Head) -> Reply:
+        """What makes documents of the answer."""
 
     @abstractmethod
     def options(self, body: Any) -> Options:
         """What is asked of the mesh. Raises BadRequest."""
 
     @abstractmethod
-    def prompts(self, body: Any, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+    def prompts(self, body: Any, options: Options, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
         """One function per prompt that gives its tokens; slow, for a thread. Raises BadRequest."""
+
+    def reading(self, options: Options, model: ServedModel, prompts: list[Prompt]) -> tuple[Options, Reading | None]:
+        """How the answer is to be read for calls and thoughts, and what it has to be; nothing but text, where nothing
+        is said. Raises BadRequest."""
+        return options, None
 
     def prediction(self, body: Any, model: ServedModel) -> list[int]:
         """The tokens that the client expects, none if it expects nothing; slow, for a thread."""
@@ -52,32 +64,54 @@ class Endpoint(ABC):
 
 
 class Chat(Endpoint):
-    operation, source, reply = "chat", "messages", chat.ChatReply
+    operation, source = "chat", "messages"
     decode = common.BodyDecoder(chat.ChatRequest)
+
+    def reply(self, body: chat.ChatRequest, head: Head) -> Reply:
+        return chat.ChatReply(head)
 
     def options(self, body: chat.ChatRequest) -> Options:
         return chat.chat_options(body)
 
-    def prompts(self, body: chat.ChatRequest, model: ServedModel, now_s: float) -> list[Callable[[], list[int]]]:
+    def prompts(self, body: chat.ChatRequest, options: Options, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
         messages = chat.template_messages(body.messages)
         continues = bool(body.continue_final_message)
         opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+        variables = chat.template_variables(body)
         return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
-                                   continue_final_message=continues, variables=body.chat_template_kwargs)]
+                                   continue_final_message=continues, variables=variables, tools=options.tools)]
+
+    def reading(self, options: Options, model: ServedModel, prompts: list[Prompt]) -> tuple[Options, Reading | None]:
+        return read_as(options, model, prompts[0])
 
     def prediction(self, body: chat.ChatRequest, model: ServedModel) -> list[int]:
         text = chat.predicted_text(body.prediction)
         return model.text(text, add_special=False)[:model.card.context_length] if text else []
 
 
+def read_as(options: Options, model: ServedModel, prompt: Prompt) -> tuple[Options, Reading]:
+    """As the model's dialect has it. Raises BadRequest for tools that it cannot call."""
+    tools, opened = options.tools, model.opens_thought(prompt.tokens)
+    grammar = enforced(model.dialect, tools, options.grammar, opened, model.card.special_tokens)
+    if grammar is not None:
+        check_length(grammar, "tools")
+    return msgspec.structs.replace(options, grammar=grammar), Reading(
+        frozenset() if tools is None else tools.callable, tools is not None and not tools.parallel, opened,
+        options.shows_thoughts)
+
+
 class TextCompletion(Endpoint):
-    operation, source, reply = "text_completion", "prompt", completions.CompletionReply
+    operation, source = "text_completion", "prompt"
     decode = common.BodyDecoder(completions.CompletionRequest)
+
+    def reply(self, body: completions.CompletionRequest, head: Head) -> Reply:
+        return completions.CompletionReply(head)
 
     def options(self, body: completions.CompletionRequest) -> Options:
         return completions.completion_options(body)
 
-    def prompts(self, body: completions.CompletionRequest, model: ServedModel,
+    def prompts(self, body: completions.CompletionRequest, options: Options, model: ServedModel,
                 now_s: float) -> list[Callable[[], list[int]]]:
         return [partial(_tokens, prompt, model) for prompt in completions.prompts(body)]
 
@@ -106,17 +140,18 @@ class Generation:
         options = endpoint.options(body)
         if (tier := tenant.tier_of(options.tier, names_tier(body))) != options.tier:
             options = msgspec.structs.replace(options, tier=tier)
-        texts = endpoint.prompts(body, model, gateway.clock.wall())
+        texts = endpoint.prompts(body, options, model, gateway.clock.wall())
         streams = len(texts) * options.choices
         with gateway.access.under_way(tenant, streams) as use, gateway.places(streams):
             prompts, prediction, adjust = await gateway.aside(len(raw), lambda: ([
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, tenant.salt,
                              endpoint.source)
                 for tokens in texts], endpoint.prediction(body, model), model.adjust(options)))
+            asked, reading = endpoint.reading(options, model, prompts)
             check_scored(options, sum(len(prompt.tokens) for prompt in prompts))
             use.reserve(sum(len(prompt.tokens) + options.choices * prompt.max_tokens for prompt in prompts))
-            answer = Answer(gateway, endpoint.operation, endpoint.reply, model, options, prompts, scope, began_s,
-                            tenant, residency, prediction, adjust)
+            answer = Answer(gateway, endpoint.operation, partial(endpoint.reply, body), model, asked, prompts, scope,
+                            began_s, tenant, residency, prediction, adjust, reading)
             try:
                 await answer.give(receive, send)
             finally:

@@ -12,17 +12,23 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from gateway.detokenize import Detokenizer
+from gateway.dialects import thinking
+from gateway.dialects.dialect import Dialect, Reading, dialect_of
+from gateway.dialects.showing import with_tools
 from gateway.model_files import ModelCard, load_card
 from gateway.openai.parameters import Options
-from gateway.replies import Choice
+from gateway.replies import Choice, ReadChoice
 from gateway.stops import StopMatcher
 from gateway.template import ChatTemplate
 from gateway.tokenizer import Tokenizer
+from gateway.tools import Tools
 from shared.adjust import LONGEST_BAD_WORD
 from shared.blocks import hash_chain, join_hashes
 from shared.errors import BadRequest, ContextTooLong
 from shared.messages import Adjust
 from shared.tokens import pack, unpack
+
+_MARK_TOKENS = 16  # a mark has fewer, and white space behind it
 
 
 class Prompt(Struct, frozen=True):
@@ -42,6 +48,7 @@ class ServedModel:
         self.card = card
         self.tokenizer = tokenizer
         self.template = template
+        self.dialect: Dialect = dialect_of(template.source, card.special_tokens)
 
     @classmethod
     def load(cls, folder: str | Path, name: str) -> "ServedModel":
@@ -50,11 +57,22 @@ class ServedModel:
         return cls(name, card, Tokenizer.load(folder), ChatTemplate.of(card))
 
     def chat(self, messages: list[dict[str, Any]], *, now_s: float, add_generation_prompt: bool = True,
-             continue_final_message: bool = False, variables: dict[str, Any] | None = None) -> list[int]:
+             continue_final_message: bool = False, variables: dict[str, Any] | None = None,
+             tools: Tools | None = None) -> list[int]:
         """The tokens of a conversation; `now_s` unix seconds. Raises BadRequest, also without a template."""
-        text = self.template.render(messages, now_s=now_s, add_generation_prompt=add_generation_prompt,
+        shown = [] if tools is None else [tool.shown() for tool in tools.offered]
+        if self.dialect.shows and (shown or any("tool_calls" in message or message.get("role") == "tool"
+                                                for message in messages)):
+            messages, shown = with_tools(self.template.read(messages), shown), []
+        text = self.template.render(messages, now_s=now_s, tools=shown, add_generation_prompt=add_generation_prompt,
                                     continue_final_message=continue_final_message, variables=variables)
         return self.tokenizer.encode(text, add_special=False)
+
+    def opens_thought(self, tokens: Sequence[int]) -> bool:
+        """Whether a prompt ends with the mark that opens a thought."""
+        if self.dialect.thoughts != "think":
+            return False
+        return self.tokenizer.decode(tokens[-_MARK_TOKENS:]).rstrip().endswith(thinking.OPENING)
 
     def text(self, text: str, add_special: bool = True) -> list[int]:
         """The tokens of plain text."""
@@ -106,8 +124,15 @@ class ServedModel:
                              param="bad_words")
         return found
 
-    def choice(self, options: Options) -> Choice:
-        """The text side of one stream."""
+    def choice(self, options: Options, reading: Reading | None = None) -> Choice:
+        """The text side of one stream; without `reading` all of it is text."""
         stops = StopMatcher(options.stop, options.include_stop) if options.stop else None
-        return Choice(Detokenizer(self.tokenizer, options.skip_special), stops, self.end_tokens(options),
-                      options.adjust.min_tokens if options.adjust is not None else 0)
+        min_tokens = options.adjust.min_tokens if options.adjust is not None else 0
+        reader = None if reading is None else self.dialect.reader(reading.callable, reading.opened)
+        if reading is None or reader is None:
+            return Choice(Detokenizer(self.tokenizer, options.skip_special), stops, self.end_tokens(options),
+                          min_tokens)
+        shown = [self.card.special_tokens[mark] for mark in self.dialect.marks if mark in self.card.special_tokens]
+        return ReadChoice(reader, Detokenizer(self.tokenizer, options.skip_special, shown), stops,
+                          self.end_tokens(options), min_tokens, one_call=reading.one_call,
+                          shows_thoughts=reading.shows_thoughts)

@@ -2,28 +2,33 @@
 
 Rules: a stop token counts and shows no text; a stop string ends the choice at the token that completes it, so that
 neither text nor count depends on how tokens were batched into messages. Text of the first `min_tokens` tokens is no
-part of a stop string.
+part of a stop string. Where calls and thoughts are read, stop strings stand in text alone.
 Pure.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from msgspec import Struct
 
 from gateway.detokenize import Detokenizer
+from gateway.dialects.parts import Called, CallEnded, Part, Reader, Said, Thought, joined
 from gateway.stops import StopMatcher
 
 
 class Piece(Struct, frozen=True):
-    """What one batch of tokens added. `stopped`: a stop string matched, nothing may follow."""
+    """What one batch of tokens added. `stopped`: nothing may follow, for a stop string matched or a call was enough."""
 
     text: str
     tokens: list[int]
     stopped: bool = False
+    parts: Sequence[Part] = ()  # all of it, `text` too, where calls and thoughts are read
 
 
 class Choice:
     """The text side of one stream."""
+
+    reasoning_tokens = 0
+    called = False  # it has called something, and no call is open
 
     def __init__(self, detokenizer: Detokenizer, stops: StopMatcher | None, end_tokens: Collection[int],
                  min_tokens: int = 0) -> None:
@@ -69,3 +74,69 @@ class Choice:
         if not stopped:
             text += self._stops.flush()
         return Piece(text, [], self._stops.stopped is not None)
+
+
+class ReadChoice(Choice):
+    """One that is read for calls and thoughts."""
+
+    def __init__(self, reader: Reader, detokenizer: Detokenizer, stops: StopMatcher | None,
+                 end_tokens: Collection[int], min_tokens: int = 0, *, one_call: bool = False,
+                 shows_thoughts: bool = True) -> None:
+        """`one_call`: the first call ends it."""
+        super().__init__(detokenizer, stops, end_tokens, min_tokens)
+        self._reader = reader
+        self._one_call = one_call
+        self._shows_thoughts = shows_thoughts
+        self._stopped = False
+
+    def push(self, tokens: Sequence[int]) -> Piece:
+        shown = list(tokens)
+        if shown and shown[-1] in self._end_tokens:
+            del shown[-1]
+        parts: list[Part] = []
+        for number, token in enumerate(shown, 1):
+            thinking = self._reader.thinking
+            stops = self._stops if self.completion_tokens + number > self._min_tokens else None
+            parts += self._kept(self._reader.push(self._detokenizer.push([token])), stops)
+            self.reasoning_tokens += thinking or self._reader.thinking
+            if self._stopped:
+                self.completion_tokens += number
+                return _piece(parts, shown[:number], True)
+        self.completion_tokens += len(tokens)
+        return _piece(parts, list(tokens))
+
+    def flush(self) -> Piece:
+        parts = self._kept([*self._reader.push(self._detokenizer.flush()), *self._reader.flush()], self._stops)
+        if self._stops is not None and not self._stopped:
+            parts.append(Said(self._stops.flush()))
+            self._stopped = self._stops.stopped is not None
+        return _piece(parts, [], self._stopped)
+
+    def _kept(self, parts: Iterable[Part], stops: StopMatcher | None) -> list[Part]:
+        """What is shown of `parts`, up to where it stops."""
+        kept: list[Part] = []
+        for part in parts:
+            if isinstance(part, Said) and stops is not None:
+                text, self._stopped = stops.push(part.text)
+                kept.append(Said(text))
+            elif isinstance(part, Called):
+                if stops is not None:
+                    # no stop string stands on both sides of a call
+                    kept.append(Said(stops.flush()))
+                    self._stopped = stops.stopped is not None
+                    self._stops = stops = stops.again()
+                if not self._stopped:
+                    kept.append(part)
+                    self.called = False
+            elif not isinstance(part, Thought) or self._shows_thoughts:
+                kept.append(part)
+                if isinstance(part, CallEnded):
+                    self.called, self._stopped = True, self._one_call
+            if self._stopped:
+                break
+        return kept
+
+
+def _piece(parts: Iterable[Part], tokens: list[int], stopped: bool = False) -> Piece:
+    whole = joined(parts)
+    return Piece("".join(part.text for part in whole if isinstance(part, Said)), tokens, stopped, whole)

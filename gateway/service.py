@@ -24,6 +24,7 @@ from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.app import build_app
 from gateway.catalogue import Catalogue, pairs_of
+from gateway.dialects.dialect import told
 from gateway.direct import DirectProtocol
 from gateway.failover import Limits
 from gateway.metrics import Metrics
@@ -60,8 +61,8 @@ class Gateway:
 
     def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock,
                  models: ServedModel | Sequence[ServedModel] | None) -> None:
-        """Raises ValueError for an id, an alias or a policy that is none, and for tenants that cannot be read.
-        OSError when the record cannot be written."""
+        """Raises ValueError for an id, an alias, a dialect or a policy that is none, and for tenants that cannot be
+        read. OSError when the record cannot be written."""
         self.id = subjects.check_id(settings.id or new_id("gateway"))
         self.epoch = new_epoch(clock)
         self.bus = bus
@@ -69,6 +70,7 @@ class Gateway:
         self.clock = clock
         served = () if models is None else (models,) if isinstance(models, ServedModel) else models
         self.catalogue = Catalogue(served, pairs_of(settings.aliases, "--aliases"))
+        self._tell_dialects()
         self.residency = parse(settings.residency)
         self.fleet = Fleet()
         self.metrics = Metrics(self.workers)
@@ -90,6 +92,18 @@ class Gateway:
         self._idle = asyncio.Event()
         self._idle.set()
         self._changed = asyncio.Event()
+
+    def _tell_dialects(self) -> None:
+        """Let each model know what settings say of its calls and thoughts. Raises ValueError."""
+        calls = pairs_of(self.settings.tool_formats, "--tool-formats")
+        thoughts = pairs_of(self.settings.reasoning_formats, "--reasoning-formats")
+        for name in (*calls, *thoughts):
+            if name not in {model.name for model in self.catalogue.models}:
+                raise ValueError(f"--tool-formats and --reasoning-formats name {name!r}, which this gateway does not "
+                                 "serve")
+        for model in self.catalogue.models:
+            dialect = model.dialect = told(model.dialect, calls.get(model.name), thoughts.get(model.name))
+            log.info("model_speaks", model=model.name, calls=dialect.calls, thoughts=dialect.thoughts, why=dialect.why)
 
     # --- what handlers ask -------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ class StopMatcher:
     """One stream. `include`: the stop string itself is sent too."""
 
     def __init__(self, stops: Iterable[str], include: bool = False) -> None:
-        self._searches = [_Search(stop) for stop in dict.fromkeys(stops)]
+        self._stops = tuple(dict.fromkeys(stops))
+        self._searches = [_Search(stop) for stop in self._stops]
         self._include = include
         self._held = ""
         self._sent = 0  # characters given out; `_held` begins there
@@ -46,6 +47,10 @@ class StopMatcher:
         if self.stopped is None and self._match is not None:
             return self._end(*self._match)
         return self._send_until(self._sent + len(self._held))
+
+    def again(self) -> "StopMatcher":
+        """One that looks for the same in another text."""
+        return StopMatcher(self._stops, self._include)
 
     def _end(self, start: int, length: int) -> str:
         begin = start - self._sent

@@ -75,7 +75,7 @@ class ChatTemplate:
                 "continue_final_message excludes add_generation_prompt: set add_generation_prompt to false",
                 param="add_generation_prompt",
             )
-        shown = [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        shown = self.read(messages)
         final = shown[-1].get("content", "")
         if continue_final_message:
             shown[-1]["content"] = final + _END_OF_ANSWER
@@ -93,8 +93,14 @@ class ChatTemplate:
         )
         return _open_end(text, final) if continue_final_message else text
 
+    def read(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as templates read them: text content, roles they know, tool arguments as objects.
+
+        Reading twice changes nothing. Raises BadRequest.
+        """
+        return [self._message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
     def _message(self, message: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """A message as templates read it: text content, roles they know, tool arguments as objects."""
         shown = dict(message)
         if not isinstance(shown.get("role"), str):
             raise BadRequest(f"{where}.role is missing: send system, user, assistant or tool", param=where)

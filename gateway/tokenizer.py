@@ -4,7 +4,7 @@ Rule: a token stands for bytes, never for text: a character may be spread over s
 bytes until they are whole characters (`detokenize.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -68,7 +68,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """What these tokens stand for together; special ones as they are written, or not at all."""
-        skipped = self.special_ids if skip_special else ()
+        return self.spelt(ids, self.special_ids if skip_special else ())
+
+    def spelt(self, ids: Iterable[int], skipped: Collection[int]) -> bytes:
+        """What these tokens stand for together, but for those of `skipped`."""
         return b"".join([self.token_bytes(id) for id in ids if id not in skipped])
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:

@@ -39,6 +39,9 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     model_name: str = "default"
     models: str = ""  # further ones, by their names in the mesh: `a=FOLDER,b=FOLDER`
     aliases: str = ""  # other names for them: `fast=a,best=b`
+    # how models write calls and thoughts, where their templates do not say: `a=hermes,b=none`, `a=think`
+    tool_formats: str = ""  # hermes, llama3, mistral, harmony or none
+    reasoning_formats: str = ""  # think, harmony or none
     residency: str = ""  # zones that requests may use, split by commas; empty: any. A request may narrow it
     # file of tenants, their keys and limits (`gateway/tenants_file.py`); empty: nobody needs a key
     tenants: str = ""

@@ -5,24 +5,21 @@ empty delta and the reason; then, only if asked for, a chunk without choices tha
 Pure. Field order is the order on the wire.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from gateway.openai.common import Echo, Usage, WholeChoice, WithText, encode
-from gateway.openai.logprobs import (
-    NO_SPELLING,
-    ChatLogprobs,
-    PromptLogprob,
-    Spelling,
-    Told,
-    chat_logprobs,
-    prompt_logprobs,
-)
+from gateway.dialects.parts import Argued, Called, Part, Said, Thought
+from gateway.openai.common import Echo, Usage, WholeChoice, WithText, call_id, encode
+from gateway.openai.logprobs import ChatLogprobs, PromptLogprob, Told, chat_logprobs, prompt_logprobs
 from gateway.openai.parameters import MAX_LOGPROBS, Options, Parameters, options, refuse, within
+from gateway.openai.tools import tools_of
+from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -32,6 +29,7 @@ class Message(Struct, kw_only=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class Prediction(Struct):
@@ -49,9 +47,12 @@ class ChatRequest(Parameters, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     top_logprobs: int | None = None
-    # not supported yet
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    # not supported
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -63,12 +64,14 @@ class ChatRequest(Parameters, kw_only=True):
 
 def chat_options(body: ChatRequest) -> Options:
     """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`."""
-    for name in ("tools", "functions", "audio", "web_search_options", "chat_template", "echo"):
+    for name, instead in (("functions", "send tools"), ("audio", ""), ("web_search_options", ""), ("chat_template", ""),
+                          ("echo", "")):
         if getattr(body, name):
-            raise refuse(name)
-    for name in ("tool_choice", "function_call"):
-        if getattr(body, name) not in (None, "none", "auto"):
-            raise refuse(name)
+            raise refuse(name, instead or "leave it out")
+    if body.function_call not in (None, "none", "auto"):
+        raise refuse("function_call", "send tool_choice")
+    if body.reasoning_effort not in (None, *EFFORTS):
+        raise BadRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}", param="reasoning_effort")
     predicted_text(body.prediction)
     if body.modalities not in (None, [], ["text"]):
         raise refuse("modalities", 'send ["text"] or leave it out')
@@ -76,7 +79,21 @@ def chat_options(body: ChatRequest) -> Options:
         found = options(body, body.max_completion_tokens, "max_completion_tokens")
     else:
         found = options(body, body.max_tokens)
-    return structs.replace(found, logprobs=_logprobs(body))
+    return structs.replace(found, logprobs=_logprobs(body),
+                           tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
+                           shows_thoughts=body.include_reasoning is not False)
+
+
+def template_variables(body: ChatRequest) -> dict[str, Any] | None:
+    """What templates read by name: the client's own, and how much to think as Qwen and gpt-oss call it."""
+    return thinking_variables(body.reasoning_effort) | (body.chat_template_kwargs or {}) or None
+
+
+def thinking_variables(effort: str | None) -> dict[str, Any]:
+    """How much to think, by the names that templates have for it; nothing where nothing is said."""
+    if effort is None:
+        return {}
+    return {"enable_thinking": effort != "none", "reasoning_effort": "low" if effort in ("none", "minimal") else effort}
 
 
 def _logprobs(body: ChatRequest) -> int:
@@ -115,16 +132,40 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
             # what stands there is not repeated: it may be a prompt in the wrong field, and errors are logged
             raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}",
                              param=f"messages[{i}].role")
-    return [{name: value for name, value in structs.asdict(message).items() if value is not None or name == "content"}
-            for message in messages]
+    return [_template_message(message) for message in messages]
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    shown = {name: value for name, value in structs.asdict(message).items() if value is not None or name == "content"}
+    if message.reasoning_content is not None:
+        shown["thinking"] = message.reasoning_content  # as gpt-oss calls it
+    return shown
 
 
 # --- replies ---------------------------------------------------------------------------------------------------------
 
 
+class CalledFunction(Struct, omit_defaults=True):
+    """`name` in the first chunk of a call alone."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class CallDelta(Struct, omit_defaults=True):
+    """A call in a stream: its first chunk has everything but arguments, the others have nothing but these."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: CalledFunction | UnsetType = UNSET
+
+
 class Delta(Struct, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(Struct):
@@ -148,10 +189,18 @@ class Chunk(Struct):
     metrics: RequestMetrics | UnsetType = UNSET
 
 
+class Call(Struct):
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class AssistantMessage(Struct):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[Call] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -176,56 +225,95 @@ class ChatCompletion(Struct):
     metrics: RequestMetrics | UnsetType = UNSET
 
 
-class ChatReply:
-    """Builds the bytes of one answer. All chunks share id, time, model and fingerprint."""
+class ChatReply(Reply):
+    """All chunks share id, time, model and fingerprint."""
 
-    id_prefix = "chatcmpl-"
-
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
-                 tier: str | None = None, spelling: Spelling = NO_SPELLING) -> None:
-        """`tier` where the client asked for one; `spelling` where it asked how likely tokens were."""
-        self.id = id
-        self._spelling = spelling
-        self._head = (id, "chat.completion.chunk", created, model, fingerprint)
+    def __init__(self, head: Head) -> None:
+        self.id = "chatcmpl-" + head.number
+        self._number, self._id_length = head.number, head.id_length
+        self._calls: dict[int, int] = {}  # number of the last call, by choice
+        self._spelling = head.spelling
+        self._head = (self.id, "chat.completion.chunk", head.created, head.model, head.fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
-        self._no_usage: UnsetType | None = None if include_usage else UNSET
-        self._tier: str | UnsetType = UNSET if tier is None else tier
+        self._no_usage: UnsetType | None = None if head.include_usage else UNSET
+        self._include_usage = head.include_usage
+        self._tier: str | UnsetType = UNSET if head.tier is None else head.tier
 
-    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> bytes | None:
-        """The role chunk of choice `index`; `prompt` ids where the client asked for them. A chat echoes nothing."""
-        return encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
-                            UNSET if prompt is None else prompt, self._tier))
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> list[bytes]:
+        """The role chunk. A chat echoes nothing."""
+        return [encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
+                             UNSET if prompt is None else prompt, self._tier))]
 
-    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None,
-                told: list[Told] | None = None) -> bytes:
-        """A piece of text. `told`: how likely its tokens were, where the client asked for that."""
-        if tokens is None and usage is None and told is None:
-            if (plain := self._plain.get(index)) is None:
-                empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage,
-                                     service_tier=self._tier))
-                plain = self._plain[index] = WithText(empty, "content")
-            return plain(text)
+    def content(self, index: int, text: str) -> bytes:
+        if (plain := self._plain.get(index)) is None:
+            empty = encode(Chunk(*self._head, [ChunkChoice(index, Delta(content=""))], self._no_usage,
+                                 service_tier=self._tier))
+            plain = self._plain[index] = WithText(empty, "content")
+        return plain(text)
+
+    def piece(self, index: int, parts: Sequence[Part], tokens: list[int] | None = None, usage: Usage | None = None,
+              told: list[Told] | None = None) -> list[bytes]:
+        """One chunk for each part, the arguments of a call in others than its beginning."""
+        if tokens is None and usage is None and told is None and len(parts) == 1 and isinstance(parts[0], Said):
+            return [self.content(index, parts[0].text)]
+        deltas = [delta for part in parts if (delta := self._delta(index, part)) is not None]
+        if not deltas:
+            if not (tokens or told):
+                return []
+            deltas = [Delta(content="")]
         logprobs = None if told is None else chat_logprobs(told, self._spelling)
-        choice = ChunkChoice(index, Delta(content=text), logprobs, token_ids=UNSET if tokens is None else tokens)
-        return encode(Chunk(*self._head, [choice], usage or self._no_usage, service_tier=self._tier))
+        documents = []
+        for number, delta in enumerate(deltas):
+            first = number == 0
+            choice = ChunkChoice(index, delta, logprobs if first else None,
+                                 token_ids=tokens if first and tokens is not None else UNSET)
+            documents.append(encode(Chunk(*self._head, [choice], usage or self._no_usage, service_tier=self._tier)))
+        return documents
 
-    def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
-        return encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage,
-                            service_tier=self._tier))
+    def _delta(self, index: int, part: Part) -> Delta | None:
+        match part:
+            case Said(text):
+                return Delta(content=text)
+            case Thought(text):
+                return Delta(reasoning_content=text)
+            case Called(name):
+                number = self._calls[index] = self._calls.get(index, -1) + 1
+                return Delta(tool_calls=[CallDelta(number, self._call_id(index, number), "function",
+                                                   CalledFunction(name, ""))])
+            case Argued(text):
+                return Delta(tool_calls=[CallDelta(self._calls[index], function=CalledFunction(arguments=text))])
+        return None
 
-    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
-        return encode(Chunk(*self._head, [], usage, service_tier=self._tier, metrics=metrics or UNSET))
+    def _call_id(self, index: int, number: int) -> str:
+        return call_id(self._number, index, number, self._id_length)
+
+    def closing(self, index: int, reason: str, usage: Usage | None) -> list[bytes]:
+        return [encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage,
+                             service_tier=self._tier))]
+
+    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> list[bytes]:
+        if not self._include_usage:
+            return []
+        return [encode(Chunk(*self._head, [], usage, service_tier=self._tier, metrics=metrics or UNSET))]
 
     def whole(self, choices: list[WholeChoice], usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
-        """The answer in one piece."""
         id, _, created, model, fingerprint = self._head
         prompt, scored = choices[0].prompt, choices[0].prompt_told
         return encode(ChatCompletion(
             id, "chat.completion", created, model, fingerprint,
-            [ChatChoice(index, AssistantMessage("assistant", choice.text), choice.reason,
+            [ChatChoice(index, self._message(index, choice), choice.reason,
                         None if choice.told is None else chat_logprobs(choice.told, self._spelling),
                         UNSET if choice.tokens is None else choice.tokens)
              for index, choice in enumerate(choices)],
             usage, UNSET if prompt is None else prompt,
             UNSET if scored is None else prompt_logprobs(scored, self._spelling), self._tier,
             metrics or UNSET))
+
+    def _message(self, index: int, choice: WholeChoice) -> AssistantMessage:
+        spoken = choice.spoken
+        if spoken is None:
+            return AssistantMessage("assistant", choice.text)
+        calls = [Call(self._call_id(index, number), CalledFunction(call.name, call.arguments))
+                 for number, call in enumerate(spoken.calls)]
+        return AssistantMessage("assistant", choice.text if choice.text or not (calls or spoken.thoughts) else None,
+                                tool_calls=calls or UNSET, reasoning_content=spoken.thoughts or UNSET)

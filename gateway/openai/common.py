@@ -5,11 +5,14 @@ Pure.
 """
 
 import re
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from gateway.dialects.parts import Argued, Called, Part, Thought
 from gateway.openai.logprobs import Told
 from shared.errors import BadRequest, MillError
 
@@ -51,11 +54,12 @@ class Usage(Struct):
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mill: MillUsage | None = None,
-          accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0) -> Usage:
+          accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0, reasoning_tokens: int = 0) -> Usage:
     """The usage block for these counts."""
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
                  PromptTokensDetails(min(cached_tokens, prompt_tokens)),
-                 CompletionTokensDetails(0, accepted_prediction_tokens, rejected_prediction_tokens), mill or UNSET)
+                 CompletionTokensDetails(reasoning_tokens, accepted_prediction_tokens, rejected_prediction_tokens),
+                 mill or UNSET)
 
 
 class Echo(NamedTuple):
@@ -63,6 +67,41 @@ class Echo(NamedTuple):
 
     text: str
     told: list[Told] | None
+
+
+class WholeCall(NamedTuple):
+    """A call of a tool. Arguments that were cut off are as they are."""
+
+    name: str
+    arguments: str
+
+
+class Spoken(NamedTuple):
+    """What an answer held beside its text."""
+
+    thoughts: str
+    calls: list[WholeCall]
+
+
+def spoken(parts: Iterable[Part]) -> Spoken:
+    """Thoughts and calls of `parts`."""
+    thoughts: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
+    for part in parts:
+        match part:
+            case Thought(text):
+                thoughts.append(text)
+            case Called(name):
+                calls.append((name, []))
+            case Argued(text):
+                calls[-1][1].append(text)
+    return Spoken("".join(thoughts), [WholeCall(name, "".join(texts)) for name, texts in calls])
+
+
+def call_id(number: str, choice: int, call: int, length: int | None = None) -> str:
+    """A call's id: of one answer's choices each call has another. `length`: exactly so many letters and digits."""
+    digest = blake2b(f"{number}-{choice}-{call}".encode(), digest_size=16).hexdigest()
+    return f"call_{digest[:24]}" if length is None else digest[:length]
 
 
 class WholeChoice(NamedTuple):
@@ -75,6 +114,8 @@ class WholeChoice(NamedTuple):
     told: list[Told] | None = None
     prompt_told: list[Told] | None = None
     echo: Echo | None = None
+    spoken: Spoken | None = None  # where calls and thoughts were read
+    parts: Sequence[Part] = ()  # the same in order, text among it
 
 
 class ErrorBody(Struct):

@@ -4,19 +4,15 @@ Several prompts times `n` are several choices, numbered prompt by prompt.
 Pure. Field order is the order on the wire.
 """
 
+from collections.abc import Sequence
+
 from msgspec import UNSET, Struct, UnsetType, structs
 
+from gateway.dialects.parts import Part, Said
 from gateway.openai.common import Echo, Usage, WholeChoice, WithText, encode
-from gateway.openai.logprobs import (
-    NO_SPELLING,
-    PromptLogprob,
-    Spelling,
-    TextLogprobs,
-    Told,
-    prompt_logprobs,
-    text_logprobs,
-)
+from gateway.openai.logprobs import PromptLogprob, TextLogprobs, Told, prompt_logprobs, text_logprobs
 from gateway.openai.parameters import MAX_CHOICES, MAX_LOGPROBS, Options, Parameters, options, refuse, within
+from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
@@ -95,53 +91,56 @@ class Completion(Struct):
     metrics: RequestMetrics | UnsetType = UNSET
 
 
-class CompletionReply:
-    """Builds the bytes of one answer. All chunks share id, time, model and fingerprint."""
+class CompletionReply(Reply):
+    """All chunks share id, time, model and fingerprint."""
 
-    id_prefix = "cmpl-"
-
-    def __init__(self, id: str, created: int, model: str, fingerprint: str, include_usage: bool,
-                 tier: str | None = None, spelling: Spelling = NO_SPELLING) -> None:
-        """`tier` where the client asked for one; `spelling` where it asked how likely tokens were."""
-        self.id = id
-        self._spelling = spelling
+    def __init__(self, head: Head) -> None:
+        self.id = "cmpl-" + head.number
+        self._spelling = head.spelling
         self._offsets: dict[int, int] = {}  # by choice: characters of the tokens told of
-        self._head = (id, "text_completion", created, model, fingerprint)
+        self._head = (self.id, "text_completion", head.created, head.model, head.fingerprint)
         self._plain: dict[int, WithText] = {}  # by choice
-        self._no_usage: UnsetType | None = None if include_usage else UNSET
-        self._tier: str | UnsetType = UNSET if tier is None else tier
+        self._no_usage: UnsetType | None = None if head.include_usage else UNSET
+        self._include_usage = head.include_usage
+        self._tier: str | UnsetType = UNSET if head.tier is None else head.tier
 
-    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> bytes | None:
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> list[bytes]:
         """Text completions have no role; a chunk opens them only where prompt ids or an echo were asked for."""
         if prompt is None and echo is None:
-            return None
+            return []
         told = echo.told if echo is not None else None
         logprobs = None if told is None else self._told(index, told)
-        return encode(Completion(*self._head, [CompletionChoice(
+        return [encode(Completion(*self._head, [CompletionChoice(
             "" if echo is None else echo.text, index, logprobs,
-            prompt_token_ids=UNSET if prompt is None else prompt)], self._no_usage, self._tier))
+            prompt_token_ids=UNSET if prompt is None else prompt)], self._no_usage, self._tier))]
 
-    def content(self, index: int, text: str, tokens: list[int] | None, usage: Usage | None,
-                told: list[Told] | None = None) -> bytes:
-        """A piece of text. `told`: how likely its tokens were, where the client asked for that."""
+    def content(self, index: int, text: str) -> bytes:
+        if (plain := self._plain.get(index)) is None:
+            empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage, self._tier))
+            plain = self._plain[index] = WithText(empty, "text")
+        return plain(text)
+
+    def piece(self, index: int, parts: Sequence[Part], tokens: list[int] | None = None, usage: Usage | None = None,
+              told: list[Told] | None = None) -> list[bytes]:
+        text = "".join(part.text for part in parts if isinstance(part, Said))
         if tokens is None and usage is None and told is None:
-            if (plain := self._plain.get(index)) is None:
-                empty = encode(Completion(*self._head, [CompletionChoice("", index)], self._no_usage, self._tier))
-                plain = self._plain[index] = WithText(empty, "text")
-            return plain(text)
+            return [self.content(index, text)] if text else []
+        if not (text or tokens or told):
+            return []
         logprobs = None if told is None else self._told(index, told)
         choice = CompletionChoice(text, index, logprobs, token_ids=UNSET if tokens is None else tokens)
-        return encode(Completion(*self._head, [choice], usage or self._no_usage, self._tier))
+        return [encode(Completion(*self._head, [choice], usage or self._no_usage, self._tier))]
 
-    def closing(self, index: int, reason: str, usage: Usage | None) -> bytes:
-        return encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage,
-                                 self._tier))
+    def closing(self, index: int, reason: str, usage: Usage | None) -> list[bytes]:
+        return [encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage,
+                                  self._tier))]
 
-    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
-        return encode(Completion(*self._head, [], usage, self._tier, metrics or UNSET))
+    def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> list[bytes]:
+        if not self._include_usage:
+            return []
+        return [encode(Completion(*self._head, [], usage, self._tier, metrics or UNSET))]
 
     def whole(self, choices: list[WholeChoice], usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
-        """The answer in one piece."""
         return encode(Completion(
             *self._head, [self._whole(index, choice) for index, choice in enumerate(choices)], usage, self._tier,
             metrics or UNSET))

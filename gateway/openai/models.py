@@ -3,7 +3,9 @@
 Pure.
 """
 
-from msgspec import Struct
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
 
 from gateway.openai.chat import Message
 
@@ -15,6 +17,8 @@ class Model(Struct):
     created: int
     root: str
     max_model_len: int
+    tools: str  # how it writes calls, as was found or told: hermes, llama3, mistral, harmony or none
+    reasoning: str  # how it writes thoughts: think, harmony or none
     ready: bool  # whether a worker serves it now; if not a request gets 503 and Retry-After, never 404
     object: str = "model"
     owned_by: str = "tokenmill"
@@ -33,12 +37,16 @@ class TokenizeRequest(Struct, kw_only=True):
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    return_token_strs: bool | None = None
 
 
 class TokenizeReply(Struct):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
 
 
 class DetokenizeRequest(Struct, kw_only=True):

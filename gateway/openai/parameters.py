@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from gateway.tools import Tools
 from shared.errors import BadRequest
 from shared.messages import Adjust, Grammar, Sampling
 from shared.tiers import DEFAULT, TIERS, Tier
@@ -125,6 +126,8 @@ class Options(Struct, frozen=True):
     echo: bool = False  # the prompt stands before the answer
     prompt_only: bool = False  # there is no answer
     grammar: Grammar | None = None
+    tools: Tools | None = None
+    shows_thoughts: bool = True
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
@@ -214,9 +217,14 @@ def _grammar(body: Parameters) -> Grammar | None:
     if not found:
         return None
     param, grammar = found[0]
+    check_length(grammar, param)
+    return grammar
+
+
+def check_length(grammar: Grammar, param: str) -> None:
+    """Raise BadRequest for more than a worker should have to read."""
     if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
         raise BadRequest(f"{param} is longer than {MAX_GRAMMAR_CHARACTERS} characters: send a shorter one", param=param)
-    return grammar
 
 
 def _response_grammar(format: ResponseFormat | None) -> list[tuple[str, Grammar]]:

@@ -1,0 +1,1 @@
+"""How models write calls and thoughts into their answers, and how these are read back."""
