@@ -255,7 +255,7 @@ class Hurry:
                 await self._bus.publish(subjects.worker_cancel(worker), encode(Cancel(name, 1)))
 
     async def fill_drafter(self, tokens: int) -> None:
-        """Have so many tokens remembered as what streams have said: their answers are all but finished when they come."""
+        """Have so many tokens remembered as what streams have said: their answers come all but finished."""
         chooser = random.Random(0)
         while tokens > 0:
             name = f"said-{tokens}"

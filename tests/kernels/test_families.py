@@ -148,7 +148,8 @@ def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="supported in safetensors: llama, mistral, qwen2, qwen3, qwen3_moe, nemotron"):
+    known = "supported in safetensors: llama, mistral, qwen2, qwen3, qwen3_moe, nemotron"
+    with pytest.raises(CheckpointError, match=known):
         open_checkpoint(write_tiny_folder(tmp_path / "model", Tiny(family="falcon")))
     with pytest.raises(CheckpointError, match="supported in GGUF: llama, qwen2, qwen3, nemotron"):
         open_checkpoint(write_tiny_gguf(tmp_path / "model.gguf", Tiny(family="gpt2")))
