@@ -62,6 +62,7 @@ class Limits(NamedTuple):
     max_running: int = 64
     max_waiting: int = 256
     max_draft_tokens: int = 8  # 0: no speculation
+    max_forced_tokens: int = 8  # of one step, that a grammar leaves no choice about; nobody has to guess them
 
 
 class Work:
@@ -322,8 +323,9 @@ class Scheduler:
                     budget -= self._prefill(sequence, budget, computing)
             if self.preemptions == preempted:
                 self._admit(budget, computing, now)
-        if self.limits.max_draft_tokens:
+        if self.limits.max_forced_tokens:
             self._add_forced()
+        if self.limits.max_draft_tokens:
             # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
             streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
             self.speculates = self.paying and can_pay(streams, self.cost.rows_s, self.speculates)
@@ -540,13 +542,13 @@ class Scheduler:
             sequence.luck = self.survival.pass_by(self.drafter, found.stated, taken, sequence.luck)
 
     def _add_forced(self) -> None:
-        """Drafts that a grammar leaves no choice about: they are right, so each saves a step."""
+        """Drafts that a grammar leaves no choice about: they are right, so each saves a step; nobody has to draft."""
         budget = self.limits.step_tokens - sum(work.rows for work in self._works)
         for work in self._works:
             sequence = work.sequence
             if not work.samples or sequence.adjuster is None or sequence.adjuster.grammar is None:
                 continue
-            most = min(budget, self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
+            most = min(budget, self.limits.max_forced_tokens, sequence.end_length - len(sequence.tokens) - 1)
             forced = sequence.adjuster.grammar.forced(most)
             forced = forced[:self._draft_room(sequence, len(forced))]
             if forced:

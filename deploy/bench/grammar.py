@@ -9,8 +9,8 @@ worker's scheduler, block pool and batch in a loop without bus and without time.
                drafts (right ones of which every third has one token changed, beside those that the grammar forces)
                each stream must be what it was without.
     speed      streams side by side with a grammar and, in turns, the same prompts for as many tokens without one;
-               tokens a second of the steps that decode, drafts off. `forced`: again with the tokens that the grammar
-               leaves no choice about taken as drafts.
+               tokens a second of the steps that decode, drafts off. `forced`: again as a worker does it, which computes
+               the tokens that the grammar leaves no choice about together.
 
 The report is written after every 50 schemas, and with a file that was begun the command goes on there.
 Ends with 1 when an answer does not fit its schema, or drafts changed one.
@@ -155,7 +155,8 @@ def run(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], stre
         forced: bool = False) -> Run:
     """All requests, so many at a time. `truth`: what to draft from; `forced`: only what grammars force."""
     limits = Limits(decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, max_running=streams,
-                    max_waiting=len(requests), max_draft_tokens=8 if truth is not None or forced else 0)
+                    max_waiting=len(requests), max_draft_tokens=8 if truth is not None else 0,
+                    max_forced_tokens=8 if truth is not None or forced else 0)
     scheduler = Scheduler(limits, BlockPool(decoder.blocks))
     batch = Batch(streams, -(-scheduler.length_limit // limits.block_size), limits.vocabulary_size)
     said: Said = {request.request_id: [] for request in requests}
@@ -231,7 +232,7 @@ def _speed(decoder: Decoder, grammars: Grammars, longest: Sequence[tuple[Generat
 
     `longest`: requests with the tokens that their answers have.
     """
-    most = longest[:max(4, 2 * streams)]
+    most = longest[:max(2, streams)]
     chosen = [request for request, _ in most]
     free = [replace(request, grammar=None, stop_token_ids=(), max_tokens=length) for request, length in most]
     rates: dict[str, list[float]] = {"grammar": [], "plain": [], "forced": []}

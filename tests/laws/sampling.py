@@ -153,7 +153,7 @@ class Engine(Bench):
     """The worker's scheduler and batch around a real decoder, without bus and time."""
 
     def __init__(self, place: Place, blocks: int = 64, **limits: int) -> None:
-        super().__init__(place.decoder, **({"step_tokens": 64, "max_draft_tokens": 0} | limits))
+        super().__init__(place.decoder, **({"step_tokens": 64, "max_draft_tokens": 0, "max_forced_tokens": 0} | limits))
         self.scheduler = Scheduler(self.scheduler.limits, BlockPool(blocks))
         self.grammars = place.grammars
 
@@ -237,14 +237,15 @@ def check(requests: Sequence[Generate], place: Place, chooser: random.Random
     together.finish()
     _all_equal("in company, in chunks and with few blocks", requests, answered(together, requests), alone)
 
-    drafted = Engine(place, step_tokens=chooser.choice([12, 64]), max_running=4, max_draft_tokens=4)
+    drafted = Engine(place, step_tokens=chooser.choice([12, 64]), max_running=4, max_draft_tokens=4,
+                     max_forced_tokens=4)
     for one in requests:
         drafted.add(one)
     drafted.finish_with_drafts(truth, chooser)
     _all_equal("with drafts", requests, answered(drafted, requests), alone)
 
     first = {one.request_id: chooser.randrange(len(truth[one.request_id])) for one in requests}
-    again = Engine(place, max_draft_tokens=4)
+    again = Engine(place, max_draft_tokens=4, max_forced_tokens=3)
     for one in requests:
         generated = pack(truth[one.request_id][:first[one.request_id]])
         again.add(replace(one, generated=generated, prompt_logprobs=-1))

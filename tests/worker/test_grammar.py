@@ -70,7 +70,7 @@ def add(bench: Bench, generate: Generate) -> None:
 
 
 def answer(generate: Generate, blocks: int = 128, **limits: int) -> list[int]:
-    bench = Bench(decoder(blocks), **({"step_tokens": 512, "max_draft_tokens": 0} | limits))
+    bench = Bench(decoder(blocks), **({"step_tokens": 512, "max_draft_tokens": 0, "max_forced_tokens": 0} | limits))
     add(bench, generate)
     bench.finish()
     return bench.streams[generate.request_id, 1]
@@ -148,7 +148,7 @@ def test_a_regular_expression_a_choice_and_a_lark_or_ebnf_grammar_are_kept_to() 
 
 def test_the_time_that_masks_take_is_told_of_each_stream_and_of_each_step() -> None:
     metrics = Metrics(dict)
-    bench = Bench(decoder(), max_draft_tokens=0)
+    bench = Bench(decoder(), max_draft_tokens=0, max_forced_tokens=0)
     bench.batch = Batch(8, 512, SIZE, MaskTimes(metrics.mask_s.observe, metrics.step_masks_s.observe).fill)
     for name, text in (("a", "abcdef"), ("b", "xyz")):
         add(bench, asked(Grammar("regex", text), name))
@@ -164,6 +164,20 @@ def test_the_time_that_masks_take_is_told_of_each_stream_and_of_each_step() -> N
     assert read("step_mask_seconds_count") == steps < 20
     assert read("mask_seconds_count") == len(bench.streams["a", 1]) + len(bench.streams["b", 1])
     assert 0.0 < read("mask_seconds_sum") == pytest.approx(read("step_mask_seconds_sum"))
+
+
+def test_tokens_that_a_grammar_demands_are_computed_together_also_where_nobody_drafts() -> None:
+    one = asked(Grammar("json", json.dumps({"const": "abcdefghijklmnop"})))
+    steps = {}
+    for most in (0, 8):
+        bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0, max_forced_tokens=most)
+        add(bench, one)
+        steps[most] = sum(1 for _ in bench.steps())
+        assert json.loads(spell(bench.streams["r", 1])) == "abcdefghijklmnop"
+        (end,) = bench.ends["r", 1]
+        assert isinstance(end, Finished) and end.draft_tokens == 0
+        assert bench.scheduler.forced_tokens == (0 if most == 0 else 18 - steps[8])
+    assert steps[0] == 18 and steps[8] < 5
 
 
 def test_an_answer_ends_when_its_grammar_does_without_a_token_more() -> None:
