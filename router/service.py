@@ -13,6 +13,7 @@ others take what comes. Where there are none it takes requests after a second at
 """
 
 import asyncio
+import contextlib
 from typing import Any, Literal
 
 import msgspec
@@ -96,6 +97,7 @@ class Router:
         self._started_at = clock.now()
         self._intake: Subscription | None = None
         self._others: dict[str, float] = {}  # routers that are ready, and when they said so
+        self._caught_up = asyncio.Event()  # since the last heartbeat
 
     # --- what arrives
 
@@ -144,6 +146,8 @@ class Router:
         if message is not None and delivery.subject == subjects.worker_kv(message.worker):
             self._ask_snapshots(self.view.on_kv(message, self._clock.now()))
             self._sound_alarms()
+            if self.state == "starting" and self._knows_all(self._clock.now() - self._started_at):
+                self._caught_up.set()
 
     def on_placed(self, delivery: Delivery) -> None:
         if delivery.subject == self._own_placed:
@@ -178,7 +182,7 @@ class Router:
     # --- its life
 
     async def beat(self) -> None:
-        """Twice a second: forget the silent, ask again for what is missing, say how it goes."""
+        """Twice a second, and once caught up: forget the silent, ask for what is missing, say how it goes."""
         while True:
             now = self._clock.now()
             if not self._bus.connected:
@@ -195,7 +199,10 @@ class Router:
                 await self.take_requests()
             self.desk.look_after_held(now)
             self._say_status()
-            await self._clock.sleep(self._settings.heartbeat_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.heartbeat_s):
+                    await self._caught_up.wait()
+            self._caught_up.clear()
 
     async def leave(self) -> None:
         """Take no more requests, let what is decided go out, and say goodbye."""
@@ -210,12 +217,15 @@ class Router:
             _log.warning("left_in_haste", outgoing=len(self.outbox))
 
     def _catch_up(self, waited_s: float) -> None:
-        """Ready when every cache is known: everybody speaks within a heartbeat, and snapshots come soon after."""
-        caught_up = self.view.complete and waited_s >= self._settings.heartbeat_s
+        """Ready when every cache is known, or has been waited for long enough."""
         # where others are ready there are workers to be heard of
         some = self.view.fleet.workers() or self._others
-        if caught_up or waited_s >= (CATCH_UP_S if some else STARTING_S):
+        if self._knows_all(waited_s) or waited_s >= (CATCH_UP_S if some else STARTING_S):
             self.state = "ready"
+
+    def _knows_all(self, waited_s: float) -> bool:
+        """Whether every cache is known: everybody speaks within a heartbeat, and snapshots come soon after."""
+        return waited_s >= self._settings.heartbeat_s and self.view.complete
 
     def _is_wanted(self, now: float) -> bool:
         """Whether requests should come here: it knows where to send them, or nobody else does."""
