@@ -37,7 +37,7 @@ RATE_WINDOW_S = 5.0
 SHORT_STEP_S = 0.0015  # between two ticks of the event loop's clock
 GATHER_S = 0.004
 # an alarm is set for this share of a wait before its end, so that with its being late the wait is no longer
-ALARM_LATE = 0.1
+ALARM_LATE = 0.2
 
 _log = structlog.get_logger("worker.engine")
 

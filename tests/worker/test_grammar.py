@@ -127,7 +127,7 @@ def test_chunks_company_preemption_and_a_second_attempt_change_no_token() -> Non
 
 
 def end_of(generate: Generate) -> tuple[str, Any]:
-    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0)
+    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0, max_forced_tokens=0)
     add(bench, generate)
     bench.finish()
     (end,) = bench.ends[generate.request_id, 1]
@@ -275,7 +275,7 @@ def test_a_grammar_that_breaks_ends_its_stream_with_an_error_and_no_other() -> N
     """The library permits nothing but an end when it gives up: that must not pass for the end of an answer."""
     state = grammars().begin(Grammar("regex", "a{9}"), [])
     assert not state.advance(98) and "too complex" in state.broken
-    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0)
+    bench = Bench(decoder(), step_tokens=512, max_draft_tokens=0, max_forced_tokens=0)
     bad, good = asked(Grammar("regex", "a{9}"), "bad"), asked(Grammar("regex", "a{9}"), "good")
     add(bench, bad)
     add(bench, good)
