@@ -7,6 +7,7 @@ tokenmill distil  a drafter out of the model it drafts for
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
+tokenmill nats-config  a NATS that knows its clients
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deploy import keys_command
+from deploy import keys_command, nats_command
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id (owner/name, owner/name:Q4_K_M)"
@@ -43,6 +44,7 @@ app = typer.Typer(
     help="An inference mesh for open-weight language models.",
 )
 app.add_typer(keys_command.app, name="keys")
+app.command(name="nats-config")(nats_command.nats_config)
 
 
 def main() -> None:
@@ -106,6 +108,16 @@ def up(
     ] = "",
     engine: Annotated[str, typer.Option(metavar="ENGINE", help="auto, cpu, cuda, mock or reference (slow)")] = "auto",
     nats: Annotated[str, typer.Option(metavar="URL", help="URL of an existing NATS; default: an embedded one")] = "",
+    nats_creds: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="TOKENMILL_NATS_CREDS", show_envvar=False,
+                     help="folder of everyone's credentials for it, as `tokenmill nats-config` writes it"),
+    ] = None,
+    nats_ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="TOKENMILL_NATS_CA", show_envvar=False,
+                     help="PEM file to check a tls:// NATS against"),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="folder for logs and the broker's store; default: one per port in your home"),
@@ -143,6 +155,8 @@ def up(
         _leave("--all-in-one needs no NATS: leave out --nats")
     if all_in_one and metrics_port:
         _leave("--metrics-port is for services that are processes: leave out --all-in-one")
+    if (nats_creds or nats_ca) and not nats:
+        _leave("--nats-creds and --nats-ca are for a NATS that --nats names: the embedded one is open, on loopback")
     if tenants is not None:
         _check_tenants(tenants)
     if engine == "cuda":
@@ -167,6 +181,8 @@ def up(
         drafter_model=small,
         engine=engine,
         nats=nats,
+        nats_creds=nats_creds,
+        nats_ca=nats_ca,
         otlp=otlp,
         metrics_port=metrics_port,
         log_level=log_level,

@@ -25,6 +25,7 @@ from deploy.supervisor import Child, Say, Supervisor, foreign_command, last_line
 from drafter.kinds import KINDS
 from gateway.model_files import load_card
 from shared.bus import Bus, BusUnavailable
+from shared.credentials import credentials
 from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import DrafterSettings, GatewaySettings, RouterSettings, Settings, WorkerSettings, to_flags
@@ -57,6 +58,9 @@ class Options:
     drafter_model: Path | None = None  # a pulled model of the same vocabulary, for the kinds that need one
     engine: str = "auto"
     nats: str = ""  # empty: embedded
+    nats_creds: Path | None = None  # folder with everyone's credential for it
+    nats_ca: Path | None = None
+    zone: str = "local"  # of every service
     otlp: str = ""
     metrics_port: int = 0  # of the first router; drafters and workers follow. 0: none. A gateway's are at its /metrics
     log_level: str = "info"
@@ -94,6 +98,9 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     threads = max(1, _cores() // max(1, options.workers * len(models)))
     common: dict[str, Any] = {
         "nats": nats,
+        "nats_creds": str(options.nats_creds.absolute()) if options.nats_creds is not None else "",
+        "nats_ca": str(options.nats_ca.absolute()) if options.nats_ca is not None else "",
+        "zone": options.zone,
         "otlp": options.otlp,
         "log_level": options.log_level,
         "drain_s": options.drain_s,
@@ -228,7 +235,8 @@ class LocalMesh:
     async def connect(self) -> Bus:
         """A bus of its own on the mesh's broker. Raises UpFailed when the broker is out of reach."""
         try:
-            return await NatsBus.connect(self.nats, name="tokenmill-up", timeout_s=CONNECT_WITHIN_S)
+            shown = credentials("observer", "", "", str(self.options.nats_creds or ""), str(self.options.nats_ca or ""))
+            return await NatsBus.connect(self.nats, name="tokenmill-up", timeout_s=CONNECT_WITHIN_S, credentials=shown)
         except (BusUnavailable, ValueError) as error:
             raise UpFailed(str(error)) from None
 

@@ -24,6 +24,10 @@ class BusUnavailable(Exception):
     """The transport cannot take a message now (broker gone). Nothing was queued; a retry can help."""
 
 
+class BusRefused(Exception):
+    """The transport does not let this service listen there. Asking again helps only with another credential."""
+
+
 class Subscription(Protocol):
     """One standing interest in a subject."""
 
@@ -46,7 +50,10 @@ class Bus(Protocol):
         """
 
     async def subscribe(self, subject: str, handler: Handler, queue: str | None = None) -> Subscription:
-        """Call `handler` for each message; with `queue`, each message reaches one member of the group."""
+        """Call `handler` for each message; with `queue`, each message reaches one member of the group.
+
+        Raises `BusRefused` where the transport knows who may listen, and this service may not.
+        """
 
     async def close(self) -> None:
         """Flush what is out and part from the broker. Idempotent."""

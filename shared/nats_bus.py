@@ -22,6 +22,7 @@ import contextlib
 import contextvars
 import itertools
 import random
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -31,7 +32,8 @@ import structlog
 from nats import errors
 from nats.aio.client import Client
 
-from shared.bus import BusUnavailable, Delivery, Handler
+from shared.bus import BusRefused, BusUnavailable, Delivery, Handler
+from shared.credentials import OPEN, Credentials
 from shared.subject_index import check_pattern, check_subject
 
 PENDING_LIMIT_BYTES = 16 << 20  # what may wait for a slow socket before a publish is refused
@@ -41,6 +43,8 @@ SETTLE_S = 2.0
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _NO_RESPONDERS = b"NATS/1.0 503"
+# nats-py says it in lower case
+_REFUSED = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]*)\"")
 _log = structlog.get_logger("shared.nats_bus")
 
 
@@ -155,21 +159,25 @@ class NatsSubscription:
 
 
 class NatsBus:
-    """One service's connection. Made by `connect`; counts `handler_errors`, `client_errors`, `healed`, `reconnects`."""
+    """One service's connection. Made by `connect`; counts `handler_errors`, `client_errors`, `healed`, `reconnects`,
+    and `refused`: what the broker did not let it say or hear."""
 
-    def __init__(self, url: str, name: str, probe_s: float) -> None:
+    def __init__(self, url: str, name: str, probe_s: float, credentials: Credentials = OPEN) -> None:
         self.url = url
         self.name = name
+        self.refused = 0
         self.handler_errors = 0
         self.client_errors = 0
         self.healed = 0
         self.reconnects = 0
         self._probe_s = probe_s
+        self._credentials = credentials
+        self._shut: set[str] = set()  # patterns under which the broker lets this service hear nothing, in lower case
         self._closed = False
         self._last_error: BaseException | None = None
         self._subscriptions: dict[NatsSubscription, None] = {}
         # unguessable: whoever may listen there learns what this bus publishes with `unheard`
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}"
+        self._inbox = f"{credentials.inbox}.{secrets.token_hex(11)}"
         self._numbers = itertools.count()
         self._unheard: dict[str, tuple[float, Callable[[], None]]] = {}  # oldest first
         self._settling: dict[str, asyncio.Future[None]] = {}
@@ -177,13 +185,15 @@ class NatsBus:
         self._watchdog: asyncio.Task[None] | None = None
 
     @classmethod
-    async def connect(cls, url: str, name: str = "", timeout_s: float = 10.0, probe_s: float = 2.0) -> "NatsBus":
+    async def connect(cls, url: str, name: str = "", timeout_s: float = 10.0, probe_s: float = 2.0,
+                      credentials: Credentials = OPEN) -> "NatsBus":
         """A bus on the broker at `url` (several: split by commas), tried again until `timeout_s` has passed.
 
-        Raises BusUnavailable with the last error when no broker answered, ValueError when `url` cannot be one.
+        Raises BusUnavailable with the last error when no broker answered or none let it in, ValueError when `url`
+        cannot be one.
         `probe_s`: a connection silent for this long is tested, and renewed when the test is not answered in time.
         """
-        bus = cls(url, name, probe_s)
+        bus = cls(url, name, probe_s, credentials)
         try:
             async with asyncio.timeout(timeout_s):
                 await bus._open()
@@ -191,6 +201,10 @@ class NatsBus:
             bus._closed = True
             await bus._part()
             why = f": {bus._last_error}" if bus._last_error else ""
+            if "authorization violation" in why.lower():
+                raise BusUnavailable(f"the NATS server at {_without_secrets(url)} does not let this service in{why}. "
+                                     "Point --nats-creds or TOKENMILL_NATS_CREDS at a credential that it knows"
+                                     ) from bus._last_error
             raise BusUnavailable(f"no NATS server took a connection at {_without_secrets(url)} within {timeout_s:g} s"
                                  f"{why}. Start one, or point --nats or TOKENMILL_NATS at it") from bus._last_error
         except BaseException:
@@ -235,6 +249,10 @@ class NatsBus:
         self._subscriptions[subscription] = None
         await self._stand(subscription)
         await self._settle()
+        if subject.lower() in self._shut:
+            await subscription.unsubscribe()
+            raise BusRefused(f"NATS does not let {self.name or 'this service'} subscribe to {subject}: its credential "
+                             "is of another role or zone. `tokenmill nats-config` makes the right one")
         return subscription
 
     async def close(self) -> None:
@@ -264,7 +282,9 @@ class NatsBus:
     async def _open(self) -> None:
         """Connect `self._client`, a fresh one, and stand every subscription up on it."""
         try:
+            shown = self._credentials
             await self._client.connect(
+                nkeys_seed_str=shown.seed or None, user_credentials=shown.creds or None, tls=shown.tls(),
                 servers=[server.strip() for server in self.url.split(",")], name=self.name or None,
                 error_cb=self._on_error, disconnected_cb=self._on_disconnect, reconnected_cb=self._on_reconnect,
                 lame_duck_mode_cb=self._on_lame_duck, connect_timeout=2, max_reconnect_attempts=-1,
@@ -394,6 +414,14 @@ class NatsBus:
         # runs inside nats-py's read loop, where an exception would deafen the client
         with contextlib.suppress(Exception):
             self.client_errors += 1
+            if refused := _REFUSED.search(str(error)):
+                self.refused += 1
+                what, subject = refused.groups()
+                if what == "subscription":
+                    self._shut.add(subject)
+                _log.error("nats_refused", what=what, subject=subject,
+                           do="give this service a credential of its role and zone")
+                return
             # what a server said explains more than the reset that follows it
             if not (isinstance(error, OSError) and isinstance(self._last_error, errors.Error)):
                 self._last_error = error
@@ -407,6 +435,7 @@ class NatsBus:
 
     async def _on_reconnect(self) -> None:
         with contextlib.suppress(Exception):
+            self._shut.clear()
             self.reconnects += 1
             _log.info("nats_reconnected", url=_without_secrets(self.url))
 

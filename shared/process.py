@@ -19,8 +19,9 @@ import uvloop
 from msgspec.structs import replace
 
 from shared import telemetry
-from shared.bus import Bus, BusUnavailable
+from shared.bus import Bus, BusRefused, BusUnavailable
 from shared.clock import Clock, LoopClock
+from shared.credentials import Credentials, credentials
 from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import Settings, load
@@ -51,11 +52,24 @@ def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lam
         # what imports made is there for good, and nearly all that a request makes dies without a collector
         gc.freeze()
         gc.set_threshold(*COLLECT_AFTER)
-        uvloop.run(_serve(settings, serve, timeline))
-    except (ValueError, BusUnavailable) as error:
+        shown = credentials(name, settings.zone, settings.id, settings.nats_creds, settings.nats_ca)
+        uvloop.run(_serve(settings, serve, timeline, shown))
+    except (ValueError, BusUnavailable, BusRefused) as error:
         sys.exit(f"{name}: {error}")
+    except ExceptionGroup as group:
+        if (refused := _first(group, BusRefused)) is None:
+            raise
+        sys.exit(f"{name}: {refused}")
     except OSError as error:
         sys.exit(f"{name}: {error.strerror or error}")
+
+
+def _first(group: BaseExceptionGroup[BaseException], kind: type[BaseException]) -> BaseException | None:
+    """The first of `kind` among the errors of tasks that ended together."""
+    found: BaseException | None = group.subgroup(kind)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
 
 
 def help_text(name: str, defaults: Settings) -> str:
@@ -67,8 +81,8 @@ def help_text(name: str, defaults: Settings) -> str:
     return "\n".join([head, "", *lines])
 
 
-async def _serve(settings: S, serve: Serve[S], timeline: Timeline) -> None:
-    bus = await NatsBus.connect(settings.nats, name=settings.id)
+async def _serve(settings: S, serve: Serve[S], timeline: Timeline, shown: Credentials) -> None:
+    bus = await NatsBus.connect(settings.nats, name=settings.id, credentials=shown)
     timeline.mark("bus")
     serving = asyncio.create_task(serve(bus, settings, LoopClock()))
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -21,6 +21,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     id: str = ""  # empty: made up at start, kind plus random letters
     nats: str = "nats://127.0.0.1:4222"
+    nats_creds: str = ""  # file of an NKey seed or a JWT, or a folder of them; empty: the broker asks nobody
+    nats_ca: str = ""  # PEM file that a tls:// broker's certificate is checked against; empty: the system's
     zone: str = "local"
     heartbeat_s: float = 0.5
     silence_s: float = 2.0  # a peer unheard for this long is taken for dead

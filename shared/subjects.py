@@ -88,5 +88,10 @@ def status(kind: str, name: str) -> str:
     return f"{PREFIX}.status.{kind}.{name}"
 
 
+def inbox(role: str, zone: str = "") -> str:
+    """Where one connection hears itself and the broker, behind a word of its own; what others may not listen to."""
+    return f"_INBOX.{role}{_in(zone)}"
+
+
 def _in(zone: str) -> str:
     return f".{quote(zone.lower(), safe='').replace('.', '%2E')}" if zone else ""

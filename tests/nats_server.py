@@ -29,10 +29,11 @@ class NatsServer:
         """Returns when a client can connect. Raises RuntimeError with the server's log when it does not start."""
         assert self._process is None, "already running"
         log = self._folder / "nats.log"
+        # a configuration says itself where its store is, and may not be told twice
+        store = [] if "-c" in self._options else ["-js", "-sd", str(self._folder / "jetstream")]
         self._process = subprocess.Popen(
-            [nats_server_path(), "-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self._folder / "jetstream"),
-             "-l", str(log), *self._options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            [nats_server_path(), "-a", "127.0.0.1", "-p", str(self.port), *store, "-l", str(log), *self._options],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         give_up = time.monotonic() + START_S
         while time.monotonic() < give_up and self._process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:

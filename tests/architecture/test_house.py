@@ -5,6 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from shared.permissions import table
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MADE_HERE = {".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
@@ -49,6 +51,12 @@ def test_the_architecture_page_has_one_line_for_every_file_and_no_other() -> Non
     sources = [name for name in _files() if name.split("/")[0] in PACKAGES and name.endswith((".py", ".cpp", ".hpp"))]
     real = {name for name in sources if not name.endswith("__init__.py")}
     assert named == real
+
+
+def test_the_security_page_has_the_permissions_as_they_are() -> None:
+    page = (ROOT / "docs" / "SECURITY.md").read_text()
+    shown = page.partition("<!-- permissions -->\n")[2].partition("\n<!-- /permissions -->")[0]
+    assert shown.splitlines() == table()
 
 
 def test_every_module_says_what_it_is() -> None:
