@@ -508,13 +508,14 @@ class Answer:
         metrics = gateway.metrics
         metrics.ended(operation, model, now_s - self._began_s, error)
         metrics.completion_tokens.inc(usage.completion_tokens)
+        prompt, found_cached = (0, 0) if error else (usage.prompt_tokens, cached)
+        metrics.used(self._tenant.name, prompt, found_cached, usage.completion_tokens)
         metrics.draft_tokens.inc(mill.draft_tokens)
         metrics.accepted_draft_tokens.inc(mill.accepted_draft_tokens)
         for end in self._ends():
             metrics.drafted(model, end)
-        if not error:
-            metrics.prompt_tokens.inc(usage.prompt_tokens)
-            metrics.cached_tokens.inc(cached)
+        metrics.prompt_tokens.inc(prompt)
+        metrics.cached_tokens.inc(found_cached)
         attributes: dict[str, telemetry.Attribute] = {
             names.RESPONSE_ID: self._reply.id, names.RESPONSE_MODEL: model, names.WORKER: mill.worker,
             names.RESPONSE_FINISH_REASONS: [reason or "error" for reason in self._reasons],

@@ -202,6 +202,7 @@ class _Envelope:
                         access.count(tenant)
                 await self._app(scope, receive, send_on)
             except MillError as error:
+                self._gateway.metrics.refused.labels(error.code).inc()
                 log.info("request_refused", path=scope["path"], code=error.code, reason=error.message)
                 await _send_error(send_on, error)
             except ClientLeft:

@@ -3,23 +3,37 @@
 Rules: the `gen_ai_server_*` histograms have the buckets of OpenTelemetry's conventions, the `mill_*` ones finer
 buckets, because 10 ms per token is slow here; `mill_fleet_*`, what workers said of themselves, are read when scraped,
 not kept in step, and named apart from the `mill_worker_*` that each worker serves: a sum over both would count twice.
-One registry per gateway, so that several can live in one process.
+One registry per gateway, so that several can live in one process. Labels are bounded: what clients and tenants' files
+can make up is counted under `other` once there are `MAX_TENANTS` of it.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.receipts import Found
 from gateway.speculation import accepted_at
+from shared.errors import CODES
 from shared.messages import Finished, WorkerStatus
 from shared.receipts import MISSES
 from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
+MAX_TENANTS = 200  # three series each
+OTHER = "other"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FINE_FIRST_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 1.0, 1.5,
@@ -51,13 +65,24 @@ class Metrics:
 
     def __init__(self, workers: Callable[[], Iterable[WorkerStatus]]) -> None:
         self.registry = CollectorRegistry()
+        self._scraped = CollectorRegistry()  # with what the process has beside: its memory, its bus, its loop
+        self._scraped.register(self.registry)
+        self._scraped.register(REGISTRY)
         own = self.registry
         self.requests = Counter("mill_gateway_requests", "HTTP requests by route and status.", ["route", "status"],
                                 registry=own)
+        self.refused = Counter("mill_gateway_refused", "Requests answered with an error at once, by its code.",
+                               ["code"], registry=own)
+        for code in CODES:
+            self.refused.labels(code)  # an alert needs the zero before the one
         self.active = Gauge("mill_gateway_active_streams", "Streams under way.", registry=own)
         self.prompt_tokens = Counter("mill_gateway_prompt_tokens", "Prompt tokens of finished requests.", registry=own)
         self.cached_tokens = Counter("mill_gateway_cached_tokens", "Prompt tokens that were cached.", registry=own)
         self.completion_tokens = Counter("mill_gateway_completion_tokens", "Tokens delivered to clients.", registry=own)
+        self._tenant_tokens = Counter(
+            "mill_gateway_tenant_tokens", "Tokens by tenant; kind: prompt (of finished requests, cached ones among "
+            "them), cached, completion (all delivered).", ["tenant", "kind"], registry=own)
+        self._tenants: set[str] = set()
         self.draft_tokens = Counter("mill_gateway_draft_tokens", "Draft tokens verified.", registry=own)
         self.accepted_draft_tokens = Counter("mill_gateway_accepted_draft_tokens", "Draft tokens accepted.",
                                              registry=own)
@@ -107,6 +132,9 @@ class Metrics:
                                            buckets=_FINE_FIRST_TOKEN_S, registry=own)
         self._fine_per_token = Histogram("mill_time_per_output_token_seconds", "Per token after the first.",
                                          buckets=_FINE_PER_TOKEN_S, registry=own)
+        self.between_tokens = Tally("mill_inter_token_latency_seconds", "From one message with tokens of a stream to "
+                                    "its next.", _FINE_PER_TOKEN_S)
+        self.registry.register(self.between_tokens)
         self.registry.register(_Fleet(workers))
 
     def ended(self, operation: str, model: str, duration_s: float, error: str = "") -> None:
@@ -121,6 +149,16 @@ class Metrics:
             per_token_s = (last_token_s - first_token_s) / (tokens - 1)
             self._per_token.labels(operation, model).observe(per_token_s)
             self._fine_per_token.observe(per_token_s)
+
+    def used(self, tenant: str, prompt: int, cached: int, completion: int) -> None:
+        """Note the tokens of one request of `tenant`."""
+        if tenant not in self._tenants:
+            if len(self._tenants) >= MAX_TENANTS:
+                tenant = OTHER
+            else:
+                self._tenants.add(tenant)
+        for kind, tokens in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+            self._tenant_tokens.labels(tenant, kind).inc(tokens)
 
     def drafted(self, model: str, end: Finished) -> None:
         """Note what drafts brought one stream."""
@@ -149,7 +187,7 @@ class Metrics:
             yield
             return
         try:
-            server, thread = start_http_server(port, host, self.registry)
+            server, thread = start_http_server(port, host, self._scraped)
         except OSError as error:
             raise OSError(error.errno, f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another "
                                        "--metrics-port, or 0 for none") from None
@@ -162,12 +200,35 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+        return generate_latest(self._scraped)
 
 
 def _counted(amount: float) -> float:
     """What a counter takes of a worker's figure: one that is negative or no number would stop it, or spoil it."""
     return amount if math.isfinite(amount) and amount > 0 else 0.0
+
+
+class Tally(Collector):
+    """A histogram for what happens with every token: written by one thread, without locks, in a sixth of the time.
+
+    timeit on a busy machine: 0.44 us and 2.56 us of prometheus_client's. A gateway may have 50,000 messages a second.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def note(self, amount: float) -> None:
+        """Take in one."""
+        self._counts[bisect_left(self._bounds, amount)] += 1
+        self._sum += amount
+
+    def collect(self) -> Iterable[Metric]:
+        # prometheus_client writes 1.0 for a bound that is whole
+        bounds = [*map(str, map(float, self._bounds)), "+Inf"]
+        buckets = list(zip(bounds, accumulate(map(float, self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets, self._sum)
 
 
 class _Fleet(Collector):

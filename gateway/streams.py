@@ -193,7 +193,7 @@ class Streams:
                 self._each_on(sender, lambda state: state.found_reply(sender))
             case "restarted":
                 self._each_on(sender, lambda state: state.worker_died(sender, now_s, back_in_epoch=epoch))
-        known, recipe = self._fleet.worker(sender), message.recipe
+        known, recipe, between_tokens = self._fleet.worker(sender), message.recipe, self._metrics.between_tokens.note
         for reply in message.replies:
             stream = self._streams.get(reply.request_id)
             if stream is None:
@@ -202,6 +202,8 @@ class Streams:
             self._changed[stream.changed] = None
             if type(reply) is Tokens and (fresh := stream.state.hear_next(reply, sender, now_s, recipe)) is not None:
                 stream.pending += fresh
+                # a stream's first tokens never come this way
+                between_tokens(now_s - stream.last_token_s)
                 stream.last_token_s = now_s
                 continue
             stream.note(reply, sender)
@@ -303,9 +305,12 @@ class Streams:
         for action in actions:
             match action:
                 case Deliver(tokens):
-                    stream.last_token_s = self._clock.now()
+                    now_s = self._clock.now()
                     if stream.first_token_s is None:
-                        stream.first_token_s = stream.last_token_s
+                        stream.first_token_s = now_s
+                    else:
+                        self._metrics.between_tokens.note(now_s - stream.last_token_s)
+                    stream.last_token_s = now_s
                     stream.pending += tokens
                 case Submit(message, cause):
                     self._submit(stream, message, cause)

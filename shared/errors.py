@@ -92,6 +92,8 @@ _BY_CODE: dict[str, type[MillError]] = {
                  RateLimited, NoEligibleWorker, Overloaded, MeshUnavailable, DeadlineExceeded, WorkerFailed)
 }
 
+CODES = (MillError.code, *_BY_CODE)  # every code there is
+
 
 def from_code(code: str, message: str, retry_after_s: float | None = None) -> MillError:
     """The error a `Failed` message stands for; an unknown code (a newer sender) becomes a plain MillError."""

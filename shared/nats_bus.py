@@ -13,8 +13,8 @@ broker to come back. `_Client` mends what nats-py 2.16 does, with a test for eac
     one queue and one task per message and subscription           the handler is called from the read loop
     a publish wakes a task that writes                            it is written on the spot
 
-Behind these a watchdog sends a message to itself whenever nothing was heard for `probe_s`, and reconnects when it does
-not come back.
+Behind these a watchdog sends a message to itself every `probe_s`, which also tells how long that takes, and reconnects
+when it does not come back and nothing else was heard.
 """
 
 import asyncio
@@ -172,6 +172,8 @@ class NatsBus:
         self.reconnects = 0
         self._probe_s = probe_s
         self._credentials = credentials
+        # hears how late the loop woke the watchdog, and seconds to the broker and back; None when it did not answer
+        self.watched: Callable[[float, float | None], None] = lambda loop_lag_s, round_trip_s: None
         self._shut: set[str] = set()  # patterns under which the broker lets this service hear nothing, in lower case
         self._closed = False
         self._last_error: BaseException | None = None
@@ -375,30 +377,34 @@ class NatsBus:
     # --- keeping the connection alive ---------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        heard = -1
+        loop = asyncio.get_running_loop()
         while True:
+            due_s = loop.time() + self._probe_s
             await asyncio.sleep(self._probe_s)
-            self._forget(asyncio.get_running_loop().time())
+            lag_s = loop.time() - due_s
+            self._forget(loop.time())
             try:
                 if self._client.is_closed or self._client.dead:
                     await self._replace()
-                elif self._client.is_connected and heard == self._client.stats["in_msgs"]:
-                    await self._probe(heard)
-                heard = self._client.stats["in_msgs"]
+                elif self._client.is_connected:
+                    self.watched(lag_s, await self._probe(self._client.stats["in_msgs"]))
             except Exception:
                 self.client_errors += 1
                 _log.exception("nats_watchdog_failed")
 
-    async def _probe(self, heard: int) -> None:
-        """Reconnect unless a message to itself comes back."""
+    async def _probe(self, heard: int) -> float | None:
+        """Seconds until a message to itself came back. None when it did not; reconnects if nothing else came either."""
+        loop = asyncio.get_running_loop()
+        sent_s = loop.time()
         if await self._settle(self._probe_s):
-            return
+            return loop.time() - sent_s
         # an event loop that was blocked all the while has yet to read what arrived
         await asyncio.sleep(self._probe_s / 10)
         if self._client.is_connected and heard == self._client.stats["in_msgs"]:
             self.healed += 1
             _log.warning("nats_deaf", url=_without_secrets(self.url), do="reconnect")
             await self._client.force_reconnect()
+        return None
 
     async def _replace(self) -> None:
         """Start over with a new client: the old one gave up."""

@@ -15,11 +15,13 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+import prometheus_client
 import uvloop
 from msgspec.structs import replace
 
 from shared import telemetry
 from shared.bus import Bus, BusRefused, BusUnavailable
+from shared.bus_metrics import BusMetrics
 from shared.clock import Clock, LoopClock
 from shared.credentials import Credentials, credentials
 from shared.ids import new_id
@@ -84,6 +86,9 @@ def help_text(name: str, defaults: Settings) -> str:
 async def _serve(settings: S, serve: Serve[S], timeline: Timeline, shown: Credentials) -> None:
     bus = await NatsBus.connect(settings.nats, name=settings.id, credentials=shown)
     timeline.mark("bus")
+    figures = BusMetrics(bus)
+    bus.watched = figures.observe
+    prometheus_client.REGISTRY.register(figures.registry)
     serving = asyncio.create_task(serve(bus, settings, LoopClock()))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)

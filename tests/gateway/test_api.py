@@ -11,6 +11,7 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.catalogue import Catalogue
+from gateway.metrics import MAX_TENANTS, Metrics
 from gateway.service import Gateway
 from shared import subjects
 from shared.blocks import hash_chain, join_hashes, tenant_salt
@@ -621,12 +622,54 @@ async def test_metrics_tell_requests_tokens_latencies_and_workers() -> None:
                      'mill_gateway_requests_total{route="/v1/chat/completions",status="400"} 1.0',
                      "mill_gateway_completion_tokens_total 14.0", "mill_gateway_cached_tokens_total 16.0",
                      "mill_gateway_active_streams 0.0", "mill_time_to_first_token_seconds_count 1.0",
+                     'mill_gateway_refused_total{code="invalid_request"} 1.0',
+                     'mill_gateway_refused_total{code="overloaded"} 0.0',
+                     'mill_gateway_tenant_tokens_total{kind="completion",tenant="default"} 14.0',
+                     'mill_gateway_tenant_tokens_total{kind="cached",tenant="default"} 16.0',
+                     "process_resident_memory_bytes",
                      "gen_ai_server_request_duration_seconds_bucket", 'mill_fleet_running{model="tiny",',
                      "# TYPE mill_fleet_tokens_total counter"):
             assert line in response.text, line
         for family in text_string_to_metric_families(response.text):
             assert family.documentation, family.name
             assert not family.name.endswith("_total") or family.type == "counter", family.name
+
+
+async def test_each_message_of_a_stream_behind_its_first_counts_for_the_latency_between_tokens() -> None:
+    async with gateway_and_mesh() as (client, _, gateway):
+        await client.post(CHAT, json=chat())  # fourteen tokens, four in a message
+        assert gateway.metrics.registry.get_sample_value("mill_inter_token_latency_seconds_count") == 3
+
+
+async def test_names_that_clients_make_up_add_no_series() -> None:
+    async with gateway_and_mesh() as (client, _, _):
+        async def series() -> set[str]:
+            text = (await client.get("/metrics")).text
+            return {line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+
+        async def odd(number: int) -> None:
+            await client.post(CHAT, json=chat(model=f"made-up-{number}"))
+            await client.get(f"/made/up/{number}")
+            await client.get("/v1/models", headers={"authorization": f"Bearer made-up-{number}"})
+
+        await odd(0)
+        await series()  # being read is a request too
+        before = await series()
+        for number in range(1, 20):
+            await odd(number)
+        assert await series() == before
+
+
+def test_tenants_beyond_the_bound_are_counted_together() -> None:
+    metrics = Metrics(lambda: [])
+    for number in range(MAX_TENANTS + 50):
+        metrics.used(f"t{number}", 3, 1, 2)
+    metrics.used("t0", 3, 1, 2)
+    text = metrics.exposition().decode()
+    lines = [line for line in text.splitlines() if line.startswith("mill_gateway_tenant_tokens_total{")]
+    assert len(lines) == 3 * (MAX_TENANTS + 1)
+    assert 'mill_gateway_tenant_tokens_total{kind="prompt",tenant="other"} 150.0' in lines
+    assert 'mill_gateway_tenant_tokens_total{kind="completion",tenant="t0"} 4.0' in lines
 
 
 async def test_the_log_joins_the_clients_id_with_the_one_that_the_mesh_knows() -> None:

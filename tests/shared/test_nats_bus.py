@@ -5,12 +5,14 @@ The promises of every bus stand in test_bus.py.
 
 import asyncio
 import socket
+import time
 
 import pytest
 from nats import errors
 
 from shared import nats_bus
 from shared.bus import BusUnavailable
+from shared.bus_metrics import BusMetrics
 from shared.nats_bus import NatsBus
 from tests.nats_server import NatsServer, free_port, nats_server
 
@@ -169,6 +171,17 @@ async def test_a_quiet_bus_is_left_alone_by_its_watchdog(connect):
     before = bus._client.stats["in_msgs"]
     await until(lambda: bus._client.stats["in_msgs"] >= before + 5)
     assert bus.healed == bus.reconnects == 0
+
+
+async def test_the_watchdog_tells_how_late_the_loop_was_and_how_far_the_broker_is(connect):
+    bus = await connect(probe_s=0.02)
+    figures = BusMetrics(bus)
+    bus.watched = figures.observe
+    value = figures.registry.get_sample_value
+    await until(lambda: value("mill_bus_round_trip_seconds_count") >= 3)
+    time.sleep(0.3)
+    await until(lambda: value("mill_loop_lag_seconds_sum") > 0.2)
+    assert value("mill_bus_connected") == 1 and value("mill_bus_refused_total") == 0
 
 
 async def test_an_error_of_the_server_only_disconnects(connect):
