@@ -3,6 +3,7 @@
 One registry per drafter, so that several can live in one process.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -36,6 +37,7 @@ class Metrics:
                               registry=own)
         self.busy = Gauge("mill_drafter_busy", "Share of the time that is worked, lately.", registry=own)
 
-    def served(self, port: int, host: str = "127.0.0.1") -> AbstractContextManager[None]:
-        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
-        return metrics_served(self.registry, port, host)
+    def served(self, port: int, host: str = "127.0.0.1",
+               ready: Callable[[], bool] = lambda: True) -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs, and probes ask; 0: nothing is served."""
+        return metrics_served(self.registry, port, host, ready)

@@ -66,7 +66,7 @@ async def serve(bus: Bus, settings: DrafterSettings, clock: Clock, ready: asynci
         draftsman = await asyncio.to_thread(kinds.draftsman_of, settings)
     drafter = Drafter(bus, settings, clock, draftsman)
     try:
-        with drafter.metrics.served(settings.metrics_port):
+        with drafter.metrics.served(settings.metrics_port, settings.metrics_host, lambda: drafter.state == "ready"):
             await drafter.listen()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(drafter.draft(), name=f"{drafter.id}-draft")

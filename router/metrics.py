@@ -3,6 +3,7 @@
 One registry per router, so that several can live in one process.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -44,6 +45,7 @@ class Metrics:
             self.turned_away.labels(reason)
         for tier in TIERS:
             self.held.labels(tier)
+            self.waited_s.labels(tier)
         self.unheard = Counter("mill_router_unheard", "Placements at which nobody listened.", registry=own)
         self.lost = Counter("mill_router_lost", "Messages that could not leave.", ["cause"], registry=own)
         self.bad_messages = Counter("mill_router_bad_messages", "Messages that could not be decoded.", registry=own)
@@ -82,6 +84,7 @@ class Metrics:
         for own in (self.placed, *self.learned.values()):
             own.remove(worker)
 
-    def served(self, port: int, host: str = "127.0.0.1") -> AbstractContextManager[None]:
-        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
-        return metrics_served(self.registry, port, host)
+    def served(self, port: int, host: str = "127.0.0.1",
+               ready: Callable[[], bool] = lambda: True) -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs, and probes ask; 0: nothing is served."""
+        return metrics_served(self.registry, port, host, ready)

@@ -52,7 +52,7 @@ async def serve(bus: Bus, settings: RouterSettings, clock: Clock, ready: asyncio
     tracing = telemetry.configure_tracing("router", settings.id, settings.otlp)
     router = Router(bus, settings, clock)
     try:
-        with router.metrics.served(settings.metrics_port):
+        with router.metrics.served(settings.metrics_port, settings.metrics_host, lambda: router.state == "ready"):
             await router.listen()
             async with asyncio.TaskGroup() as tasks:
                 for work in (router.outbox.send, router.beat, router.desk.let_in):

@@ -13,14 +13,17 @@ the task that called them and to what it starts.
 Times are unix seconds, as `Clock.wall` gives them. Attribute names stand in `shared.trace_names`.
 """
 
+import asyncio
 import contextlib
 import contextvars
 import logging
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import prometheus_client
 import structlog
@@ -29,6 +32,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry
 
+from shared.probes import Wsgi, probed
 from shared.trace_names import ERROR_TYPE
 
 Attribute = str | bool | int | float | Sequence[str]
@@ -236,27 +240,50 @@ class MetricsServer:
         self._thread.join(5.0)
 
 
-def start_metrics_server(port: int, host: str = "127.0.0.1") -> MetricsServer | None:
-    """Let Prometheus read the default registry on `port`; 0: nothing is served and None returned.
+def start_metrics_server(port: int, host: str = "127.0.0.1", app: Wsgi | None = None) -> MetricsServer | None:
+    """Let Prometheus read the default registry on `port`, or serve `app` there; 0: nothing is, and None returned.
 
     Raises OSError naming the port when it is taken.
     """
     if port == 0:
         return None
+    kind = _ServerV6 if ":" in host else _Server
     try:
-        return MetricsServer(*prometheus_client.start_http_server(port, host))
+        server = make_server(host, port, app or prometheus_client.make_wsgi_app(), kind, _Quiet)
     except OSError as error:
         raise OSError(error.errno, f"cannot serve metrics on {host}:{port} ({error.strerror}): "
                                    "choose another --metrics-port, or 0 for none") from error
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    return MetricsServer(server, thread)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Being asked is no event."""
 
 
 @contextlib.contextmanager
-def metrics_served(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Iterator[None]:
-    """Let Prometheus read `registry` on `port` while the block runs, among the figures of the process; 0: nothing."""
-    server = start_metrics_server(port, host)
-    if server is None:
+def metrics_served(registry: CollectorRegistry, port: int, host: str = "127.0.0.1",
+                   ready: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Let Prometheus read `registry` on `port` while the block runs, among the figures of the process; 0: nothing.
+
+    `/health` and `/ready` beside it say whether the running loop turns, and what `ready` does.
+    """
+    if port == 0:
         yield
         return
+    app = probed(prometheus_client.make_wsgi_app(), asyncio.get_running_loop(), ready)
+    server = start_metrics_server(port, host, app)
+    assert server is not None
     prometheus_client.REGISTRY.register(registry)
     try:
         yield

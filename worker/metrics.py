@@ -91,9 +91,9 @@ class Metrics(Collector):
                                       buckets=MASK_BUCKETS, registry=self.registry)
         self.registry.register(self)
 
-    def served(self, port: int, host: str) -> AbstractContextManager[None]:
-        """Let Prometheus read these figures on `port` while the block runs; 0: nothing is served."""
-        return metrics_served(self.registry, port, host)
+    def served(self, port: int, host: str, ready: Callable[[], bool] = lambda: True) -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs, and probes ask; 0: nothing is served."""
+        return metrics_served(self.registry, port, host, ready)
 
     def observe(self, sequence: Sequence, now: float) -> None:
         """Take in a stream that has ended."""

@@ -97,7 +97,7 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     worker = Worker(sender, settings, clock, runner, engine, name, epoch)
     tracing = configure_tracing("worker", name, settings.otlp)
     try:
-        with worker.metrics.served(settings.metrics_port, settings.metrics_host):
+        with worker.metrics.served(settings.metrics_port, settings.metrics_host, lambda: worker.state == "ready"):
             await worker.run(bus, ready, timeline)
     finally:
         runner.close()

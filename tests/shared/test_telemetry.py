@@ -21,11 +21,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from shared.memory_bus import MemoryBroker, MemoryBus
+from shared.probes import alive
 from shared.telemetry import (
     configure_logging,
     configure_tracing,
     extract,
     inject,
+    metrics_served,
     open_span,
     span_at,
     start_metrics_server,
@@ -272,6 +274,28 @@ def test_metrics_are_served_until_closed():
         prometheus_client.REGISTRY.unregister(counter)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/metrics")
+
+
+async def test_beside_the_figures_a_probe_tells_alive_from_ready():
+    registry, states = prometheus_client.CollectorRegistry(), {"ready": False}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def asked(path: str) -> int:
+        return (await asyncio.to_thread(httpx.get, f"http://127.0.0.1:{port}{path}")).status_code
+
+    with metrics_served(registry, port, ready=lambda: states["ready"]):
+        assert [await asked(path) for path in ("/health", "/ready", "/metrics")] == [200, 503, 200]
+        states["ready"] = True
+        assert await asked("/ready") == 200
+
+
+def test_a_loop_that_stands_still_or_is_closed_is_not_alive():
+    loop = asyncio.new_event_loop()
+    assert not alive(loop, 0.05)  # nobody runs it
+    loop.close()
+    assert not alive(loop, 0.05)
 
 
 def test_port_zero_serves_nothing():
