@@ -8,6 +8,7 @@ tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
 tokenmill nats-config  a NATS that knows its clients
+tokenmill doctor  what is missing here, and what to do about it
 """
 
 import importlib.util
@@ -195,6 +196,37 @@ def up(
         uvloop.run(bring_up.run(options, Console(), one_process=all_in_one, quiet=quiet))
     except UpFailed as error:
         _leave(str(error))
+
+
+@app.command()
+def doctor(
+    nats: Annotated[str, typer.Option(metavar="URL", envvar="TOKENMILL_NATS", show_envvar=False,
+                                      help="NATS that services will use; default: the embedded one")] = "",
+    nats_creds: Annotated[str, typer.Option(metavar="FILE|DIR", envvar="TOKENMILL_NATS_CREDS", show_envvar=False,
+                                            help="an observer's credential for it")] = "",
+    nats_ca: Annotated[str, typer.Option(metavar="FILE", envvar="TOKENMILL_NATS_CA", show_envvar=False,
+                                         help="PEM file to check a tls:// NATS against")] = "",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="where a gateway will listen")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="of that gateway")] = 8000,
+    json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
+) -> None:
+    """Look whether this machine can serve, and say what to do. Exit code 0: fine, 1: advice, 2: broken."""
+    import msgspec
+
+    from deploy import doctor as examining
+
+    findings = examining.examine(examining.Wanted(nats, nats_creds, nats_ca, host, port))
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
+    else:
+        console = Console()
+        colours = {"ok": "green", "advice": "yellow", "broken": "red"}
+        for found in findings:
+            console.print(Text.assemble((f"{found.state:<7}", colours[found.state]), f" {found.name:<9} {found.said}"),
+                          soft_wrap=True)
+            if found.do:
+                console.print(Text(f"{'':17} -> {found.do}", "bold"), soft_wrap=True)
+    raise SystemExit(examining.exit_code(findings))
 
 
 @app.command()
