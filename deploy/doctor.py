@@ -17,7 +17,7 @@ import tempfile
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -179,7 +179,7 @@ def nats(wanted: Wanted) -> Finding:
     return Finding("NATS", "advice" if wishes else "ok", said, "; ".join(wishes))
 
 
-def server_told(url: str) -> dict[str, object]:
+def server_told(url: str) -> dict[str, Any]:
     """What a NATS server says of itself when one connects. Raises OSError, ValueError when it is none."""
     host, number = _host_port(url)
     with socket.create_connection((host, number), timeout=ANSWER_S) as connection:
@@ -188,7 +188,7 @@ def server_told(url: str) -> dict[str, object]:
             line = lines.readline(65536)
     if not line.startswith(b"INFO "):
         raise ValueError(f"it says {line[:20]!r}")
-    told: dict[str, object] = json.loads(line[5:])
+    told: dict[str, Any] = json.loads(line[5:])
     return told
 
 

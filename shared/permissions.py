@@ -5,6 +5,7 @@ Rule: a subscription is a wall. What holds tokens under a policy is sent to a su
 too, whatever a process says of itself. Pure; `deploy.nats_config` writes it in the words of nats-server.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared import subjects
@@ -86,7 +87,7 @@ def _in_any_zone(subject: str) -> tuple[str, str]:
     return subject, f"{subject}.*"
 
 
-_SAID = {
+_SAID: dict[str, Callable[[str], tuple[str, ...]]] = {
     "gateway": lambda own: (subjects.ALL_GENERATE, subjects.worker_cancel(_ANY), subjects.router_cancel(_ANY),
                             subjects.status("gateway", own)),
     "router": lambda own: (*_in_any_zone(subjects.worker_generate(_ANY)), subjects.replies(_ANY),
@@ -96,7 +97,7 @@ _SAID = {
     "drafter": lambda own: (*_in_any_zone(subjects.worker_drafts(_ANY)), subjects.status("drafter", own)),
     "observer": lambda own: (),
 }
-_HEARD = {
+_HEARD: dict[str, Callable[[str, str], tuple[str, ...]]] = {
     "gateway": lambda own, zone: (subjects.replies(own), subjects.status("worker", _ANY),
                                   subjects.status("router", _ANY)),
     # a request reaches one router: none may listen beside the queue
