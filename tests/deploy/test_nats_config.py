@@ -21,7 +21,7 @@ from shared.credentials import credentials
 from shared.nats_bus import NatsBus
 from tests.mesh.streams import chat, read
 from tests.models import default_folder
-from tests.nats_server import NatsServer, nats_server
+from tests.nats_server import NatsServer, nats_server, nats_server_path
 
 USERS = ("gateway", "router", "worker@eu", "worker@us", "worker.w7@eu", "drafter@eu", "drafter@us", "observer")
 
@@ -219,12 +219,18 @@ async def test_a_rotated_seed_opens_beside_the_new_one_until_it_is_removed(tmp_p
     with nats_server("-c", str(written.config)) as server:
         for shown in (old, new):
             await (await NatsBus.connect(server.url, credentials=shown)).close()
-    (tmp_path / "observer.old.seed").unlink()
-    nats_config.write(tmp_path, [], Listening())
-    with nats_server("-c", str(written.config)) as server:
-        await (await NatsBus.connect(server.url, credentials=new)).close()
-        with pytest.raises(BusUnavailable):
+        running = await NatsBus.connect(server.url, credentials=new)
+        (tmp_path / "observer.old.seed").unlink()
+        nats_config.write(tmp_path, [], Listening())
+        subprocess.run([nats_server_path(), "--signal", f"reload={server.pid}"], check=True, capture_output=True)
+        async with asyncio.timeout(20):
+            while "Reloaded server configuration" not in (server._folder / "nats.log").read_text():
+                await asyncio.sleep(0.02)
+        with pytest.raises(BusUnavailable, match="does not let this service in"):
             await NatsBus.connect(server.url, timeout_s=1.0, credentials=old)
+        await (await NatsBus.connect(server.url, credentials=new)).close()
+        assert running.connected and not running.reconnects
+        await running.close()
 
 
 @pytest.mark.parametrize(("users", "listening", "rotate", "what"), [
