@@ -79,7 +79,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return max((WORST.index(finding.state) for finding in findings), default=0)
 
 
-def python(version: tuple[int, ...] = tuple(sys.version_info)) -> Finding:
+def python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     said = ".".join(map(str, version[:3]))
     if version < (3, 11):
         return Finding("python", "broken", said, "install Python 3.11 or newer, then `make install PYTHON=python3.12`")

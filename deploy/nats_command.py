@@ -25,11 +25,12 @@ def nats_config(
 ) -> None:
     """Write a NATS configuration with a user per role and zone, each with the least subjects."""
     from deploy import nats_config as making
+    from shared.credentials import SEED_ENDS
 
     console = Console(stderr=True)
     listening = making.Listening(host, port, monitor=monitor, certificate=tls_cert and tls_cert.absolute(),
                                  key=tls_key and tls_key.absolute())
-    known = list(out.glob(f"*{making.SEED_ENDS}"))
+    known = list(out.glob(f"*{SEED_ENDS}"))
     try:
         written = making.write(out, user or ([] if known else USERS), listening, rotate or [])
     except making.NatsConfigFailed as error:
