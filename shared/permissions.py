@@ -102,7 +102,8 @@ _HEARD: dict[str, Callable[[str, str], tuple[str, ...]]] = {
                                   subjects.status("router", _ANY)),
     # a request reaches one router: none may listen beside the queue
     "router": lambda own, zone: (f"{subjects.ALL_GENERATE} {subjects.ROUTER_QUEUE}", subjects.router_cancel(own),
-                                 subjects.ALL_KV, subjects.ALL_PLACED, subjects.status("worker", _ANY)),
+                                 subjects.ALL_KV, subjects.ALL_PLACED, subjects.status("worker", _ANY),
+                                 subjects.status("router", _ANY)),
     "worker": lambda own, zone: (subjects.worker_generate(own), subjects.worker_generate(own, zone),
                                  subjects.worker_cancel(own), subjects.worker_drafts(own),
                                  subjects.worker_drafts(own, zone), subjects.worker_kv_request(own),

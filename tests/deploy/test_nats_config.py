@@ -62,7 +62,7 @@ HEARD = {
     subjects.status("worker", "*"): {"gateway", "router", "drafter@eu", "drafter@us", "observer"},
     subjects.status("drafter", "*"): {"worker@eu", "worker@us", "observer"},
     subjects.status("gateway", "*"): {"worker@eu", "worker@us", "observer"},
-    subjects.status("router", "*"): {"gateway", "worker@eu", "worker@us", "observer"},
+    subjects.status("router", "*"): {"gateway", "router", "worker@eu", "worker@us", "observer"},
     subjects.ALL_STATUS: {"observer"},
     f"{subjects.PREFIX}.>": set(),
     f"{subjects.PREFIX}.worker.>": set(),
