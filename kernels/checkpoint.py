@@ -10,6 +10,7 @@ tensors, and gguf only to dequantise: the native step starts without either.
     layers.N.mlp.{gate,up}.weight [ffn, hidden]   layers.N.attention.o.weight [hidden, heads * head_dim]
     layers.N.mlp.down.weight [hidden, ffn]          families of layer norms: a bias for each norm, and no mlp.gate
     layers.N.router.weight [experts, hidden], layers.N.experts.M.{gate,up,down}.weight    of a mixture, instead of mlp
+    layers.N.attention.sinks.weight [heads]       .bias beside .weight, where the config has one
 
 With a tied head, `head.weight` is another name of `embedding.weight`. Rows of q and k stand as stored; the config's
 `rope_interleaved` says which elements of a head turn together.
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from kernels.checkpoint_config import gguf_config, hugging_face_config
 from kernels.config import CheckpointError, DecoderConfig
 from kernels.gguf_header import TensorInfo, read_gguf_header
+from kernels.packed_experts import Cut, as_ggml, cuts
 from kernels.tensor_names import check_shapes, experts_of, from_gguf, from_hugging_face, some
 
 if TYPE_CHECKING:
@@ -124,15 +126,20 @@ class GgufCheckpoint:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face folder with weights in float32, float16 or bfloat16, or matrices of bytes: rows of Q8_0 blocks."""
+    """A Hugging Face folder with weights in float32, float16 or bfloat16, or matrices of bytes: rows of Q8_0 blocks.
+
+    Experts may be in MXFP4, as `kernels.packed_experts` says.
+    """
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
         self.config = hugging_face_config(path)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}  # by the name of a stored tensor
         self._stored_names: dict[str, str] = {}
+        self._cuts: dict[str, Cut] = {}
+        gpt_oss = self.config.experts is not None and self.config.experts.clamped is not None
         shapes: dict[str, tuple[int, ...]] = {}
         kinds: dict[str, str] = {}
         for shard in _shards(path):
@@ -146,16 +153,24 @@ class SafetensorsCheckpoint:
                 name = from_hugging_face(stored)
                 if name == "head.weight" and self.config.tied_head:
                     continue
+                self._files[stored] = file
                 piece = file.get_slice(stored)
                 shape, kind = tuple(piece.get_shape()), piece.get_dtype()
-                if kind == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
+                experts = cuts(stored, shape) if gpt_oss else None
+                packed = experts is not None and all(cut.kind for cut in experts.values())  # exponents too
+                if experts is None and kind == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
                     shape, kind = (shape[0], shape[1] // _Q8_0_BYTES * 32), "Q8_0"
-                elif kind not in _PLAIN_KINDS:
-                    raise CheckpointError(
-                        f"{shard}: {stored} is stored as {kind}; {', '.join(_PLAIN_KINDS)} can be read"
-                    )
-                self._files[name], self._stored_names[name] = file, stored
-                shapes[name], kinds[name] = shape, "F32" if self._exceeds_one(name) else kind
+                elif kind not in (("U8",) if packed else _PLAIN_KINDS):
+                    can = "U8" if packed else ", ".join(_PLAIN_KINDS)
+                    raise CheckpointError(f"{shard}: {stored} is stored as {kind}; {can} can be read")
+                if experts is None:
+                    self._stored_names[name], shapes[name] = stored, shape
+                    kinds[name] = "F32" if self._exceeds_one(name) else kind
+                    continue
+                self._cuts |= experts
+                shapes |= {expert: cut.shape for expert, cut in experts.items()}
+                kinds |= {expert: cut.kind or kind for expert, cut in experts.items()}
+        self._check_scales()
         check_shapes(path, self.config, shapes)
         self._shapes, self._kinds = shapes, kinds
 
@@ -174,6 +189,8 @@ class SafetensorsCheckpoint:
         if self._exceeds_one(name):
             return Raw("F32", self.tensor(name).view(1, -1).numpy().view(np.uint8))
         stored = self._plain(name)
+        if (cut := self._cuts.get(name)) and cut.scales:
+            return Raw(cut.kind, as_ggml(stored.numpy(), self._of_expert(cut.scales, cut).numpy()))
         rows = stored.shape[0] if stored.dim() > 1 else 1
         return Raw(self.kind(name), stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
@@ -181,7 +198,7 @@ class SafetensorsCheckpoint:
         stored = self._plain(name)
         if self._exceeds_one(name):
             return stored.float() + 1.0
-        return _dequantised(Raw("Q8_0", stored.numpy())) if stored.element_size() == 1 else stored.float()
+        return _dequantised(self.raw(name)) if stored.element_size() == 1 else stored.float()
 
     def _exceeds_one(self, name: str) -> bool:
         """Whether what is stored is by how much a norm's weights exceed 1, as it is for layer norms."""
@@ -189,8 +206,24 @@ class SafetensorsCheckpoint:
 
     def _plain(self, name: str) -> "Tensor":
         name = _stored(name, self.config)
-        plain: Tensor = self._files[name].get_tensor(self._stored_names[name])
+        if cut := self._cuts.get(name):
+            return self._of_expert(cut.stored, cut)
+        stored = self._stored_names[name]
+        plain: Tensor = self._files[stored].get_tensor(stored)
         return plain
+
+    def _of_expert(self, stored: str, cut: Cut) -> "Tensor":
+        whole: Tensor = self._files[stored].get_slice(stored)[cut.expert]
+        return (whole.T if cut.transposed else whole)[cut.rows].contiguous()
+
+    def _check_scales(self) -> None:
+        """Every tensor of MXFP4 blocks has one of exponents, of its shape."""
+        for blocks, scales in {(cut.stored, cut.scales) for cut in self._cuts.values() if cut.scales}:
+            if scales not in self._files:
+                raise CheckpointError(f"{self.path} lacks {scales}; download it again")
+            sizes, found = (tuple(self._files[name].get_slice(name).get_shape()) for name in (blocks, scales))
+            if found != sizes[:-1] or self._files[scales].get_slice(scales).get_dtype() != "U8":
+                raise CheckpointError(f"{self.path}: {scales} does not fit {blocks}; download it again")
 
 
 def _unstacked(info: TensorInfo) -> list[TensorInfo]:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kernels.config import CheckpointError, DecoderConfig, Experts, Yarn, llama3_rope_factors, yarn_rope
+from kernels.config import CheckpointError, ClampedSwiglu, DecoderConfig, Experts, Yarn, llama3_rope_factors, yarn_rope
 from kernels.gguf_header import GgufHeader
 
 HEAD_IDS = "d2t.json"
 Q8_0 = "q8_0"
+MXFP4 = "mxfp4"
 
 
 class _Family(NamedTuple):
@@ -27,11 +28,13 @@ class _Family(NamedTuple):
     windowed: bool = False  # `sliding_window` means something
     window_asked_for: bool = False  # `use_sliding_window` has to be set
     first_layers_see_all: bool = False  # those before `max_window_layers`
+    every_second_sees_all: bool = False  # from layer 1 on, where no list says otherwise
     layer_norm: bool = False  # as `DecoderConfig`; Hugging Face stores what its weights exceed 1 by
     gated: bool = True  # as `DecoderConfig`
     activation: str = "silu"  # Hugging Face's name of what the MLP does
     partly_rotary: bool = False  # `partial_rotary_factor` means something, and is a half where nothing is said
     mixture: bool = False  # of experts
+    gpt_oss: bool = False  # sinks, biased and clamped experts, YaRN whose ends are not rounded
 
 
 _NEMOTRON = _Family(layer_norm=True, gated=False, activation="relu2", partly_rotary=True)
@@ -41,6 +44,7 @@ GGUF_FAMILIES = {
     "qwen3": _Family(qk_norm=True),
     "nemotron": _NEMOTRON,
     "qwen3moe": _Family(qk_norm=True, mixture=True),
+    "gpt-oss": _Family(every_second_sees_all=True, mixture=True, gpt_oss=True),
 }
 HUGGING_FACE_FAMILIES = {
     "llama": _Family(),
@@ -49,14 +53,17 @@ HUGGING_FACE_FAMILIES = {
     "qwen3": _Family(qk_norm=True, windowed=True, window_asked_for=True, first_layers_see_all=True),
     "qwen3_moe": _Family(qk_norm=True, windowed=True, window_asked_for=True, mixture=True),
     "nemotron": _NEMOTRON,
+    "gpt_oss": _Family(windowed=True, every_second_sees_all=True, mixture=True, gpt_oss=True),
 }
+# What gpt-oss's experts compute where the checkpoint has no word for it.
+_CLAMPED = ClampedSwiglu(alpha=1.702, limit=7.0)
 
 # What GGUF may say of experts, and what of that is done here. A key that is not there says nothing.
 _ROUTING = {
     "expert_shared_count": (0,),
     "expert_group_count": (0, 1),
     "expert_weights_scale": (0.0, 1.0),
-    "expert_gating_func": (1,),  # a softmax
+    "expert_gating_func": (1, 3),  # a softmax over all, or over the chosen
     "leading_dense_block_count": (0,),
 }
 
@@ -107,8 +114,7 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         raise CheckpointError(f"{path} lacks token_embd.weight; download it again")
     rotary_dim = whole("rope.dimension_count", head_dim)
     base = _positive(path, "rope.freq_base", said("rope.freq_base", 10_000.0))
-    window = said("attention.sliding_window")
-    rope = _gguf_rope(path, header, str(architecture), base, rotary_dim)
+    rope = _gguf_rope(path, header, str(architecture), base, rotary_dim, whole_pairs=not family.gpt_oss)
     epsilon = "attention.layer_norm_epsilon" if family.layer_norm else "attention.layer_norm_rms_epsilon"
     return DecoderConfig(
         layers=layers,
@@ -131,19 +137,31 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         qk_norm=family.qk_norm,
         layer_norm=family.layer_norm,
         gated=family.gated,
-        windows=(_whole(path, "attention.sliding_window", window),) * layers if window else None,
+        windows=_gguf_windows(path, header, str(architecture), family, layers),
         head_ids=head_ids(path.parent),
-        experts=_gguf_experts(path, header, str(architecture), layers) if family.mixture else None,
+        sinks=family.gpt_oss,
+        experts=_gguf_experts(path, header, str(architecture), family, layers) if family.mixture else None,
     )
 
 
-def _gguf_experts(path: Path, header: GgufHeader, architecture: str, layers: int) -> Experts:
+def _gguf_windows(
+    path: Path, header: GgufHeader, architecture: str, family: _Family, layers: int
+) -> tuple[int, ...] | None:
+    window = header.metadata.get(f"{architecture}.attention.sliding_window")
+    if not window:
+        return None
+    size = _whole(path, "attention.sliding_window", window)
+    return tuple(0 if family.every_second_sees_all and layer % 2 else size for layer in range(layers))
+
+
+def _gguf_experts(path: Path, header: GgufHeader, architecture: str, family: _Family, layers: int) -> Experts:
     def said(key: str) -> object:
         return header.metadata.get(f"{architecture}.{key}")
 
     for key, done in _ROUTING.items():
         if (value := said(key)) is not None and value not in done:
-            raise CheckpointError(f"{path}: {architecture}.{key} is {value!r}, only {done[-1]!r} is supported")
+            supported = " or ".join(map(str, done))
+            raise CheckpointError(f"{path}: {architecture}.{key} is {value!r}, only {supported} is supported")
     if layers > len(header.tensors):
         found = len(header.tensors)
         raise CheckpointError(f"{path} announces {layers} layers but holds {found} tensors; download it again")
@@ -153,11 +171,15 @@ def _gguf_experts(path: Path, header: GgufHeader, architecture: str, layers: int
         ffn=_whole(path, "expert_feed_forward_length", said("expert_feed_forward_length")),
         normalised=said("expert_weights_norm") is not False,
         dense_layers=tuple(at for at in range(layers) if f"blk.{at}.ffn_gate_inp.weight" not in header.tensors),
+        biased=family.gpt_oss,
+        clamped=_CLAMPED if family.gpt_oss else None,
     )
 
 
-def _gguf_rope(path: Path, header: GgufHeader, architecture: str, base: float, rotary_dim: int) -> Yarn:
-    """Divisors (none: all 1) and magnitude."""
+def _gguf_rope(
+    path: Path, header: GgufHeader, architecture: str, base: float, rotary_dim: int, *, whole_pairs: bool
+) -> Yarn:
+    """Divisors (none: all 1) and magnitude. GGUF cannot say whether the ends of YaRN's range are rounded."""
     metadata, prefix = header.metadata, f"{architecture}.rope.scaling"
     kind = metadata.get(f"{prefix}.type", "none")
     if kind not in ("none", "linear", "yarn"):
@@ -169,7 +191,10 @@ def _gguf_rope(path: Path, header: GgufHeader, architecture: str, base: float, r
         if tensor is not None:
             raise CheckpointError(f"{path} has both YaRN and a rope_freqs tensor, which contradict each other")
         key = f"{prefix}.original_context_length"
-        rope = yarn_rope(base, rotary_dim, factor=stretch, original_context_length=_whole(path, key, metadata.get(key)))
+        original = _whole(path, key, metadata.get(key))
+        rope = yarn_rope(
+            base, rotary_dim, factor=stretch, original_context_length=original, whole_pairs=whole_pairs
+        )
         more = _positive(path, f"{prefix}.attn_factor", metadata.get(f"{prefix}.attn_factor", 1.0))
         return rope._replace(magnitude=rope.magnitude * more)
     if tensor is None:
@@ -203,19 +228,20 @@ def hugging_face_config(path: Path) -> DecoderConfig:
     for key, plain in (("mlp_bias", False), ("hidden_act", family.activation)):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
-    if settings.get("quantization_config", {"quant_method": Q8_0}) != {"quant_method": Q8_0}:
-        raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
+    _check_quantisation(path, settings, family)
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
     head_dim = whole("head_dim", hidden // heads)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{file}: rope_scaling should be an object, it is {rope!r}")
+    if family.gpt_oss and not (rope and ("rope_theta" in rope or "rope_theta" in settings)):
+        raise CheckpointError(f"{file} lacks rope_scaling or rope_theta, which gpt-oss has no defaults for here")
     base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
     layers = whole("num_hidden_layers")
     rotary_dim = _rotary_dim(file, settings, rope, head_dim) if family.partly_rotary else head_dim
     scaling = _hugging_face_rope(file, rope, base, rotary_dim, context_length)
     epsilon, usual = ("norm_eps", 1e-5) if family.layer_norm else ("rms_norm_eps", 1e-6)
-    biased = bool(settings.get("attention_bias", False))
+    biased = bool(settings.get("attention_bias", family.gpt_oss))
     return DecoderConfig(
         layers=layers,
         hidden=hidden,
@@ -239,21 +265,40 @@ def hugging_face_config(path: Path) -> DecoderConfig:
         gated=family.gated,
         windows=_hugging_face_windows(file, settings, family, layers),
         head_ids=head_ids(path),
-        experts=_hugging_face_experts(file, settings) if family.mixture else None,
+        sinks=family.gpt_oss,
+        experts=_hugging_face_experts(file, settings, family) if family.mixture else None,
     )
 
 
-def _hugging_face_experts(file: Path, settings: dict[str, Any]) -> Experts:
+def _check_quantisation(path: Path, settings: dict[str, Any], family: _Family) -> None:
+    """Blocks of our own drafters, and gpt-oss's experts; everything else is refused."""
+    quantisation = settings.get("quantization_config")
+    if quantisation is None or quantisation == {"quant_method": Q8_0}:
+        return
+    if not family.gpt_oss or not isinstance(quantisation, dict) or quantisation.get("quant_method") != MXFP4:
+        raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
+
+
+def _hugging_face_experts(file: Path, settings: dict[str, Any], family: _Family) -> Experts:
     def whole(key: str, default: int | None = None) -> int:
         value = settings.get(key)
         return _whole(file, key, default if value is None else value)
 
+    count = whole("num_local_experts" if settings.get("num_experts") is None else "num_experts")
+    per_token = whole("num_experts_per_tok")
+    if family.gpt_oss:
+        alpha, limit = (
+            _positive(file, key, default if settings.get(key) is None else settings[key])
+            for key, default in (("swiglu_alpha", _CLAMPED.alpha), ("swiglu_limit", _CLAMPED.limit))
+        )
+        ffn, clamped = whole("intermediate_size"), ClampedSwiglu(alpha, limit)
+        return Experts(count, per_token, ffn, normalised=True, biased=True, clamped=clamped)
     dense = settings.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise CheckpointError(f"{file}: mlp_only_layers should be a list of layers, it is {dense!r}")
     return Experts(
-        count=whole("num_local_experts" if settings.get("num_experts") is None else "num_experts"),
-        per_token=whole("num_experts_per_tok"),
+        count=count,
+        per_token=per_token,
         ffn=whole("moe_intermediate_size"),
         normalised=bool(settings.get("norm_topk_prob", False)),
         every=whole("decoder_sparse_step", 1),
@@ -275,6 +320,8 @@ def _hugging_face_windows(file: Path, settings: dict[str, Any], family: _Family,
         return None
     size = _whole(file, "sliding_window", window)
     kinds = settings.get("layer_types")
+    if kinds is None and family.every_second_sees_all:
+        return tuple(0 if layer % 2 else size for layer in range(layers))
     if kinds is None:
         first = settings.get("max_window_layers", 0) if family.first_layers_see_all else 0
         return tuple(size if layer >= first else 0 for layer in range(layers))

@@ -10,6 +10,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: damaged, or of a kind that no decoder here runs."""
 
 
+class ClampedSwiglu(NamedTuple):
+    """gate * sigmoid(alpha * gate) * (up + 1), of a gate of at most `limit` and an up within -limit..limit."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of experts in place of an MLP: of `count` MLPs, `per_token` work for a token, as its router chooses."""
@@ -21,6 +28,8 @@ class Experts:
     normalised: bool
     every: int = 1  # layers every - 1, 2 every - 1, ... have a mixture ...
     dense_layers: tuple[int, ...] = ()  # ... but for these
+    biased: bool = False  # the router and all of an expert's matrices have a bias
+    clamped: ClampedSwiglu | None = None  # instead of silu(gate) * up
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
@@ -61,6 +70,7 @@ class DecoderConfig:
     windows: tuple[int, ...] | None = None
     # A trimmed head: the token id of each of its rows, ascending. None: row i is id i.
     head_ids: tuple[int, ...] | None = None
+    sinks: bool = False  # each query head has a logit in its softmax that belongs to no token
     experts: Experts | None = None  # of the layers that `is_mixture` names
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.logprobs import check_logprobs
 from kernels.ops import Ops, table
-from kernels.reference import fill_logprobs, race, rotary_tables, routed, widened
+from kernels.reference import clamped_swiglu, fill_logprobs, race, rotary_tables, routed, widened
 from kernels.step import Race, StepInputs, check_places
 
 KV_BYTES = 512 << 20
@@ -38,12 +38,15 @@ class Norm(NamedTuple):
 class Mlp(NamedTuple):
     gate_up: Tensor  # [2 ffn, hidden]; without a gate [ffn, hidden]
     down: Tensor  # [hidden, ffn]
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 class Mixture(NamedTuple):
     """Experts in place of an MLP."""
 
     router: Tensor  # [experts, hidden]
+    router_bias: Tensor | None
     experts: list[Mlp]
 
 
@@ -55,6 +58,7 @@ class Layer(NamedTuple):
     qkv_bias: Tensor | None  # [(heads + 2 kv_heads) * head_dim]
     q_norm: Tensor | None  # [head_dim], as k_norm
     k_norm: Tensor | None
+    sinks: Tensor | None  # [heads]
     o: Tensor  # [hidden, heads * head_dim]
     o_bias: Tensor | None  # [hidden]
     mlp_norm: Norm
@@ -224,8 +228,9 @@ class TorchDecoder:
                 q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
             q, k = ops.rotary(q, k, rows.positions, self.cosines, self.sines, config.rope_interleaved)
             ops.write_kv(k, v, keys, values, rows.tables, rows.sequences, rows.positions)
+            where = rows.tables, rows.sequences, rows.positions
             attended = ops.paged_attention(
-                q, keys, values, rows.tables, rows.sequences, rows.positions, scale, rows.longest, config.window(number)
+                q, keys, values, *where, scale, rows.longest, config.window(number), layer.sinks
             )
             hidden = self._linear(attended.flatten(1), layer.o, layer.o_bias)
             normed, residual = self._add_norm(hidden, residual, layer.mlp_norm)
@@ -233,13 +238,14 @@ class TorchDecoder:
         return hidden, residual
 
     def _mlp(self, x: Tensor, mlp: Mlp) -> Tensor:
-        return self.ops.linear(self._activated(self.ops.linear(x, mlp.gate_up)), mlp.down)
+        gate_up = self._linear(x, mlp.gate_up, mlp.gate_up_bias)
+        return self._linear(self._activated(gate_up), mlp.down, mlp.down_bias)
 
     def _mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
         """Each expert works for all rows that chose it; what a row gets is added in the experts' order."""
         experts = self.config.experts
         assert experts is not None
-        logits = self.ops.linear(x, mixture.router)
+        logits = self._linear(x, mixture.router, mixture.router_bias)
         weights, chosen = routed(logits, experts.per_token, experts.normalised)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in chosen.unique().tolist():
@@ -256,7 +262,8 @@ class TorchDecoder:
         if not self.config.gated:
             return self.ops.squared_relu(gate_up)
         gate, up = gate_up.chunk(2, dim=1)
-        return self.ops.swiglu(gate, up)
+        clamped = self.config.experts.clamped if self.config.experts else None
+        return self.ops.swiglu(gate, up) if clamped is None else clamped_swiglu(gate, up, *clamped)
 
     def _normed(self, x: Tensor, norm: Norm) -> Tensor:
         epsilon = self.config.norm_eps
@@ -305,6 +312,7 @@ class TorchDecoder:
             ),
             q_norm=self._vector(checkpoint, prefix + "attention.q_norm") if config.qk_norm else None,
             k_norm=self._vector(checkpoint, prefix + "attention.k_norm") if config.qk_norm else None,
+            sinks=self._vector(checkpoint, prefix + "attention.sinks") if config.sinks else None,
             o=self._matrix(checkpoint, prefix + "attention.o"),
             o_bias=self._vector(checkpoint, prefix + "attention.o", "bias") if config.output_bias else None,
             mlp_norm=self._norm(checkpoint, prefix + "mlp_norm"),
@@ -312,16 +320,26 @@ class TorchDecoder:
         )
 
     def _mlp_weights(self, checkpoint: Checkpoint, prefix: str, number: int) -> Mlp | Mixture:
-        def mlp(name: str) -> Mlp:
-            parts = ("gate", "up") if self.config.gated else ("up",)
-            gate_up = self._matrix(checkpoint, *(f"{prefix}{name}.{part}" for part in parts))
-            return Mlp(gate_up, self._matrix(checkpoint, f"{prefix}{name}.down"))
+        def biases(*names: str) -> Tensor:
+            return torch.cat([self._vector(checkpoint, prefix + name, "bias") for name in names])
+
+        def mlp(name: str, biased: bool = False) -> Mlp:
+            inputs = [f"{name}.{part}" for part in (("gate", "up") if self.config.gated else ("up",))]
+            return Mlp(
+                self._matrix(checkpoint, *(prefix + part for part in inputs)),
+                self._matrix(checkpoint, f"{prefix}{name}.down"),
+                biases(*inputs) if biased else None,
+                biases(f"{name}.down") if biased else None,
+            )
 
         experts = self.config.experts
         if experts is None or not self.config.is_mixture(number):
             return mlp("mlp")
-        router = self._matrix(checkpoint, prefix + "router")
-        return Mixture(router, [mlp(f"experts.{expert}") for expert in range(experts.count)])
+        return Mixture(
+            self._matrix(checkpoint, prefix + "router"),
+            biases("router") if experts.biased else None,
+            [mlp(f"experts.{expert}", experts.biased) for expert in range(experts.count)],
+        )
 
     def _norm(self, checkpoint: Checkpoint, name: str) -> Norm:
         bias = self._vector(checkpoint, name, "bias") if self.config.layer_norm else None

@@ -26,7 +26,9 @@ class Ops(NamedTuple):
     swiglu: Callable[[Tensor, Tensor], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, int], Tensor]
+    paged_attention: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, int, Tensor | None], Tensor
+    ]
     adjust_logits: Callable[[Tensor, Adjustments], Tensor]
     mask_logits: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -95,6 +95,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (wide / (1.0 + torch.exp(-wide)) * up.float()).to(gate.dtype)
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), all [R, width]; gate is at most `limit` and up within -limit..limit."""
+    wide, rest = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
+    return (wide / (1.0 + torch.exp(-alpha * wide)) * (rest + 1.0)).to(gate.dtype)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0) squared, [R, width]."""
     return x.float().clamp(min=0.0).square().to(x.dtype)
@@ -142,10 +148,12 @@ def paged_attention(
     scale: float,
     longest: int | None = None,
     window: int = 0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of queries [R, H, D] over one layer's caches: row r sees 0..positions[r] of its sequence.
 
-    With a window, only the last `window` of those positions.
+    With a window, only the last `window` of those positions. `sinks` [H]: a logit of each head that takes its share of
+    the softmax and has no value.
 
     Softmax of scale * q.k in float32, summed over tiles of ATTENTION_TILE positions in position order, aligned to 0, so
     that the order of a row's sum does not depend on whether it came alone or in a prompt. Runs of rows of one sequence
@@ -155,7 +163,9 @@ def paged_attention(
     output = torch.zeros_like(queries)
     for rows, tiles in _runs_of_equal_shape(sequences, positions, _tile(key_cache.shape[1])):
         owners = tables[sequences[rows[:, 0]].long()]
-        output[rows] = _attend(queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles, window)
+        output[rows] = _attend(
+            queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles, window, sinks
+        )
     return output
 
 
@@ -188,6 +198,7 @@ def _attend(
     scale: float,
     tiles: int,
     window: int,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n].
 
@@ -204,6 +215,9 @@ def _attend(
     output = torch.zeros_like(wide)
     maximum = wide.new_full(wide.shape[:-1], torch.finfo(torch.float32).min)  # [K, N, n G]
     total = torch.zeros_like(maximum)
+    if sinks is not None:
+        maximum[:] = sinks.float().view(kv_heads, 1, group).repeat(1, 1, count)
+        total[:] = 1.0
 
     for start in range(0, tiles * tile, tile):
         # 1. Keys and values of the tile; what lies beyond a run's last position may never have been written.

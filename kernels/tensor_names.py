@@ -31,7 +31,9 @@ _INSIDE = {
     "attn_output": "attention.o",
     "attn_q_norm": "attention.q_norm",
     "attn_k_norm": "attention.k_norm",
+    "attn_sinks": "attention.sinks",
     "ffn_norm": "mlp_norm",
+    "post_attention_norm": "mlp_norm",
     "ffn_gate": "mlp.gate",
     "ffn_up": "mlp.up",
     "ffn_down": "mlp.down",
@@ -46,11 +48,13 @@ _INSIDE = {
     "self_attn.o_proj": "attention.o",
     "self_attn.q_norm": "attention.q_norm",
     "self_attn.k_norm": "attention.k_norm",
+    "self_attn.sinks": "attention.sinks",
     "post_attention_layernorm": "mlp_norm",
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
     "mlp.gate": "router",
+    "mlp.router": "router",
 }
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
@@ -61,7 +65,7 @@ def from_gguf(name: str) -> str:
 
 
 def from_hugging_face(name: str) -> str:
-    return _ours(name, "model.layers.")
+    return _ours(name + ".weight" if name.endswith(".sinks") else name, "model.layers.")
 
 
 def _ours(name: str, prefix: str) -> str:
@@ -107,12 +111,16 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
                 inside |= _mlp(f"experts.{expert}", hidden, experts.ffn, config.gated)
         else:
             inside |= _mlp("mlp", hidden, ffn, config.gated)
+        if config.sinks:
+            inside["attention.sinks"] = (config.heads,)
         if config.qk_norm:
             inside |= {"attention.q_norm": (config.head_dim,), "attention.k_norm": (config.head_dim,)}
         shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
         biased = ["attention.q", "attention.k", "attention.v"] if config.qkv_bias else []
         biased += ["attention.o"] if config.output_bias else []
         biased += ["attention_norm", "mlp_norm"] if config.layer_norm else []
+        if experts and experts.biased:
+            biased += [name for name in inside if name == "router" or name.startswith("experts.")]
         shapes |= {f"layers.{layer}.{name}.bias": inside[name][:1] for name in biased}
     return shapes
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from kernels import tuning
 from kernels.launch import INTERPRETED, launch
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def paged_attention(
@@ -35,10 +35,12 @@ def paged_attention(
     scale: float,
     longest: int | None = None,
     window: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row's attention over positions 0..positions[row] of its sequence, [R, H, D] in the type of `queries`.
 
-    With a window, over the last `window` of those positions.
+    With a window, over the last `window` of those positions. `sinks` [H], float32: a logit of each head that has no
+    value.
 
     queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table
     row of each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it;
@@ -69,7 +71,7 @@ def paged_attention(
             _attend_split,
             (count, kv_heads, splits),
             *(queries[some], key_cache, value_cache, tables, sequences[some], positions[some], partial, maxima, sums),
-            *(splits, count, scale * LOG2_E),
+            *(splits, count, scale * LOG2_E.value),
             *(*queries.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
             choice=choice,
             HEADS=heads,
@@ -87,7 +89,8 @@ def paged_attention(
         launch(
             _combine_splits,
             (count, heads),
-            *(partial, maxima, sums, positions[some], output[some], splits, output.stride(0), output.stride(1)),
+            *(partial, maxima, sums, positions[some], maxima if sinks is None else sinks, output[some]),
+            *(splits, output.stride(0), output.stride(1)),
             choice=combine,
             HEADS=heads,
             HEAD_DIM=head_dim,
@@ -95,6 +98,7 @@ def paged_attention(
             SPLIT=split,
             CHUNK=combine.block,
             WINDOW=window,
+            SINKS=sinks is not None,
         )
     return output
 
@@ -239,6 +243,7 @@ def _combine_splits(
     maxima_ptr,  # [R, P, H] fp32, in powers of two
     sums_ptr,  # [R, P, H] fp32
     positions_ptr,  # [R]
+    sinks_ptr,  # [H] fp32; read with SINKS only
     output_ptr,  # [R, H, D]
     # sizes
     splits,
@@ -252,6 +257,7 @@ def _combine_splits(
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -263,6 +269,9 @@ def _combine_splits(
     lane = tl.arange(0, HEAD_DIM_PADDED)
     running_max = tl.full((), float("-inf"), tl.float32)
     running_sum = tl.full((), 0.0, tl.float32)
+    if SINKS:  # as if a split before all others had seen it
+        running_max = tl.load(sinks_ptr + head) * LOG2_E
+        running_sum = tl.full((), 1.0, tl.float32)
     output = tl.zeros((HEAD_DIM_PADDED,), tl.float32)
 
     # Chunks of CHUNK splits in order. A chunk's sum has the same shape however many of its splits exist.

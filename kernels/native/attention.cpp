@@ -10,6 +10,12 @@ namespace {
 
 constexpr int kChunk = 32;
 
+float first_of(Lanes x) {
+  float at[kLanes];
+  store(at, x);
+  return at[0];
+}
+
 // Keeps loads on their side. Three heads need 12 of 16 registers for sums and 3 for operands, a tile 24 of 32; a compiler
 // that loads ahead spills a sum, and then every addition waits for memory: three times slower.
 MILL_INLINE void load_no_further() { asm volatile("" ::: "memory"); }
@@ -103,10 +109,10 @@ void weigh_chunk(const KvCache& cache, const AttentionPlace& place, const float*
       store(out + size_t(n / H) * out_stride + n % H * cache.head_dim + first_dim + c * kLanes, sums[n][c] * splat(inverse[n]));
 }
 
-// `queries`: [head_dim][R][H]; a block's scores: [R][H][16].
+// `queries`: [head_dim][R][H]; `sinks`: [H]; a block's scores: [R][H][16].
 template <typename F, int R, int H>
-void attend_heads(const KvCache& cache, const AttentionPlace& place, const float* queries, float* scores, float* out,
-                  size_t out_stride) {
+void attend_heads(const KvCache& cache, const AttentionPlace& place, const float* queries, const float* sinks, float* scores,
+                  float* out, size_t out_stride) {
   constexpr int N = R * H;
   const int begin = place.first / kBlockTokens, blocks = place.position / kBlockTokens + 1;
   const auto at = [&](int b, int n) { return scores + (size_t(b) * N + size_t(n)) * kBlockTokens; };
@@ -117,7 +123,7 @@ void attend_heads(const KvCache& cache, const AttentionPlace& place, const float
   };
 
   Lanes peaks[N];
-  for (int n = 0; n < N; n++) peaks[n] = splat(-INFINITY);
+  for (int n = 0; n < N; n++) peaks[n] = splat(sinks ? sinks[n % H] : -INFINITY);
   for (int b = begin; b < blocks; b++) {
     Lanes block[N];
     score_block<F, N>(keys_of<F>(cache, place, b), queries, cache.head_dim, block);
@@ -130,7 +136,8 @@ void attend_heads(const KvCache& cache, const AttentionPlace& place, const float
 
   float inverse[N];
   for (int n = 0; n < N; n++) {
-    const Lanes peak = splat(largest_of(peaks[n]));
+    const float largest_score = largest_of(peaks[n]);
+    const Lanes peak = splat(largest_score);
     Lanes total = splat(0.0f);
     for (int b = begin; b < blocks; b++) {
       store(at(b, n), exponential(load(at(b, n)) - peak));
@@ -138,7 +145,9 @@ void attend_heads(const KvCache& cache, const AttentionPlace& place, const float
       total = total + load(at(b, n));
       store(at(b, n), F::times_steps(load(at(b, n)), values_of<F>(cache, place, b), cache.head_dim));
     }
-    inverse[n] = 1.0f / sum_of(total);
+    float sum = sum_of(total);
+    if (sinks) sum += first_of(exponential(splat(sinks[n % H] - largest_score)));
+    inverse[n] = 1.0f / sum;
   }
 
   int dim = 0;
@@ -160,10 +169,11 @@ void attend_rows(const KvCache& cache, const AttentionPlace& place, const float*
       for (int head = first; head < first + heads; head++, n++)
         for (int d = 0; d < dim; d++) turned[d * R * heads + n] = queries[(row * count + head) * dim + d];
     float *const scores = scratch + R * heads * dim, *const to = out + first * dim;
+    const float* const sinks = place.sinks ? place.sinks + first : nullptr;
     switch (heads) {
-      case 3: attend_heads<F, R, 3>(cache, place, turned, scores, to, out_stride); break;
-      case 2: attend_heads<F, R, 2>(cache, place, turned, scores, to, out_stride); break;
-      case 1: attend_heads<F, R, 1>(cache, place, turned, scores, to, out_stride); break;
+      case 3: attend_heads<F, R, 3>(cache, place, turned, sinks, scores, to, out_stride); break;
+      case 2: attend_heads<F, R, 2>(cache, place, turned, sinks, scores, to, out_stride); break;
+      case 1: attend_heads<F, R, 1>(cache, place, turned, sinks, scores, to, out_stride); break;
     }
   }
 }

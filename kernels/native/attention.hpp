@@ -16,6 +16,7 @@
 //                query is scaled before it is spread
 //     p[t]     = exponential(score[t] - largest score)
 //     total    = 16 lanes, lane t % 16, blocks ascending, then sum_of
+//                a head's sink is one more score: part of the largest, and exponential(sink - largest score) of the total
 //     out      = (fma chain over t ascending of (p[t] * value step[t]) * value[t]) * (1 / total)
 // Slots beyond the row's position are never read into a sum: they may hold anything. With a window only the positions from
 // `first` on are seen; t counts from 0 all the same, so that lanes stay what they are.
@@ -62,6 +63,7 @@ struct AttentionPlace {
   const int32_t* block_table;
   int first, position, layer, kv_head;  // seen by the first row: positions first..position
   int rows = 1;
+  const float* sinks = nullptr;  // of the query heads; null: they have none
 };
 
 inline size_t attention_scratch(int head_dim, int context) {  // numbers

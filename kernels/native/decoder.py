@@ -32,7 +32,7 @@ _KV_FORMATS = {"fp16": (0, 2, 0), "int8": (1, 1, 4), "fp8": (2, 1, 0)}  # number
 _TYPES = {  # as numbered in GGUF
     "F32": 0, "F16": 1, "BF16": 30,
     "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8,
-    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "MXFP4": 39,
 }  # fmt: skip
 _LAYER = (
     "attention_norm",
@@ -54,7 +54,9 @@ _LAYER_EXTRAS = (  # of some families only
     "attention.k_norm.weight",
     "attention_norm.bias",
     "mlp_norm.bias",
+    "attention.sinks.weight",
 )
+_EXPERT = ("gate.weight", "up.weight", "down.weight", "gate.bias", "up.bias", "down.bias")
 _MESSAGE_BYTES = 512
 _MOST_THREADS_ASKED = 256
 
@@ -84,6 +86,9 @@ class _Config(ctypes.Structure):
         ("experts_per_token", ctypes.c_int32),
         ("expert_feed_forward", ctypes.c_int32),
         ("experts_normalised", ctypes.c_int32),
+        ("clamped", ctypes.c_int32),
+        ("swiglu_alpha", ctypes.c_float),
+        ("swiglu_limit", ctypes.c_float),
     ]
 
 
@@ -445,8 +450,8 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
     """The tensors in the order mill_open wants them, and the arrays they point into."""
     inside = [*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS]
     if (experts := checkpoint.config.experts) is not None:
-        inside.append("router.weight")
-        inside += [f"experts.{at}.{part}.weight" for at in range(experts.count) for part in ("gate", "up", "down")]
+        inside += ["router.weight", "router.bias"]
+        inside += [f"experts.{at}.{part}" for at in range(experts.count) for part in _EXPERT]
     names = [f"layers.{layer}.{name}" for layer in range(checkpoint.config.layers) for name in inside]
     names += ["embedding.weight", "norm.weight", "norm.bias", "head.weight"]
     there = set(checkpoint.names())
@@ -468,10 +473,13 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
     return described, kept
 
 
-def _described_experts(config: DecoderConfig) -> tuple[int, int, int, int]:
-    """The last fields of _Config."""
+def _described_experts(config: DecoderConfig) -> tuple[float, ...]:
+    """The last fields of _Config, from `experts` on."""
     experts = config.experts
-    return (0, 0, 0, 0) if experts is None else (experts.count, experts.per_token, experts.ffn, int(experts.normalised))
+    if experts is None:
+        return ()
+    clamped = (0,) if experts.clamped is None else (1, *experts.clamped)
+    return experts.count, experts.per_token, experts.ffn, int(experts.normalised), *clamped
 
 
 def _float32(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -29,6 +29,11 @@ struct GroupRows {
   }
 };
 
+// What the nibbles of MXFP4 stand for, in halves; four times, as shuffles of bytes read it.
+#define MILL_FOURS 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
+alignas(64) constexpr int8_t kFours[64] = {MILL_FOURS, MILL_FOURS, MILL_FOURS, MILL_FOURS};
+#undef MILL_FOURS
+
 // Where halves of a group have scales of their own (int8, Q6_K), the dot is scale * dot of the first half + scale * dot of
 // the second: below 2^24 (128 * 32 * 127 * 32), so float32 has it exactly.
 
@@ -104,6 +109,27 @@ MILL_INLINE void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes fi
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
     dots[r] = fma(second_scale, Lanes{_mm512_cvtepi32_ps(second[r])}, first_scale * Lanes{_mm512_cvtepi32_ps(first[r])});
+}
+
+// A shuffle makes numbers of nibbles, with 128 added as VNNI wants them.
+template <int R>
+MILL_INLINE void fp4_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots[R]) {
+  const __m512i numbers = _mm512_xor_si512(line(kFours), _mm512_set1_epi8(-128));
+  __m512i sums[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) sums[r] = _mm512_set1_epi32(rows.offset[r]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m512i low, high;
+    unpack_line(lines + 64 * i, low, high);
+    low = _mm512_shuffle_epi8(numbers, low), high = _mm512_shuffle_epi8(numbers, high);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[r] = _mm512_dpbusd_epi32(sums[r], low, four_inputs(rows.q + r * kGroup + 8 * i));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[r] = _mm512_dpbusd_epi32(sums[r], high, four_inputs(rows.q + r * kGroup + 8 * i + 4));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) dots[r] = {_mm512_cvtepi32_ps(sums[r])};
 }
 
 #elif MILL_AVX2
@@ -212,6 +238,46 @@ MILL_INLINE void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes fi
   for (int r = 0; r < R; r++) dots[r] = fma(second_scale, second.total(r), dots[r]);
 }
 
+// Eight products of at most 12 * 127 * 2 stay below 2^15, so a whole group is summed in int16.
+template <int R>
+struct Fp4Dots {
+  __m256i low[R], high[R];
+
+  MILL_INLINE void quad(int i, __m256i a, __m256i b, const int8_t* x) {
+    a = kept(a), b = kept(b);
+    const __m256i a_size = kept(_mm256_abs_epi8(a)), b_size = kept(_mm256_abs_epi8(b));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m256i inputs = four_inputs(x + r * kGroup + 4 * i);
+      const __m256i p = _mm256_maddubs_epi16(a_size, _mm256_sign_epi8(inputs, a));
+      const __m256i q = _mm256_maddubs_epi16(b_size, _mm256_sign_epi8(inputs, b));
+      low[r] = kept(i ? _mm256_add_epi16(low[r], p) : p);
+      high[r] = kept(i ? _mm256_add_epi16(high[r], q) : q);
+    }
+  }
+  MILL_INLINE Lanes total(int r) const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_cvtepi32_ps(_mm256_madd_epi16(low[r], ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(high[r], ones))};
+  }
+};
+
+template <int R>
+MILL_INLINE void fp4_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots[R]) {
+  const __m256i numbers = line(kFours);
+  Fp4Dots<R> sums;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m256i quads[4];
+    unpack_line(lines, i, quads);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) quads[j] = _mm256_shuffle_epi8(numbers, quads[j]);
+    sums.quad(2 * i, quads[0], quads[1], rows.q);
+    sums.quad(2 * i + 1, quads[2], quads[3], rows.q);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) dots[r] = sums.total(r);
+}
+
 #else
 
 constexpr int kRowsTogether = 4;
@@ -247,6 +313,19 @@ void half_dots(const uint8_t* lines, const GroupRows& rows, Lanes first_scale, L
       for (int k = 0; k < kGroup; k++)
         dot[k / (kGroup / 2)] += int32_t(int8_t(lines[k / 4 * 64 + 4 * n + k % 4])) * rows.q[r * kGroup + k];
       dots[r].at[n] = first_scale.at[n] * float(dot[0]) + second_scale.at[n] * float(dot[1]);
+    }
+}
+
+template <int R>
+void fp4_dots(const uint8_t* lines, const GroupRows& rows, Lanes dots[R]) {
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < kLanes; n++) {
+      int32_t dot = 0;
+      for (int k = 0; k < kGroup; k++) {
+        const uint8_t pair = lines[k / 8 * 64 + 4 * n + k % 4];
+        dot += int32_t(kFours[k % 8 < 4 ? pair & 15 : pair >> 4]) * rows.q[r * kGroup + k];
+      }
+      dots[r].at[n] = float(dot);
     }
 }
 

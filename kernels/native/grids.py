@@ -5,6 +5,7 @@ Rule: nothing is rounded. A scale that a block keeps as a product (an fp16 facto
 
     weight = scale * code + minimum          per group of 32 inputs
     Q6_K   = factor * (scale * code)         with a scale for each half of a group, int8: an integer all the same
+    MXFP4  = 2^(exponent - 128) * code       the code, a float of four bits, counted in halves: 0 to 12 with a sign
 """
 
 from typing import NamedTuple
@@ -18,15 +19,18 @@ Bytes = NDArray[np.uint8]
 GROUP = 32
 SUPER = 256  # weights of a block of a K kind
 GROUPS = SUPER // GROUP
-# Bytes of a block; of 32 weights up to Q8_0, of 256 behind it.
+# Bytes of a block; of 32 weights, of K kinds of 256.
 BLOCK_BYTES = {
-    "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
+    "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "MXFP4": 17, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
 }  # fmt: skip
 SUPER_KINDS = ("Q4_K", "Q5_K", "Q6_K")
 # Bytes that 32 weights of one output take in the native step's panels (linear.hpp).
 PANEL_BYTES = {
-    "Q4_0": 20.0, "Q4_1": 20.0, "Q5_0": 36.0, "Q5_1": 36.0, "Q8_0": 34.0, "Q4_K": 18.5, "Q5_K": 34.5, "Q6_K": 34.5,
+    "Q4_0": 20.0, "Q4_1": 20.0, "Q5_0": 36.0, "Q5_1": 36.0, "Q8_0": 34.0, "MXFP4": 17.0,
+    "Q4_K": 18.5, "Q5_K": 34.5, "Q6_K": 34.5,
 }  # fmt: skip
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # by nibble, in halves
+E8M0 = np.ldexp(np.float32(1), np.arange(256) - 128).astype(np.float32)  # by exponent, of weights in halves
 
 
 class Grid(NamedTuple):
@@ -56,6 +60,9 @@ def taken_apart(kind: str, rows: Bytes) -> Grid:
             return Grid(_nibbles(blocks[..., 8:]) | _fifths(blocks[..., 4:8]), heads[..., 0], heads[..., 1])
         case "Q8_0":
             return Grid(np.ascontiguousarray(blocks[..., 2:]).view(np.int8), _halves(blocks[..., :2])[..., 0], None)
+        case "MXFP4":
+            nibbles, exponents = fours(rows)
+            return Grid(FP4[nibbles], E8M0[exponents], None)
         case "Q4_K":
             return _with_factors(blocks, _paired(blocks[..., 16:]))
         case "Q5_K":
@@ -64,6 +71,12 @@ def taken_apart(kind: str, rows: Bytes) -> Grid:
         case "Q6_K":
             return _sixes(blocks)
     raise ValueError(f"{kind} is no kind of quantised weights that is known here: {', '.join(BLOCK_BYTES)}")
+
+
+def fours(rows: Bytes) -> tuple[NDArray[np.int8], Bytes]:
+    """Rows of MXFP4 [outputs, bytes]: nibbles [outputs, groups, 32], for FP4, and exponents [outputs, groups]."""
+    blocks = np.ascontiguousarray(rows).reshape(len(rows), -1, BLOCK_BYTES["MXFP4"])
+    return _nibbles(blocks[..., 1:]), blocks[..., 0]
 
 
 def _halves(stored: Bytes) -> Floats:

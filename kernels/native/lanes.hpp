@@ -65,6 +65,11 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
 }
 
+// 2^(exponent - 128), of weights that are counted in halves: MXFP4. 2^-128 and 2^-127 are no normal numbers.
+inline float exponent_to_float(uint8_t exponent) {
+  return bits_to_float(exponent < 2 ? 0x00200000u << exponent : uint32_t(exponent - 1) << 23);
+}
+
 constexpr float kLargestHalf = 65504.0f;
 constexpr float kLargestFp8 = 448.0f;
 

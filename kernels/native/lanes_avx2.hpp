@@ -45,6 +45,16 @@ MILL_INLINE Lanes load_int8(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
+// As exponent_to_float: below 2 the first operand of the last maximum is 0 or negative.
+MILL_INLINE __m256 from_exponents(__m256i exponents) {
+  const __m256i one = _mm256_set1_epi32(1);
+  const __m256i tiny = _mm256_add_epi32(_mm256_slli_epi32(_mm256_min_epi32(exponents, one), 21), _mm256_set1_epi32(0x00200000));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(_mm256_sub_epi32(exponents, one), 23), tiny));
+}
+MILL_INLINE Lanes load_exponents(const uint8_t* p) {
+  return {from_exponents(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          from_exponents(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
 // e4m3 divided by 256: its bits are those of an fp16 number, after the sign has moved.
 MILL_INLINE Lanes load_fp8(const uint8_t* p) {
   const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);

@@ -34,6 +34,14 @@ MILL_INLINE Lanes load_bfloat(const uint16_t* p) {
 MILL_INLINE Lanes load_int8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+// As exponent_to_float: below 2 the first operand of the maximum is 0 or negative.
+MILL_INLINE Lanes load_exponents(const uint8_t* p) {
+  const __m512i exponents = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m512i least = _mm512_min_epi32(exponents, _mm512_set1_epi32(1));
+  const __m512i tiny = _mm512_add_epi32(_mm512_slli_epi32(least, 21), _mm512_set1_epi32(0x00200000));
+  const __m512i normal = _mm512_slli_epi32(_mm512_add_epi32(exponents, _mm512_set1_epi32(-1)), 23);
+  return {_mm512_castsi512_ps(_mm512_max_epi32(normal, tiny))};
+}
 // e4m3 divided by 256: its bits are those of an fp16 number, after the sign has moved.
 MILL_INLINE Lanes load_fp8(const uint8_t* p) {
   const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);

@@ -27,6 +27,7 @@ MILL_INLINE Lanes power_of_two(Lanes n) { MILL_EACH(bits_to_float(uint32_t(int32
 MILL_INLINE Lanes load_half(const uint16_t* p) { MILL_EACH(half_to_float(p[i])); }
 MILL_INLINE Lanes load_bfloat(const uint16_t* p) { MILL_EACH(bits_to_float(uint32_t(p[i]) << 16)); }
 MILL_INLINE Lanes load_int8(const int8_t* p) { MILL_EACH(float(p[i])); }
+MILL_INLINE Lanes load_exponents(const uint8_t* p) { MILL_EACH(exponent_to_float(p[i])); }
 MILL_INLINE Lanes load_fp8(const uint8_t* p) { MILL_EACH(half_to_float(uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7))); }
 MILL_INLINE void store_half(uint16_t* p, Lanes x) {
   for (int i = 0; i < kLanes; i++) p[i] = float_to_half(x.at[i]);

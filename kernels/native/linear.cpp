@@ -92,6 +92,26 @@ void multiply_q8(const uint8_t* panel, int groups, const Rows& x, int row, float
   for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
 }
 
+template <int R>
+void multiply_mxfp4(const uint8_t* panel, int groups, const Rows& x, int row, float* acc, Ahead& ahead) {
+  const uint8_t *exponents = panel, *lines = panel + mxfp4_header_bytes(groups);
+  Lanes sums[R];
+  for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
+  GroupRows rows = x.group(0, row);
+  const int stride = x.stride();
+  for (int g = 0; g < groups; g++, lines += kQ4LineBytes, exponents += kLanes, rows.to_next_group(stride)) {
+    if (row == 0)
+      prefetch_ahead<kQ4LineBytes>(lines);
+    else
+      ahead.fetch();
+    const Lanes scale = load_exponents(exponents);
+    Lanes dots[R];
+    fp4_dots<R>(lines, rows, dots);
+    add<R>(scale, rows, dots, sums);
+  }
+  for (int r = 0; r < R; r++) store(acc + (row + r) * kLanes, sums[r]);
+}
+
 // Q4_K, Q5_K and Q6_K.
 template <Kind K, int R>
 void multiply_super(const uint8_t* panel, int groups, const Rows& x, int row, float* acc) {
@@ -192,6 +212,8 @@ void multiply_panel(const Matrix& matrix, const uint8_t* panel, const Rows& x, f
     case Kind::Q8:
       return by_rows(multiply_tiles(matrix, panel, x, acc, unpacked), x.count,
                      [&](auto count, int row) { multiply_q8<count>(panel, groups, x, row, acc, ahead); });
+    case Kind::MXFP4:
+      return by_rows(0, x.count, [&](auto count, int row) { multiply_mxfp4<count>(panel, groups, x, row, acc, ahead); });
     case Kind::Q4_K: return multiply_super_rows<Kind::Q4_K>(panel, groups, x, acc);
     case Kind::Q5_K: return multiply_super_rows<Kind::Q5_K>(panel, groups, x, acc);
     case Kind::Q6_K: return multiply_super_rows<Kind::Q6_K>(panel, groups, x, acc);

@@ -6,6 +6,8 @@
 //          low nibble: input 8i+j, high nibble: input 8i+4+j (j = 0..3).   Q4_0 is Q4 with minimum -8 * scale.
 //     Q8   all scales first (16 fp16 per group, padded to 64 bytes), then per group 8 lines of 64 bytes:
 //          byte 4n+j of line i is output n, input 4i+j.
+//     MXFP4   all exponents first (16 bytes per group, padded to 64), then per group 4 lines as Q4, whose nibbles are floats:
+//          a weight is 2^(exponent - 128) times twice that float, a whole number from -12 to 12.
 //     Q5   per group: scales and minima as Q4, then lines as Q8.   Q5_0 is Q5 with minimum -16 * scale.
 //     Q4_K, Q5_K   per 8 groups: 16 fp16 factors of scales, 16 fp16 factors of minima (negated), per group 16 int8 scales and
 //          16 int8 minima, which they multiply; then lines as Q4 or Q8, group after group.
@@ -32,7 +34,8 @@ namespace mill {
 constexpr int kPassRows = 160;  // rows that go through the layers together; more rows go in several passes
 
 enum class Kind : int32_t {  // the numbers of GGUF
-  F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q5_0 = 6, Q5 = 7, Q8 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30
+  F32 = 0, F16 = 1, Q4_0 = 2, Q4 = 3, Q5_0 = 6, Q5 = 7, Q8 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30,
+  MXFP4 = 39
 };
 
 struct Matrix;

@@ -53,7 +53,19 @@ void centre(const float* x, int width, float* out) {
 }
 
 MILL_INLINE Lanes squared_relu(Lanes x) { return x * largest(x, splat(0.0f)); }  // NaN stays
-MILL_INLINE Lanes silu(Lanes x) { return x / (splat(1.0f) + exponential(splat(0.0f) - x)); }
+
+// What an MLP with a gate hands to its down projection.
+MILL_INLINE Lanes swiglu(Lanes gate, Lanes up, const mill_config& config) {
+  const Lanes one = splat(1.0f), none = splat(0.0f);
+  if (!config.clamped) return gate / (one + exponential(none - gate)) * up;
+  const Lanes limit = splat(config.swiglu_limit), alpha = splat(config.swiglu_alpha);
+  gate = smallest(gate, limit), up = largest(smallest(up, limit), none - limit);
+  return gate / (one + exponential(none - alpha * gate)) * (up + one);
+}
+
+void add_bias(float* acc, int rows, const float* bias) {
+  for (int row = 0; row < rows; row++) store(acc + row * kLanes, load(acc + row * kLanes) + load(bias));
+}
 
 std::pair<int, int> share_of(int count, int thread, int threads) {
   return {int(int64_t(count) * thread / threads), int(int64_t(count) * (thread + 1) / threads)};
@@ -224,6 +236,10 @@ void Model::place_weights(const mill_tensor* tensors) {
     of.back().push_back(part(to.up, up, kGroup / kLanes));
     of.push_back({part(to.down, down, down_panels)});
   };
+  const auto expert = [&](Mlp& to, const mill_tensor* six) {
+    mlp(to, six, kExpertDownPanels, of_experts);
+    to.gate_bias = vector(six[3]), to.up_bias = vector(six[4]), to.down_bias = vector(six[5]);
+  };
   const mill_tensor* next = tensors;
   for (Layer& layer : layers_) {
     layer.attention_norm.weight = vector(*next++);
@@ -233,17 +249,17 @@ void Model::place_weights(const mill_tensor* tensors) {
     mlp(layer.mlp, next, 1, stretches);
     next += 3;
     for (std::vector<float>* to : {&layer.query_bias, &layer.key_bias, &layer.value_bias, &layer.output_bias, &layer.query_norm.weight,
-                                   &layer.key_norm.weight, &layer.attention_norm.bias, &layer.feed_forward_norm.bias})
+                                   &layer.key_norm.weight, &layer.attention_norm.bias, &layer.feed_forward_norm.bias, &layer.sinks})
       *to = vector(*next++);
     if (config_.experts == 0) continue;
     const mill_tensor* const router = next++;
+    layer.router_bias = vector(*next++);
     if (router->data) {
       stretches.push_back({part(layer.router, *router, 1)});
       layer.experts.resize(size_t(config_.experts));
-      for (size_t expert = 0; expert < layer.experts.size(); expert++)
-        mlp(layer.experts[expert], next + 3 * expert, kExpertDownPanels, of_experts);
+      for (size_t at = 0; at < layer.experts.size(); at++) expert(layer.experts[at], next + 6 * at);
     }
-    next += 3 * config_.experts;
+    next += 6 * config_.experts;
   }
   const mill_tensor& embedding = *next++;
   final_norm_.weight = vector(*next++);
@@ -545,8 +561,9 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int fir
       for (int i = 0; i < dim; i += kLanes) store(to + i, load(to + i) * scale);
     }
   const int position = pass.position(row), window = windows_[size_t(layer)];
+  const std::vector<float>& sinks = layers_[size_t(layer)].sinks;
   const AttentionPlace place{pass.tables[size_t(row)], window ? std::max(0, position - window + 1) : 0, position, layer,
-                             first_head / (config_.heads / config_.kv_heads), rows};
+                             first_head / (config_.heads / config_.kv_heads), rows, sinks.empty() ? nullptr : &sinks[size_t(first_head)]};
   attend(cache_, place, scratch.rotated.data(), last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
          attended_.data() + size_t(row) * size_t(width) + size_t(first_head) * size_t(dim), size_t(width));
 }
@@ -557,27 +574,31 @@ void Model::feed_forward(const Layer& layer, const Activations& x, int thread) {
   project(layer.mlp.down, {}, down_input_, thread, residual(0), config_.hidden, true);
 }
 
-// Rows of `out` from first_out on, `width` numbers each = silu(gate) * up, or the square of what is positive of up, quantised
-// as soon as a group of 32 is there.
+// Rows of `out` from first_out on, `width` numbers each = gate and up put together, or the square of what is positive of up,
+// quantised as soon as a group of 32 is there.
 void Model::gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int thread, Activations& out, int first_out, int width) {
   constexpr int per_unit = kGroup / kLanes;
   Scratch& scratch = scratch_[size_t(thread)];
   const size_t half = size_t(x.count) * kLanes;
   float *const gates = scratch.acc.data(), *const ups = scratch.other_acc.data();
-  const auto multiply = [&](const Matrix& matrix, const Matrix::Share& share, int index, float* acc) {
-    for (int i = 0; i < per_unit; i++)
-      multiply_panel(matrix, matrix.panel(share, index + i), x, acc + size_t(i) * half, scratch.unpacked.data(), scratch.ahead);
+  const auto multiply = [&](const Matrix& matrix, const std::vector<float>& bias, size_t owner, int index, float* acc) {
+    for (int i = 0; i < per_unit; i++) {
+      float* const to = acc + size_t(i) * half;
+      multiply_panel(matrix, matrix.panel(matrix.shares[owner], index + i), x, to, scratch.unpacked.data(), scratch.ahead);
+      if (!bias.empty()) add_bias(to, x.count, &bias[size_t(index + i) * kLanes]);
+    }
   };
   const bool gated = mlp.gate.outputs > 0;
   const Matrix& leader = gated ? mlp.gate : mlp.up;
   share_out(leader, taken, thread, [&](const Matrix::Share& share, int index) {
-    if (gated) multiply(mlp.gate, share, index, gates);
-    multiply(mlp.up, mlp.up.shares[size_t(&share - leader.shares.data())], index, ups);
+    const size_t owner = size_t(&share - leader.shares.data());
+    if (gated) multiply(mlp.gate, mlp.gate_bias, owner, index, gates);
+    multiply(mlp.up, mlp.up_bias, owner, index, ups);
     for (int row = 0; row < x.count; row++) {
       float group[kGroup];
       for (int i = 0; i < per_unit; i++) {
         const size_t at = size_t(i) * half + size_t(row) * kLanes;
-        store(group + i * kLanes, gated ? silu(load(gates + at)) * load(ups + at) : squared_relu(load(ups + at)));
+        store(group + i * kLanes, gated ? swiglu(load(gates + at), load(ups + at), config_) : squared_relu(load(ups + at)));
       }
       out.set_group(first_out + row, index / per_unit, width, group);
     }
@@ -588,7 +609,7 @@ void Model::gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int threa
 void Model::mixture(const Layer& layer, const Activations& x, int thread) {
   Scratch& scratch = scratch_[size_t(thread)];
   const int rows = x.rows, all = config_.experts, per_token = config_.experts_per_token;
-  project(layer.router, {}, x, thread, router_logits_.data(), all, false);
+  project(layer.router, layer.router_bias, x, thread, router_logits_.data(), all, false);
   team_.meet();
   const auto [first, last] = share_of(rows, thread, team_.crew());
   for (int row = first; row < last; row++)
@@ -669,10 +690,12 @@ void Model::add_experts(const Layer& layer, const Routing& routing, int rows, in
     const int panels = std::min(kExpertDownPanels, share.last - index);
     std::fill(mixed, sum_of_row(rows, 0), 0.0f);
     for (size_t at = 0; at < routing.experts.size(); at++) {
-      const Matrix& down = layer.experts[size_t(routing.experts[at])].down;
+      const Mlp& expert = layer.experts[size_t(routing.experts[at])];
+      const Matrix& down = expert.down;
       const Rows x = routing.of(expert_down_input_, at);
       for (int i = 0; i < panels; i++) {
         multiply_panel(down, down.panel(down.shares[owner], index + i), x, acc, scratch.unpacked.data(), scratch.ahead);
+        if (!expert.down_bias.empty()) add_bias(acc, x.count, &expert.down_bias[size_t(index + i) * kLanes]);
         for (int n = 0; n < x.count; n++) {
           const size_t pair = size_t(x.first + n);
           float* const to = sum_of_row(routing.rows[pair], i);

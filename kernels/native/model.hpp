@@ -27,6 +27,8 @@ struct mill_config {
   int32_t head_rows;
   int32_t experts, experts_per_token, expert_feed_forward;  // 0: no layer has any
   int32_t experts_normalised;  // 1: weights are a softmax over the chosen; 0: over all
+  int32_t clamped;             // 1: experts compute gate / (1 + e^(-alpha gate)) (up + 1), both within the limit
+  float swiglu_alpha, swiglu_limit;
 };
 
 struct mill_tensor {
@@ -80,8 +82,8 @@ class Region {
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
-  // of the heads of q and k, the biases of attn_norm and ffn_norm, and where the model has experts, the router and of each
-  // expert gate, up, down; then token_embd, output_norm, its bias, output.
+  // of the heads of q and k, the biases of attn_norm and ffn_norm, the sinks, and where the model has experts, the router and
+  // its bias, and of each expert gate, up, down and their biases; then token_embd, output_norm, its bias, output.
   // Copies what it needs. Throws std::bad_alloc.
   Model(const mill_config& config, const mill_tensor* tensors);
 
@@ -105,14 +107,16 @@ class Model {
   };
   struct Mlp {
     Matrix gate, up, down;  // without outputs, there is no gate
+    std::vector<float> gate_bias, up_bias, down_bias;  // empty: none
   };
   struct Layer {
     Norm attention_norm, feed_forward_norm;
-    std::vector<float> query_bias, key_bias, value_bias, output_bias;  // empty: none
-    Norm query_norm, key_norm;                                         // as well
+    std::vector<float> query_bias, key_bias, value_bias, output_bias, sinks;  // empty: none
+    Norm query_norm, key_norm;                                                // as well
     Matrix query, key, value, output;
     Mlp mlp;
     Matrix router;
+    std::vector<float> router_bias;
     std::vector<Mlp> experts;  // in place of `mlp`, where there are any
   };
   struct Routed {

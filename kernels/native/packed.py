@@ -1,7 +1,8 @@
 """Weight matrices packed in memory, multiplied by torch: the recipe's linear layers without a compiler.
 
 A matrix lies in panels of outputs, inputs before outputs, in the checkpoint's own bits: 4 or 8 for a weight on a grid
-and fp16 for its scale and minimum, or the float format it came in. A panel is spread out to float32 only while in use.
+and fp16 (MXFP4: an exponent) for its scale and minimum, or the float format it came in. A panel is spread out to
+float32 only while in use.
 
 A dot product of 32 weights and 32 activations is an integer below 2^24, so a float32 product of matrices has it
 exactly, in whatever order torch adds. What follows, groups added in order, is `fused.chain`.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kernels.checkpoint import Raw
 from kernels.native.fused import Doubles, Floats, chain
-from kernels.native.grids import BLOCK_BYTES, GROUP, SUPER_KINDS, taken_apart
+from kernels.native.grids import BLOCK_BYTES, E8M0, FP4, GROUP, SUPER_KINDS, fours, taken_apart
 
 PANEL_OUTPUTS = 3072
 # Numbers that a step of a chain takes together. On a Zen 3 core with 512 KB of L2, 4,096 to 16,384 were alike.
@@ -27,6 +28,7 @@ FLOAT_INPUTS = 64  # terms of a chain over float weights that are made at once
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 KINDS = (*FLOATS, *BLOCK_BYTES)
+_FOURS, _EXPONENTS = torch.from_numpy(FP4).float(), torch.from_numpy(E8M0)
 
 
 class Activations(NamedTuple):
@@ -70,7 +72,7 @@ def stacked(parts: Iterable[Raw]) -> list[Matrix]:
 
 class _Panel(NamedTuple):
     q: Tensor  # [groups, 16, outputs] two in a byte, uint8, or [groups, 32, outputs] int8
-    scales: Tensor  # [groups, 1, outputs] fp16, or float32 where fp16 does not hold them
+    scales: Tensor  # [groups, 1, outputs] fp16, float32 where fp16 does not hold them, or uint8: an exponent of MXFP4
     minima: Tensor | None
     halves: Tensor | None  # [groups, 2, outputs] int8, which multiply the halves of a group
 
@@ -86,7 +88,7 @@ class Grid:
         out = np.empty((len(x.rows), self.outputs), np.float32)
         for panel, (first, last) in zip(self.panels, _spans(self.outputs, PANEL_OUTPUTS), strict=True):
             dots = torch.bmm(x.q, _spread(panel)).numpy()  # [groups, R, outputs]
-            scales = panel.scales.float().numpy()
+            scales = _scales(panel).numpy()
             minima = None if panel.minima is None else panel.minima.double().numpy()
             for row, end in _spans(len(x.rows), max(1, TOGETHER // (last - first))):
                 steps, sums = x.steps[:, row:end, None], x.sums[:, row:end, None]
@@ -103,7 +105,7 @@ class Grid:
     def _row(self, output: int) -> Floats:
         panel, at = self.panels[output // PANEL_OUTPUTS], slice(output % PANEL_OUTPUTS, output % PANEL_OUTPUTS + 1)
         column = _Panel(*(None if part is None else part[..., at] for part in panel))
-        scaled = _spread(column).double() * panel.scales[..., at].double()
+        scaled = _spread(column).double() * _scales(column).double()
         if panel.minima is not None:
             scaled += panel.minima[..., at].double()
         row: Floats = scaled.float().numpy().reshape(-1)
@@ -136,17 +138,35 @@ class Plain:
 
 
 def _panel(kind: str, rows: NDArray[np.uint8]) -> _Panel:
+    if kind == "MXFP4":
+        nibbles, exponents = fours(rows)
+        return _Panel(_paired(nibbles), _columns(exponents), None, None)
     grid = taken_apart(kind, rows)
-    codes = torch.from_numpy(np.ascontiguousarray(grid.codes.transpose(1, 2, 0)))
-    if kind.startswith("Q4"):
-        low, high = codes.view(torch.uint8).chunk(2, 1)
-        codes = low | high << 4
-    scales = torch.from_numpy(np.ascontiguousarray(grid.scales.T[:, None]))
-    minima = None if grid.minima is None else torch.from_numpy(np.ascontiguousarray(grid.minima.T[:, None]))
-    halves = None if grid.halves is None else torch.from_numpy(np.ascontiguousarray(grid.halves.transpose(1, 2, 0)))
+    codes = _paired(grid.codes) if kind.startswith("Q4") else _inputs_first(grid.codes)
+    scales, minima = _columns(grid.scales), None if grid.minima is None else _columns(grid.minima)
     if kind not in SUPER_KINDS:
         scales, minima = scales.half(), None if minima is None else minima.half()
-    return _Panel(codes, scales, minima, halves)
+    return _Panel(codes, scales, minima, None if grid.halves is None else _inputs_first(grid.halves))
+
+
+def _inputs_first(codes: NDArray[np.int8]) -> Tensor:
+    """[outputs, groups, n] as [groups, n, outputs]."""
+    return torch.from_numpy(np.ascontiguousarray(codes.transpose(1, 2, 0)))
+
+
+def _paired(codes: NDArray[np.int8]) -> Tensor:
+    low, high = _inputs_first(codes).view(torch.uint8).chunk(2, 1)
+    return low | high << 4
+
+
+def _columns(values: NDArray[np.generic]) -> Tensor:
+    """[outputs, groups] as [groups, 1, outputs]."""
+    return torch.from_numpy(np.ascontiguousarray(values.T[:, None]))
+
+
+def _scales(panel: _Panel) -> Tensor:
+    """Float32 [groups, 1, outputs]."""
+    return _EXPONENTS[panel.scales.int()] if panel.scales.dtype == torch.uint8 else panel.scales.float()
 
 
 def _spread(panel: _Panel) -> Tensor:
@@ -158,6 +178,8 @@ def _spread(panel: _Panel) -> Tensor:
         spread = torch.empty(len(q), GROUP, q.shape[-1])
         spread[:, : GROUP // 2] = q & 15
         spread[:, GROUP // 2 :] = q >> 4
+    if panel.scales.dtype == torch.uint8:
+        return _FOURS[spread.int()]
     return spread if panel.halves is None else spread * panel.halves.float().repeat_interleave(GROUP // 2, 1)
 
 

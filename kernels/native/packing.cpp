@@ -154,6 +154,16 @@ void put_q8(const uint8_t* from, int groups, uint8_t* to, int n) {
   }
 }
 
+void put_mxfp4(const uint8_t* from, int groups, uint8_t* to, int n) {
+  uint8_t* lines = to + mxfp4_header_bytes(groups);
+  for (int g = 0; g < groups; g++, from += 1 + kGroup / 2, lines += kQ4LineBytes) {
+    to[g * kLanes + n] = from[0];
+    int8_t codes[kGroup];
+    read_nibbles(from + 1, codes);
+    put_nibbles(lines, n, codes);
+  }
+}
+
 }  // namespace
 
 void Matrix::describe(int32_t ggml_type, int outputs_, int inputs_, int panels_per_unit_) {
@@ -169,6 +179,7 @@ void Matrix::describe(int32_t ggml_type, int outputs_, int inputs_, int panels_p
     case Kind::Q5_0:
     case Kind::Q5: panel_bytes = groups * kQ5GroupBytes; break;
     case Kind::Q8: panel_bytes = q8_header_bytes(int(groups)) + groups * kQ8LineBytes; break;
+    case Kind::MXFP4: panel_bytes = mxfp4_header_bytes(int(groups)) + groups * kQ4LineBytes; break;
     case Kind::Q4_K:
     case Kind::Q5_K:
     case Kind::Q6_K: panel_bytes = groups / kSuperGroups * super_bytes(kind); break;
@@ -203,6 +214,7 @@ void Matrix::repack(int thread, uint8_t* region, const void* source, int32_t ggm
         case Kind::Q5_0: put_pairs(stored, row(kGroup, 22), groups, to, n); break;
         case Kind::Q5: put_pairs(stored, row(kGroup, 24), groups, to, n); break;
         case Kind::Q8: put_q8(row(kGroup, 34), groups, to, n); break;
+        case Kind::MXFP4: put_mxfp4(row(kGroup, 17), groups, to, n); break;
         case Kind::Q4_K: super_blocks(144, read_q4_k<false>); break;
         case Kind::Q5_K: super_blocks(176, read_q4_k<true>); break;
         case Kind::Q6_K: super_blocks(210, read_q6_k); break;
@@ -240,6 +252,11 @@ void Matrix::row(int index, float* values) const {
       case Kind::Q8: {
         const uint8_t* const lines = from + q8_header_bytes(groups) + size_t(g) * kQ8LineBytes;
         values[k] = half(from + size_t(g) * 2 * kLanes) * float(byte_at(lines, n, at));
+        break;
+      }
+      case Kind::MXFP4: {
+        const uint8_t* const lines = from + mxfp4_header_bytes(groups) + size_t(g) * kQ4LineBytes;
+        values[k] = exponent_to_float(from[g * kLanes + n]) * float(kFours[nibble_at(lines, n, at)]);
         break;
       }
       case Kind::Q4_K:

@@ -16,4 +16,7 @@ constexpr size_t kSuperHeadBytes = 320;  // their factors, scales and minima
 // All scales of a Q8 panel.
 inline size_t q8_header_bytes(int groups) { return (size_t(groups) * 2 * kLanes + 63) / 64 * 64; }
 
+// All exponents of an MXFP4 panel.
+inline size_t mxfp4_header_bytes(int groups) { return (size_t(groups) * kLanes + 63) / 64 * 64; }
+
 }  // namespace mill

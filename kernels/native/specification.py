@@ -22,8 +22,11 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
                 p = exponential(score - largest); total in 16 lanes (token t in lane t % 16), tree;
                 out = (chain of fma over tokens) * (1 / total)
                 a window hides positions: their p is 0, and they are no part of the largest score
+                a head's sink is one more score: it may be the largest, and total + exponential(sink - largest) is
+                the total
                 int8, fp8: score and p are multiplied by the step of the token's key and value
     mlp         gate / (1 + exponential(-gate)) * up; without a gate up * (the larger of up and 0)
+                clamped: gate at most the limit, up within it; gate / (1 + exponential(-(alpha * gate))) * (up + 1)
     experts     the router is a linear; its largest logits are chosen, of equal ones the lower expert;
                 p = exponential(logit - largest), of those not chosen 0 where weights are normalised;
                 weight = p / total, the total in 16 lanes (expert e in lane e % 16) and a tree;
@@ -49,7 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.checkpoint import Checkpoint
-from kernels.config import Experts
+from kernels.config import ClampedSwiglu, Experts
 from kernels.native.grids import GROUP, taken_apart
 from kernels.step import StepInputs
 
@@ -122,7 +125,11 @@ class SpecifiedDecoder:
             kv_heads = [head // config.heads_per_kv_head for head in range(config.heads)]
             window = config.window(layer)
             first = max(0, position - window + 1) if window else 0
-            out = [attended(q[head], keys[:, kv], values[:, kv], first) for head, kv in enumerate(kv_heads)]
+            sinks = self._weights[f"layers.{layer}.attention.sinks.weight"].row(0) if config.sinks else None
+            out = [
+                attended(q[head], keys[:, kv], values[:, kv], first, None if sinks is None else sinks[head])
+                for head, kv in enumerate(kv_heads)
+            ]
             x = x + linear("attention.o", np.concatenate(out))
             normed = self._normed(x, f"layers.{layer}.mlp_norm")
 
@@ -130,8 +137,8 @@ class SpecifiedDecoder:
                 up = linear(f"{name}.up", normed)
                 if not config.gated:
                     return linear(f"{name}.down", up * np.maximum(up, np.float32(0)))
-                gate = linear(f"{name}.gate", normed)
-                return linear(f"{name}.down", gate / (_ONE + exponential(-gate)) * up)
+                clamped = config.experts.clamped if config.experts else None
+                return linear(f"{name}.down", swiglu(linear(f"{name}.gate", normed), up, clamped))
 
             if config.experts is not None and config.is_mixture(layer):
                 mixed = np.zeros(config.hidden, np.float32)
@@ -210,6 +217,15 @@ def quantised(values: Floats) -> tuple[NDArray[np.int32], np.float32]:
     return np.rint(values / step).astype(np.int32), step
 
 
+def swiglu(gate: Floats, up: Floats, clamped: ClampedSwiglu | None) -> Floats:
+    """What an MLP with a gate hands to its down projection."""
+    if clamped is None:
+        return gate / (_ONE + exponential(-gate)) * up
+    alpha, limit = np.float32(clamped.alpha), np.float32(clamped.limit)
+    gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
+    return gate / (_ONE + exponential(-(alpha * gate))) * (up + _ONE)
+
+
 def routed(logits: Floats, experts: Experts) -> list[tuple[int, np.float32]]:
     """The chosen experts of a row, ascending, and their weights."""
     chosen = np.sort(np.argsort(-logits, kind="stable")[: experts.per_token])
@@ -271,7 +287,9 @@ def _with_steps(numbers: NDArray[np.generic], steps: Floats) -> Floats:
     return np.concatenate((numbers.astype(np.float32), steps[:, None]), -1)
 
 
-def attended(query: Floats, keys: Floats, values: Floats, first: int = 0) -> Floats:
+def attended(
+    query: Floats, keys: Floats, values: Floats, first: int = 0, sink: np.float32 | None = None
+) -> Floats:
     """One query head over keys and values [tokens, head_dim + 1] of its positions from 0 on; steps come last.
 
     It sees those from `first` on.
@@ -283,12 +301,18 @@ def attended(query: Floats, keys: Floats, values: Floats, first: int = 0) -> Flo
             chain = fma(query[dimension], keys[:, dimension], chain)
         chains.append(chain)
     scores = (chains[0] + chains[1]) * keys[:, -1]
-    weights = exponential(scores - scores[first:].max())
+    largest = scores[first:].max()
+    if sink is not None:
+        largest = np.maximum(largest, sink)
+    weights = exponential(scores - largest)
     weights[:first] = 0
     out = np.zeros(len(query), np.float32)
     for weight, value in zip(weights * values[:, -1], values[:, :-1], strict=True):
         out = fma(weight, value, out)
-    return out * (_ONE / lane_sums(weights, np.ones_like(weights)))
+    total = lane_sums(weights, np.ones_like(weights))
+    if sink is not None:
+        total = total + exponential(np.array([sink - largest], np.float32))[0]
+    return out * (_ONE / total)
 
 
 def exponential(x: Floats) -> Floats:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.checkpoint import Checkpoint, Raw, open_checkpoint
+from kernels.config import ClampedSwiglu
 from kernels.native.decoder import BLOCK_SIZE_TOKENS, MOST_THREADS, RECIPE, check_sizes, usable_cpus
 from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
@@ -47,12 +48,15 @@ class _Norm(NamedTuple):
 class _Mlp(NamedTuple):
     gate_up: list[Matrix]
     down: list[Matrix]
+    gate_up_bias: Floats | None = None
+    down_bias: Floats | None = None
 
 
 class _Mixture(NamedTuple):
     """Experts in place of an MLP."""
 
     router: list[Matrix]
+    router_bias: Floats | None
     experts: list[_Mlp]
 
 
@@ -62,6 +66,7 @@ class _Layer(NamedTuple):
     qkv_bias: Floats | None
     query_norm: _Norm | None
     key_norm: _Norm | None
+    sinks: Floats | None  # [heads]
     output: list[Matrix]
     output_bias: Floats | None
     mlp_norm: _Norm
@@ -220,14 +225,15 @@ class UncompiledDecoder:
                 q, k = (self._normed_heads(q, layer.query_norm), self._normed_heads(k, layer.key_norm))
             q, k = (_rotated(each, rows.cosines, rows.sines, config.rope_interleaved) for each in (q, k))
             self._write(number, rows, k, v)
-            attended = self._attended(number, rows, q * np.float32(1 / math.sqrt(config.head_dim)))
+            attended = self._attended(number, rows, q * np.float32(1 / math.sqrt(config.head_dim)), layer.sinks)
             x = x + _with_bias(_times(layer.output, quantised(attended.reshape(count, -1))), layer.output_bias)
             normed = quantised(self._normed(x, layer.mlp_norm))
             x = x + (self._fed(layer.mlp, normed) if isinstance(layer.mlp, _Mlp) else self._mixed(layer.mlp, normed))
         return x
 
     def _fed(self, mlp: _Mlp, x: Activations) -> Floats:
-        return _times(mlp.down, quantised(self._activated(_times(mlp.gate_up, x))))
+        inner = self._activated(_with_bias(_times(mlp.gate_up, x), mlp.gate_up_bias))
+        return _with_bias(_times(mlp.down, quantised(inner)), mlp.down_bias)
 
     def _mixed(self, mixture: _Mixture, x: Activations) -> Floats:
         """What experts make of their rows, added expert by expert."""
@@ -235,7 +241,7 @@ class UncompiledDecoder:
         assert experts is not None
         weights = np.zeros((len(x.rows), experts.count), np.float32)
         chosen = np.zeros(weights.shape, np.bool_)
-        for row, logits in enumerate(_times(mixture.router, x)):
+        for row, logits in enumerate(_with_bias(_times(mixture.router, x), mixture.router_bias)):
             for expert, weight in routed(logits, experts):
                 weights[row, expert], chosen[row, expert] = weight, True
         mixed = np.zeros((len(x.rows), self.config.hidden), np.float32)
@@ -251,8 +257,7 @@ class UncompiledDecoder:
             squared: Floats = gate_up * np.maximum(gate_up, np.float32(0))
             return squared
         gate, up = np.split(gate_up, 2, axis=1)
-        activated: Floats = gate / (_ONE + exponential(-gate)) * up
-        return activated
+        return _swiglu(gate, up, self.config.experts.clamped if self.config.experts else None)
 
     def _normed(self, x: Floats, norm: _Norm) -> Floats:
         if norm.bias is not None:
@@ -274,7 +279,7 @@ class UncompiledDecoder:
         self._keys[blocks, layer, :, :, slots] = _as_half(k)
         self._values[blocks, layer, :, slots] = _as_half(v)
 
-    def _attended(self, layer: int, rows: _Rows, q: Floats) -> Floats:
+    def _attended(self, layer: int, rows: _Rows, q: Floats, sinks: Floats | None) -> Floats:
         """Attention of every row [R, heads, head_dim] to what its sequence has in the cache."""
         out = np.empty_like(q)
         first = 0
@@ -288,12 +293,17 @@ class UncompiledDecoder:
                 last, blocks = last + 1, needed
             # blocks beyond a row's end are masked; any that exists will do
             tables = np.maximum(rows.tables[first:last, :blocks], 0)
-            out[first:last] = self._attended_together(layer, q[first:last], rows.positions[first:last], tables)
+            out[first:last] = self._attended_together(layer, q[first:last], rows.positions[first:last], tables, sinks)
             first = last
         return out
 
     def _attended_together(
-        self, layer: int, q: Floats, positions: NDArray[np.int32], tables: NDArray[np.int32]
+        self,
+        layer: int,
+        q: Floats,
+        positions: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        sinks: Floats | None,
     ) -> Floats:
         """R rows with tables of B blocks, L = 16 B tokens."""
         config = self.config
@@ -316,8 +326,13 @@ class UncompiledDecoder:
         # 2. weights, and their total in 16 lanes, blocks ascending
         visible = seen[:, None, None]
         peaks = np.where(visible, scores, -np.inf).max(-1, keepdims=True)
+        of_heads = None if sinks is None else sinks.reshape(config.kv_heads, group, 1)
+        if of_heads is not None:
+            peaks = np.maximum(peaks, of_heads)
         weights = np.where(visible, exponential(scores - peaks), np.float32(0))
         total = tree_sum(np.add.accumulate(in_lanes(weights), axis=0)[-1])
+        if of_heads is not None:
+            total = total + exponential(of_heads - peaks)[..., 0]
 
         # 3. weighted values, tokens ascending
         v = self._values[tables, layer].transpose(1, 3, 0, 2, 4).reshape(length, rows, config.kv_heads, dim)
@@ -342,25 +357,32 @@ class UncompiledDecoder:
         def norm(name: str) -> _Norm:
             return _Norm(vector(name), vector(name, "bias") if config.layer_norm else None)
 
-        def mlp(at: str) -> _Mlp:
-            parts = ("gate", "up") if config.gated else ("up",)
-            return _Mlp(matrix(*(f"{at}.{part}" for part in parts)), matrix(f"{at}.down"))
+        def biases(*names: str) -> Floats:
+            return np.concatenate([vector(name, "bias") for name in names])
+
+        def mlp(at: str, biased: bool = False) -> _Mlp:
+            inputs = [f"{at}.{part}" for part in (("gate", "up") if config.gated else ("up",))]
+            found = _Mlp(matrix(*inputs), matrix(f"{at}.down"))
+            return found._replace(gate_up_bias=biases(*inputs), down_bias=biases(f"{at}.down")) if biased else found
 
         def mixture(at: str) -> _Mixture:
-            count = config.experts.count if config.experts else 0
-            return _Mixture(matrix(f"{at}.router"), [mlp(f"{at}.experts.{expert}") for expert in range(count)])
+            experts = config.experts
+            assert experts is not None
+            router = f"{at}.router"
+            return _Mixture(
+                matrix(router),
+                biases(router) if experts.biased else None,
+                [mlp(f"{at}.experts.{expert}", experts.biased) for expert in range(experts.count)],
+            )
 
         self._layers = [
             _Layer(
                 attention_norm=norm(f"{at}.attention_norm"),
                 qkv=matrix(*(f"{at}.attention.{part}" for part in "qkv")),
-                qkv_bias=(
-                    np.concatenate([vector(f"{at}.attention.{part}", "bias") for part in "qkv"])
-                    if config.qkv_bias
-                    else None
-                ),
+                qkv_bias=biases(*(f"{at}.attention.{part}" for part in "qkv")) if config.qkv_bias else None,
                 query_norm=norm(f"{at}.attention.q_norm") if config.qk_norm else None,
                 key_norm=norm(f"{at}.attention.k_norm") if config.qk_norm else None,
+                sinks=vector(f"{at}.attention.sinks") if config.sinks else None,
                 output=matrix(f"{at}.attention.o"),
                 output_bias=vector(f"{at}.attention.o", "bias") if config.output_bias else None,
                 mlp_norm=norm(f"{at}.mlp_norm"),
@@ -376,6 +398,15 @@ class UncompiledDecoder:
 def _times(matrices: list[Matrix], x: Activations) -> Floats:
     found = [matrix.times(x) for matrix in matrices]
     return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+
+def _swiglu(gate: Floats, up: Floats, clamped: ClampedSwiglu | None) -> Floats:
+    """As `specification.swiglu`."""
+    if clamped is None:
+        return gate / (_ONE + exponential(-gate)) * up
+    alpha, limit = np.float32(clamped.alpha), np.float32(clamped.limit)
+    gate, up = np.minimum(gate, limit), np.maximum(np.minimum(up, limit), -limit)
+    return gate / (_ONE + exponential(-(alpha * gate))) * (up + _ONE)
 
 
 def _with_bias(product: Floats, bias: Floats | None) -> Floats:

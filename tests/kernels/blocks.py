@@ -19,6 +19,9 @@ def random_blocks(kind: str, outputs: int, inputs: int, seed: int = 0) -> NDArra
     random = np.random.default_rng((seed, outputs, inputs))
     count = inputs // (SUPER if kind in SUPER_KINDS else 32)
     blocks = random.integers(0, 256, (outputs, count, BLOCK_BYTES[kind]), dtype=np.uint8)
+    if kind == "MXFP4":
+        blocks[..., 0] = random.integers(119, 123, (outputs, count))
+        return blocks.reshape(outputs, -1)
     factors = _FACTORS.get(kind, (208,))
     for at in factors:
         blocks[..., at : at + 2] = np.ones((outputs, count, 1), np.float16).view(np.uint8)
@@ -34,7 +37,7 @@ def random_blocks(kind: str, outputs: int, inputs: int, seed: int = 0) -> NDArra
 def stored_as(kind: str, shape: Tiny = WIDE) -> dict[str, tuple[NDArray[np.uint8], Kind]]:
     """Every matrix of a tiny model but its routers, in random blocks of a kind; those of experts are stacked."""
     matrices = {name: weight.shape for name, weight in tiny_weights(shape).items()
-                if weight.ndim > 1 and "ffn_gate_inp" not in name}
+                if weight.ndim > 1 and "ffn_gate_inp" not in name and not name.endswith(".bias")}
     return {
         name: (random_blocks(kind, math.prod(stack), inputs, seed).reshape(*stack, -1), Kind[kind])
         for seed, (name, (*stack, inputs)) in enumerate(matrices.items())

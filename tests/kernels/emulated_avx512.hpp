@@ -92,6 +92,15 @@ inline Integers add(Integers x, Integers y) {
 }
 inline Integers bit_and(Integers x, Integers y) { return lane_by_lane(x, y, [](int32_t a, int32_t b) { return a & b; }); }
 inline Integers bit_xor(Integers x, Integers y) { return lane_by_lane(x, y, [](int32_t a, int32_t b) { return a ^ b; }); }
+inline Integers least(Integers x, Integers y) { return lane_by_lane(x, y, [](int32_t a, int32_t b) { return a < b ? a : b; }); }
+inline Integers most(Integers x, Integers y) { return lane_by_lane(x, y, [](int32_t a, int32_t b) { return a > b ? a : b; }); }
+// Of each sixteen bytes those that the lowest four bits of `places` name; 0 where their highest bit is set.
+inline Integers shuffle_bytes(Integers x, Integers places) {
+  uint8_t from[64], at[64], to[64];
+  std::memcpy(from, &x, 64), std::memcpy(at, &places, 64);
+  for (int i = 0; i < 64; i++) to[i] = at[i] & 0x80 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+  return load<Integers>(to);
+}
 inline Integers shift_left(Integers x, int by) {
   return lane_by_lane<Integers>(x, [=](int32_t a) { return int32_t(uint32_t(a) << by); });
 }
@@ -290,6 +299,14 @@ extern "C" __attribute__((visibility("default"), used)) inline long mill_tile_pr
 #define _mm512_and_si512 emulated::bit_and
 #undef _mm512_xor_si512
 #define _mm512_xor_si512 emulated::bit_xor
+#undef _mm512_min_epi32
+#define _mm512_min_epi32 emulated::least
+#undef _mm512_max_epi32
+#define _mm512_max_epi32 emulated::most
+#undef _mm512_shuffle_epi8
+#define _mm512_shuffle_epi8 emulated::shuffle_bytes
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 emulated::widened<emulated::Integers, uint8_t>
 #undef _mm512_loadu_si512
 #define _mm512_loadu_si512 emulated::load<emulated::Integers>
 #undef _mm512_load_si512

@@ -13,6 +13,7 @@
 #include <simde/x86/avx512/mul.h>
 #include <simde/x86/avx512/roundscale.h>
 #include <simde/x86/avx512/set1.h>
+#include <simde/x86/avx512/shuffle.h>
 #include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/srli.h>
 #include <simde/x86/avx512/storeu.h>
@@ -52,6 +53,9 @@ int main() {
     expect_same("add_epi32", _mm512_add_epi32(a, b), simde_mm512_add_epi32(s, t));
     expect_same("and_si512", _mm512_and_si512(a, b), simde_mm512_and_si512(s, t));
     expect_same("xor_si512", _mm512_xor_si512(a, b), simde_mm512_xor_si512(s, t));
+    expect_same("min_epi32", _mm512_min_epi32(a, b), simde_mm512_min_epi32(s, t));
+    expect_same("max_epi32", _mm512_max_epi32(a, b), simde_mm512_max_epi32(s, t));
+    expect_same("shuffle_epi8", _mm512_shuffle_epi8(a, b), simde_mm512_shuffle_epi8(s, t));
     expect_same("slli_epi32", _mm512_slli_epi32(a, 23), simde_mm512_slli_epi32(s, 23));
     expect_same("srli_epi16", _mm512_srli_epi16(a, 4), simde_mm512_srli_epi16(s, 4));
     expect_same("cvtsepi32_epi8", _mm512_cvtsepi32_epi8(a), simde_mm512_cvtsepi32_epi8(s));

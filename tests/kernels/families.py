@@ -5,6 +5,15 @@ from tests.kernels.tiny import Tiny
 CONTEXT = 192
 _ORIGINAL = 64
 
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": _ORIGINAL,
+}
+
 FAMILIES: dict[str, Tiny] = {
     "llama": Tiny(context_length=CONTEXT, tied_head=False),
     "llama_biased": Tiny(
@@ -120,6 +129,48 @@ FAMILIES: dict[str, Tiny] = {
             ("use_sliding_window", True),
             ("sliding_window", 20),
             ("max_window_layers", 4),
+        ),
+    ),
+    "gpt_oss": Tiny(
+        layers=3,
+        context_length=CONTEXT,
+        family="gpt_oss",
+        head_dim=32,
+        qkv_bias=True,
+        output_bias=True,
+        tied_head=False,
+        rope_base=150_000.0,
+        experts=8,
+        experts_per_token=3,
+        expert_ffn=64,
+        seed=12,
+        settings=(
+            ("rope_scaling", _GPT_OSS_ROPE),
+            ("sliding_window", 24),
+            ("swiglu_limit", 1.5),
+            ("swiglu_alpha", 1.25),
+            ("layer_types", ["full_attention", "sliding_attention", "sliding_attention"]),
+        ),
+    ),
+    "gpt_oss_mxfp4": Tiny(
+        context_length=CONTEXT,
+        family="gpt_oss",
+        qkv_bias=True,
+        output_bias=True,
+        tied_head=False,
+        rope_base=150_000.0,
+        experts=20,
+        experts_per_token=4,
+        expert_ffn=32,
+        seed=13,
+        settings=(
+            ("rope_scaling", _GPT_OSS_ROPE),
+            ("sliding_window", 20),
+            ("swiglu_limit", 7.0),
+            (
+                "quantization_config",
+                {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+            ),
         ),
     ),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from tests.kernels.families import FAMILIES
 from tests.kernels.tiny import write_tiny_folder
@@ -31,7 +31,11 @@ def main() -> None:
         prompt = torch.randint(0, shape.vocabulary, (PROMPT_TOKENS,), generator=random).tolist()
         with tempfile.TemporaryDirectory() as folder:
             path = write_tiny_folder(Path(folder) / "model", shape)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            kinds = dict(shape.settings)
+            more = {"quantization_config": Mxfp4Config(dequantize=True)} if "quantization_config" in kinds else {}
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager", **more
+            ).eval()
         tokens, gaps = list(prompt), []
         with torch.inference_mode():
             logits = model(torch.tensor([prompt])).logits[0]

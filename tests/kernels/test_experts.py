@@ -10,6 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from deploy.models import BASE_MIB, KV_MIB, memory_needed
 from kernels.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +35,7 @@ WIDE = Tiny(family="qwen3moe", qk_norm=True, layers=1, hidden=256, heads=4, kv_h
             experts_per_token=2, expert_ffn=256, vocabulary=77, tied_head=False)
 PROMPT = np.random.default_rng(5).integers(0, 77, 40).tolist()
 TABLE = (5, 2, 11)
-KINDS = ("Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K")
+KINDS = ("Q4_0", "Q8_0", "Q5_1", "MXFP4", "Q4_K", "Q6_K")
 needs_compiler = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
@@ -186,6 +187,91 @@ def test_a_gguf_holds_the_model_of_a_folder(tmp_path: Path) -> None:
     assert np.array_equal(*logits)
 
 
+ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+GPT_OSS = Tiny(family="gpt_oss", qkv_bias=True, output_bias=True, layers=3, experts=5, experts_per_token=2,
+               expert_ffn=96, tied_head=False, seed=6, settings=(("rope_scaling", ROPE), ("sliding_window", 12)))
+PACKED = (("quantization_config", {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),)
+
+
+def gpt_oss(**changes: object) -> Tiny:
+    return Tiny(**{**vars_of(GPT_OSS), **changes})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gpt_oss_is_the_same_in_gguf_and_in_a_folder(tmp_path: Path, packed: bool) -> None:
+    weights = {name: weight for name, weight in tiny_weights(GPT_OSS).items() if name.endswith("_exps.weight")}
+    four = {name: (gguf.quants.quantize(weight, Kind.MXFP4), Kind.MXFP4) for name, weight in weights.items()}
+    file = write_tiny_gguf(tmp_path / "model.gguf", gpt_oss(family="gpt-oss"), linear=Kind.F32, head=Kind.F32,
+                           stored=four if packed else None)
+    folder = write_tiny_folder(tmp_path / "folder", gpt_oss(settings=GPT_OSS.settings + PACKED * packed))
+    one, other = (open_checkpoint(path) for path in (file, folder))
+    assert one.config.windows == other.config.windows == (12, 0, 12)
+    assert one.config.experts == other.config.experts
+    assert one.config.rope_factors == other.config.rope_factors
+    assert one.config.sinks
+    assert other.config.sinks
+    assert set(one.names()) == set(other.names())
+    for name in one.names():
+        assert one.shape(name) == other.shape(name)
+        four_bits = packed and ".experts." in name and name.endswith("weight")
+        assert one.kind(name) == other.kind(name) == ("MXFP4" if four_bits else "F32")
+        assert np.array_equal(one.raw(name).rows, other.raw(name).rows)
+        assert torch.equal(one.tensor(name), other.tensor(name))
+    logits = [TorchDecoder(checkpoint, blocks=BLOCKS).logits(every_row()) for checkpoint in (one, other)]
+    assert np.array_equal(*logits)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_neighbours_of_gpt_oss_change_no_bit(tmp_path: Path, instructions: str) -> None:
+    if missing := missing_features(instructions):
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    checkpoint = open_checkpoint(write_tiny_folder(tmp_path / "folder", gpt_oss(settings=GPT_OSS.settings + PACKED)))
+    expected = SpecifiedDecoder(checkpoint, blocks=BLOCKS).logits(every_row())
+    assert np.isfinite(expected).all()
+    decoder = NativeDecoder(checkpoint, blocks=BLOCKS, threads=3, instructions=instructions)
+    others = [PROMPT[::-1], PROMPT[7:12]]
+    inputs = step_of((others[0], 0, (20, 21, 22)), (PROMPT, 0, TABLE), (others[1], 0, (23,)), samples=range(40, 80))
+    assert same_bits(decoder.logits(inputs), expected)
+    alone = [decoder.logits(step_of(([token], at, TABLE))) for at, token in enumerate(PROMPT)]
+    assert same_bits(np.concatenate(alone), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"rope_scaling": None}, "lacks rope_scaling or rope_theta"),
+        ({"rope_theta": None}, "lacks rope_scaling or rope_theta"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit should be a positive number"),
+        ({"num_local_experts": None}, "num_local_experts should be a whole number"),
+        ({"attention_bias": False}, "holds layers.0.attention.k.bias"),
+        ({"model_type": "llama"}, "is quantised; use the plain checkpoint or a GGUF"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is quantised; use the plain checkpoint or a GGUF"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
+    ],
+)
+def test_a_gpt_oss_that_is_not_whole_is_refused(tmp_path: Path, settings: dict[str, object], complaint: str) -> None:
+    folder = write_tiny_folder(tmp_path / "folder", gpt_oss(settings=GPT_OSS.settings + PACKED))
+    change(folder, settings)
+    with pytest.raises(CheckpointError, match=complaint):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+@pytest.mark.parametrize("how", ["gone", "short", "float"])
+def test_blocks_and_exponents_that_do_not_fit_are_refused(tmp_path: Path, part: str, how: str) -> None:
+    folder = write_tiny_folder(tmp_path / "folder", gpt_oss(settings=GPT_OSS.settings + PACKED))
+    file, name = folder / "model.safetensors", f"model.layers.1.mlp.experts.down_proj_{part}"
+    tensors = load_file(file)
+    if how == "gone":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:, :, 1:] if how == "short" else tensors[name].astype(np.float32)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match=r"lacks|does not fit|contradict|is stored as"):
+        open_checkpoint(folder)
+
+
 def test_experts_count_in_what_a_model_takes(checkpoint: Checkpoint) -> None:
     weights = memory_needed(checkpoint) - (KV_MIB + BASE_MIB << 20)
     counts = {name: weight.size for name, weight in tiny_weights(MOE).items()}
@@ -201,7 +287,11 @@ def vars_of(shape: Tiny) -> dict[str, object]:
 
 def folder_with(tmp_path: Path, **settings: object) -> Path:
     shape = Tiny(**{**vars_of(MOE), "family": "qwen3_moe"})
-    folder = write_tiny_folder(tmp_path / "folder", shape)
+    return change(write_tiny_folder(tmp_path / "folder", shape), settings)
+
+
+def change(folder: Path, settings: dict[str, object]) -> Path:
+    """None takes a setting away."""
     file = folder / "config.json"
     said = json.loads(file.read_text()) | settings
     file.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
@@ -242,8 +332,8 @@ def test_a_folder_says_which_layers_have_experts_and_how_they_are_weighed(tmp_pa
     ("key", "value", "complaint"),
     [
         ("expert_shared_count", 2, "expert_shared_count is 2, only 0 is supported"),
-        ("expert_gating_func", 2, "expert_gating_func is 2, only 1 is supported"),
-        ("expert_weights_scale", 2.5, "expert_weights_scale is 2.5, only 1.0 is supported"),
+        ("expert_gating_func", 2, "expert_gating_func is 2, only 1 or 3 is supported"),
+        ("expert_weights_scale", 2.5, "expert_weights_scale is 2.5, only 0.0 or 1.0 is supported"),
         ("leading_dense_block_count", 1, "leading_dense_block_count is 1, only 0 is supported"),
     ],
 )
@@ -263,5 +353,5 @@ def test_a_router_that_is_not_done_here_is_refused(
 
 def test_a_mixture_of_another_family_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", MOE, architecture="llama")
-    with pytest.raises(CheckpointError, match="a mixture of experts of architecture llama; supported: qwen3moe"):
+    with pytest.raises(CheckpointError, match="of experts of architecture llama; supported: qwen3moe, gpt-oss"):
         open_checkpoint(path)

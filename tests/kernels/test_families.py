@@ -68,14 +68,16 @@ def test_the_native_step_is_the_specification_to_the_bit_however_it_is_cut(tmp_p
     plain = UncompiledDecoder(checkpoint, blocks=BLOCKS, threads=1)
     assert same_bits(plain.logits(step(prompt, samples=every)), expected)
     reference = TorchDecoder(checkpoint, blocks=BLOCKS).logits(step(prompt, samples=every))
-    # float weights: only the order of additions and the fp16 cache lie between the two
-    assert rms(native.logits(step(prompt, samples=every)) - reference) < 5e-3 * rms(reference)
+    # float weights: only the order of additions and the fp16 cache lie between the two; else activations in int8 too
+    quantised = any(checkpoint.kind(name) == "MXFP4" for name in checkpoint.names())
+    apart = 0.05 if quantised else 5e-3
+    assert rms(native.logits(step(prompt, samples=every)) - reference) < apart * rms(reference)
 
 
 @needs_compiler
 @pytest.mark.parametrize("kv_format", ["int8", "fp8"])
-@pytest.mark.parametrize("family", ["mistral", "qwen3", "nemotron"])
-def test_windows_and_head_norms_go_with_every_kv_format(tmp_path: Path, family: str, kv_format: str) -> None:
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "nemotron", "gpt_oss"])
+def test_windows_head_norms_and_sinks_go_with_every_kv_format(tmp_path: Path, family: str, kv_format: str) -> None:
     checkpoint = open_checkpoint(write_tiny_folder(tmp_path / "model", FAMILIES[family]))
     prompt = GOLDEN[family]["prompt"]
     inputs = step(prompt, samples=range(len(prompt)))
@@ -111,7 +113,9 @@ def vars_of(shape: Tiny) -> dict[str, object]:
 
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton needs its interpreter or a GPU")
-@pytest.mark.parametrize("family", ["mistral", "qwen2_windowed", "qwen3", "llama_biased", "llama_yarn", "nemotron"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2_windowed", "qwen3", "llama_biased", "llama_yarn", "nemotron", "gpt_oss"]
+)
 def test_the_triton_operators_make_the_reference_s_logits(tmp_path: Path, family: str) -> None:
     path = write_tiny_folder(tmp_path / "model", FAMILIES[family])
     prompt = GOLDEN[family]["prompt"]

@@ -60,8 +60,40 @@ def test_without_a_compiler_too(tmp_path: Path, kind: str) -> None:
     assert same_bits(logits(UncompiledDecoder(open_checkpoint(path), blocks=BLOCKS, threads=1)), expected)
 
 
+def every_exponent(outputs: int, inputs: int) -> np.ndarray:
+    """MXFP4 blocks of the exponents 0, 1, 2, ..., 255 and of every nibble."""
+    blocks = random_blocks("MXFP4", outputs, inputs).reshape(outputs, -1, 17)
+    blocks[..., 0] = np.arange(blocks[..., 0].size).reshape(outputs, -1) % 256
+    return blocks.reshape(outputs, -1)
+
+
+def test_every_exponent_of_mxfp4_is_what_its_authors_say() -> None:
+    rows = every_exponent(9, 1024)
+    with np.errstate(over="ignore"):  # 12 * 2^127 is beyond float32
+        weights = np.array([read_weights("MXFP4", rows).row(output) for output in range(9)])
+        assert np.array_equal(weights, quants.dequantize(rows, Kind.MXFP4))
+
+
 @compiled
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_no_exponent_of_mxfp4_changes_a_bit(tmp_path: Path, instructions: str) -> None:
+    if missing := missing_features(instructions):
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    head = every_exponent(WIDE.vocabulary, WIDE.hidden).reshape(WIDE.vocabulary, -1, 17)
+    head[..., 0] %= 240  # sums of larger weights leave the range of float32
+    head[5, :, 0] = 0  # an output of numbers that are not normal
+    stored = {"output.weight": (head.reshape(WIDE.vocabulary, -1), Kind.MXFP4)}
+    path = write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=stored)
+    expected = logits(SpecifiedDecoder(open_checkpoint(path), blocks=BLOCKS))
+    assert np.isfinite(expected).all()
+    assert 0 < np.abs(expected[:, 5]).max() < 1e-35
+    native = NativeDecoder(open_checkpoint(path), blocks=BLOCKS, threads=2, instructions=instructions)
+    assert same_bits(logits(native), expected)
+    assert same_bits(logits(UncompiledDecoder(open_checkpoint(path), blocks=BLOCKS, threads=1)), expected)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["MXFP4", "Q4_K", "Q6_K"])
 def test_it_is_the_model_that_the_reference_computes(tmp_path: Path, kind: str) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=stored_as(kind))
     reference = logits(TorchDecoder(open_checkpoint(path), blocks=BLOCKS))

@@ -83,7 +83,7 @@ def test_emulated_logits_are_the_specification_s_to_the_bit(
         assert (tile_products(decoder) > before) == (tiles and linear is not Kind.F32)
 
 
-@pytest.mark.parametrize("kind", ["Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q5_1", "MXFP4", "Q4_K", "Q5_K", "Q6_K"])
 def test_kinds_that_tiles_do_not_know_are_left_to_vnni(tmp_path: Path, emulated: Load, kind: str) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", WIDE, stored=stored_as(kind))
     prompt = [token % WIDE.vocabulary for token in PROMPT[:20]]

@@ -67,6 +67,13 @@ def test_swiglu_gates_and_survives_large_inputs():
     assert gated == pytest.approx([0.0, -3 / (1 + np.e), 0.0, 3 / (1 + np.exp(-1)), 600.0], abs=1e-6)
 
 
+def test_a_clamped_swiglu_clamps_the_gate_above_and_up_on_both_sides():
+    gate, up = torch.tensor([[-200.0, -1.0, 0.5, 50.0]]), torch.tensor([[3.0, -9.0, 9.0, 0.25]])
+    gated = reference.clamped_swiglu(gate, up, 1.702, 2.0)[0].tolist()
+    expected = [0.0, -1 / (1 + np.exp(1.702)) * -1.0, 0.5 / (1 + np.exp(-0.851)) * 3.0, 2 / (1 + np.exp(-3.404)) * 1.25]
+    assert gated == pytest.approx(expected, abs=1e-6)
+
+
 def test_writing_touches_exactly_the_slots_of_its_rows():
     keys, values = torch.full((6, 4, 2, 3), torch.nan), torch.full((6, 4, 2, 3), torch.nan)
     tables = torch.tensor([[5, 0, -1], [2, 4, 1]], dtype=torch.int32)
@@ -125,6 +132,20 @@ def test_attention_is_softmax_over_the_rows_own_past(block_size: int, kv_heads: 
     output = cache.attend(queries, sequences, positions)
     expected = [cache.naive(q, s, p) for q, s, p in zip(queries, sequences, positions, strict=True)]
     torch.testing.assert_close(output, torch.stack(expected), rtol=1e-5, atol=2e-6)
+
+
+def test_a_sink_takes_its_share_of_the_softmax_and_gives_no_value():
+    cache = Cache([300], 16, 2, 8)
+    queries = random(2, 4, 8, seed=9)
+    sinks = torch.tensor([-30.0, 0.0, 2.0, 60.0])
+    where = cache.tables, torch.zeros(2, dtype=torch.int64), torch.tensor([5, 299])
+    output = reference.paged_attention(queries, cache.keys, cache.values, *where, 0.3, sinks=sinks)
+    for row, position in enumerate((5, 299)):
+        keys, values = (dense[: position + 1].double() for dense in cache.dense[0])
+        for head, sink in enumerate(sinks.double()):
+            scores = torch.cat((keys[:, head // 2] @ queries[row, head].double() * 0.3, sink[None]))
+            expected = torch.softmax(scores, 0)[:-1] @ values[:, head // 2]
+            torch.testing.assert_close(output[row, head], expected.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_attention_of_a_row_does_not_depend_on_its_company():

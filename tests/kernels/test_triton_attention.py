@@ -110,6 +110,24 @@ def test_more_splits_than_are_combined_at_once_match_the_reference(monkeypatch: 
     assert_close(cache.attend(rows), cache.attend(rows, operator=reference))
 
 
+def test_sinks_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_SPLIT", 64)
+    cache = cache_of([200, 3])
+    sinks = torch.tensor([-30.0, 0.0, 1.0, 3.0, 10.0, 60.0], device=DEVICE)
+    rows = [0, 0, 1, 1], [198, 199, 2, -1]
+    sequences, positions = (torch.tensor(column, dtype=torch.int32, device=DEVICE) for column in rows)
+    queries = torch.randn(4, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for window in (0, 20):
+        found, expected = (
+            operator.paged_attention(
+                queries, cache.keys, cache.values, cache.tables, sequences, positions, SCALE, None, window, sinks
+            )
+            for operator in (triton_attention, reference)
+        )
+        assert_close(found, expected)
+        assert torch.equal(found[3], torch.zeros_like(found[3]))
+
+
 def test_a_padding_row_gets_zeros_and_disturbs_nobody() -> None:
     cache = cache_of([9])
     result = cache.attend([(0, 8), (0, -1)])

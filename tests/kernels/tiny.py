@@ -41,13 +41,17 @@ class Tiny:
     experts_per_token: int = 0
     expert_ffn: int = 0
     dense_layers: tuple[int, ...] = ()  # without experts all the same
-    settings: tuple[tuple[str, object], ...] = ()  # more of config.json
+    settings: tuple[tuple[str, object], ...] = ()  # more of config.json; windows and rope of GGUF
+
+    @property
+    def gpt_oss(self) -> bool:
+        return self.family in ("gpt_oss", "gpt-oss")
 
 
 def tiny_weights(shape: Tiny) -> dict[str, Floats]:
     """Random weights by GGUF name, q and k in GGUF's row order; scaled so that logits spread like a trained model's.
 
-    Experts' weights are stacked.
+    Experts' weights are stacked. gpt-oss has biases everywhere, and sinks.
     """
     random = np.random.default_rng(shape.seed)
     attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -91,6 +95,13 @@ def tiny_weights(shape: Tiny) -> dict[str, Floats]:
             weights[f"blk.{layer}.{name}.weight"] = more.uniform(0.5, 1.5, shape.head_dim).astype(np.float32)
         for name in ("attn_norm", "ffn_norm") if shape.layer_norm else ():
             weights[f"blk.{layer}.{name}.bias"] = (more.standard_normal(shape.hidden) * 0.2).astype(np.float32)
+    if shape.gpt_oss:
+        for layer in range(shape.layers):
+            sizes = {"ffn_gate_inp": (), "ffn_gate_exps": (shape.expert_ffn,), "ffn_up_exps": (shape.expert_ffn,),
+                     "ffn_down_exps": (shape.hidden,)}
+            for name, size in sizes.items():
+                weights[f"blk.{layer}.{name}.bias"] = more.standard_normal((shape.experts, *size)).astype(np.float32)
+            weights[f"blk.{layer}.attn_sinks.weight"] = more.standard_normal(shape.heads).astype(np.float32) * 2
     weights["output_norm.weight"] = norm()
     if shape.layer_norm:
         weights["output_norm.bias"] = (more.standard_normal(shape.hidden) * 0.2).astype(np.float32)
@@ -130,14 +141,23 @@ def write_tiny_gguf(
         writer.add_expert_count(shape.experts)
         writer.add_expert_used_count(shape.experts_per_token)
         writer.add_expert_feed_forward_length(shape.expert_ffn)
+    settings = dict(shape.settings)
+    if shape.gpt_oss:
+        rope = settings["rope_scaling"]
+        assert isinstance(rope, dict)
+        writer.add_sliding_window(settings["sliding_window"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{token}>" for token in range(shape.vocabulary)])
     writer.add_token_types([1] * shape.vocabulary)
     for name, weight in tiny_weights(shape).items():
-        plain = weight.ndim == 1 or name.endswith("ffn_gate_inp.weight")  # as converters leave them
+        plain = weight.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias")  # as converters leave them
         kind = Kind.F32 if plain else head if name in ("token_embd.weight", "output.weight") else linear
         blocks, kind = (stored or {}).get(name) or (gguf.quants.quantize(weight, kind), kind)
+        name = name.replace("ffn_norm", "post_attention_norm") if shape.gpt_oss else name
         writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -166,7 +186,14 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
         "rope_theta": shape.rope_base,
         "tie_word_embeddings": shape.tied_head,
     }
-    if shape.experts:
+    if shape.gpt_oss:
+        config |= {
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "intermediate_size": shape.expert_ffn,
+            "attention_bias": True,
+        }
+    elif shape.experts:
         config |= {
             "num_experts": shape.experts,
             "num_experts_per_tok": shape.experts_per_token,
@@ -177,15 +204,43 @@ def write_tiny_folder(folder: Path, shape: Tiny | None = None) -> Path:
     if shape.rotary_dim is not None:
         config["partial_rotary_factor"] = shape.rotary_dim / shape.head_dim
     (folder / "config.json").write_text(json.dumps(config))
-    renamed: dict[str, Floats] = {}
+    renamed: dict[str, NDArray[np.generic]] = _packed(shape) if shape.gpt_oss else {}
     for name, weight in tiny_weights(shape).items():
-        theirs = _hugging_face_name(name)
+        if shape.gpt_oss and "_exps" in name:
+            continue
+        theirs = _hugging_face_name(name, shape)
         if "*" in theirs:
             renamed |= {theirs.replace("*", str(expert)): each for expert, each in enumerate(weight)}
         else:
             renamed[theirs] = _stored(name, weight, shape)
     save_file({name: np.ascontiguousarray(weight) for name, weight in renamed.items()}, folder / "model.safetensors")
     return folder
+
+
+def _packed(shape: Tiny) -> dict[str, NDArray[np.generic]]:
+    """gpt-oss's experts as its folders have them: in MXFP4 if the settings say so."""
+    weights, packed = tiny_weights(shape), "quantization_config" in dict(shape.settings)
+    found: dict[str, NDArray[np.generic]] = {}
+    for layer in range(shape.layers):
+        def of(name: str, kind: str, layer: int = layer) -> Floats:
+            return weights[f"blk.{layer}.ffn_{name}_exps.{kind}"]
+
+        def turned(kind: str) -> Floats:  # rows of gate and up take turns
+            gate, up = of("gate", kind), of("up", kind)
+            return np.stack((gate, up), 2).reshape(shape.experts, -1, *gate.shape[2:])
+
+        at = f"model.layers.{layer}.mlp.experts"
+        for name, matrices, bias in (("gate_up_proj", turned("weight"), turned("bias")),
+                                     ("down_proj", of("down", "weight"), of("down", "bias"))):
+            found[f"{at}.{name}_bias"] = bias
+            if not packed:
+                found[f"{at}.{name}"] = matrices.swapaxes(1, 2)
+                continue
+            blocks = gguf.quants.quantize(matrices, Kind.MXFP4).reshape(*matrices.shape[:2], -1, 17)
+            codes = np.concatenate((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), -1)
+            found[f"{at}.{name}_scales"] = blocks[..., 0]
+            found[f"{at}.{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+    return found
 
 
 def _stored(name: str, weight: Floats, shape: Tiny) -> Floats:
@@ -198,7 +253,7 @@ def _stored(name: str, weight: Floats, shape: Tiny) -> Floats:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str, shape: Tiny) -> str:
     outside = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -217,7 +272,7 @@ def _hugging_face_name(name: str) -> str:
         "ffn_gate": "mlp.gate_proj",
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
-        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_inp": "mlp.router" if shape.gpt_oss else "mlp.gate",
         "ffn_gate_exps": "mlp.experts.*.gate_proj",
         "ffn_up_exps": "mlp.experts.*.up_proj",
         "ffn_down_exps": "mlp.experts.*.down_proj",
@@ -225,4 +280,6 @@ def _hugging_face_name(name: str) -> str:
     if name in outside:
         return outside[name]
     _, layer, kind, which = name.split(".")
+    if kind == "attn_sinks":
+        return f"model.layers.{layer}.self_attn.sinks"
     return f"model.layers.{layer}.{inside[kind]}.{which}"
