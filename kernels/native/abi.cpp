@@ -29,10 +29,10 @@ MILL_EXPORT const char* mill_instructions() {
 #endif
 }
 
-// A model, to be closed by mill_close; null with a message when memory is short.
-MILL_EXPORT void* mill_open(const mill_config* config, const mill_tensor* tensors, char* message, int32_t capacity) {
+// A model, to be closed by mill_close; null with a message when memory is short or a tensor cannot be read.
+MILL_EXPORT void* mill_open(const mill_config* config, const mill_tensor* tensors, mill_fetch fetch, char* message, int32_t capacity) {
   try {
-    return new mill::Model(*config, tensors);
+    return new mill::Model(*config, tensors, fetch);
   } catch (const std::exception& error) {
     tell(error.what(), message, capacity);
     return nullptr;

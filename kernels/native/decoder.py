@@ -101,6 +101,9 @@ class _Tensor(ctypes.Structure):
     ]
 
 
+_Fetch = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int32)
+
+
 class _Adjustments(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_int32), ("mask_words", ctypes.c_int32)] + [
         (field.name, ctypes.c_void_p) for field in fields(Adjustments) if field.name != "fill"
@@ -178,7 +181,8 @@ class NativeDecoder:
         self._process = os.getpid()
         self._busy = threading.Lock()
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        described, kept = _describe(checkpoint)
+        names, described, kept = _describe(checkpoint)
+        fetching = _Fetching(checkpoint, names)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         windows = np.array([config.window(layer) for layer in range(config.layers)], np.int32)
         self._trimmed = config.head_ids is not None
@@ -205,8 +209,12 @@ class NativeDecoder:
             config.head_size,
             *_described_experts(config),
         )
-        self._model = self._library.mill_open(ctypes.byref(native), described, self._message, _MESSAGE_BYTES)
+        self._model = self._library.mill_open(
+            ctypes.byref(native), described, fetching.function, self._message, _MESSAGE_BYTES
+        )
         del kept
+        if fetching.failure is not None:
+            raise fetching.failure
         if not self._model:
             raise RuntimeError(f"the native step could not load the model: {self._message.value.decode()}")
         memory = ctypes.c_uint8 * (blocks * self.block_bytes)
@@ -341,7 +349,7 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build(instructions)))
     library.mill_instructions.restype = ctypes.c_char_p
     library.mill_open.restype = ctypes.c_void_p
-    library.mill_open.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32]
+    library.mill_open.argtypes = [ctypes.c_void_p, ctypes.c_void_p, _Fetch, ctypes.c_char_p, ctypes.c_int32]
     library.mill_close.restype = None
     library.mill_close.argtypes = [ctypes.c_void_p]
     library.mill_cache.restype = ctypes.c_void_p
@@ -446,8 +454,27 @@ def check_sizes(config: DecoderConfig, blocks: int, threads: int) -> None:
             raise ValueError(f"{name} is {value}; the native step needs a multiple of {multiple}: use torch")
 
 
-def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
-    """The tensors in the order mill_open wants them, and the arrays they point into."""
+class _Fetching:
+    """Matrices for mill_open, one at a time: what a checkpoint has to convert is there twice for no longer."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        self.failure: Exception | None = None
+        self._checkpoint, self._names = checkpoint, names
+        self._rows: NDArray[np.generic] | None = None
+        self.function = _Fetch(self._fetch)
+
+    def _fetch(self, at: int) -> int | None:
+        try:
+            self._rows = None
+            self._rows = np.ascontiguousarray(self._checkpoint.raw(self._names[at]).rows)
+        except Exception as error:  # C++ cannot hand it on
+            self.failure = error
+            return None
+        return self._rows.ctypes.data
+
+
+def _describe(checkpoint: Checkpoint) -> tuple[list[str], ctypes.Array[_Tensor], list[NDArray[np.generic]]]:
+    """The tensors in the order mill_open wants them: their names, what they are, and the vectors' numbers."""
     inside = [*(f"{name}.weight" for name in _LAYER), *_LAYER_EXTRAS]
     if (experts := checkpoint.config.experts) is not None:
         inside += ["router.weight", "router.bias"]
@@ -460,17 +487,15 @@ def _describe(checkpoint: Checkpoint) -> tuple[ctypes.Array[_Tensor], list[NDArr
     for at, name in enumerate(names):
         if name not in there:
             continue  # zeros: there is none
-        kind, rows = checkpoint.raw(name)
-        shape = checkpoint.shape(name)
+        kind, shape = checkpoint.kind(name), checkpoint.shape(name)
         if kind not in _TYPES:
             raise ValueError(f"{name} is stored as {kind}; the native step serves {', '.join(_TYPES)}: use torch")
-        data: NDArray[np.generic] = np.ascontiguousarray(rows)
-        if len(shape) == 1:
-            data, kind = _float32(kind, rows), "F32"
-        kept.append(data)
-        outputs, inputs = shape if len(shape) == 2 else (1, shape[0])
-        described[at] = _Tensor(data.ctypes.data, _TYPES[kind], outputs, inputs)
-    return described, kept
+        if len(shape) == 2:
+            described[at] = _Tensor(None, _TYPES[kind], *shape)
+        else:
+            kept.append(_float32(*checkpoint.raw(name)))
+            described[at] = _Tensor(kept[-1].ctypes.data, _TYPES["F32"], 1, shape[0])
+    return names, described, kept
 
 
 def _described_experts(config: DecoderConfig) -> tuple[float, ...]:

@@ -140,7 +140,7 @@ struct Model::Pass {
   }
 };
 
-Model::Model(const mill_config& config, const mill_tensor* tensors)
+Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch fetch)
     : config_(config),
       frequencies_(config.frequencies, config.frequencies + config.rope_dims / 2),
       windows_(config.windows, config.windows + config.layers),
@@ -148,7 +148,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
       layers_(size_t(config.layers)),
       scratch_(size_t(config.threads)),
       team_(config.threads) {
-  place_weights(tensors);
+  place_weights(tensors, fetch);
 
   cache_.layers = config.layers;
   cache_.heads = config.kv_heads;
@@ -214,7 +214,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors)
 }
 
 // One region per thread, filled in the order in which a step reads it.
-void Model::place_weights(const mill_tensor* tensors) {
+void Model::place_weights(const mill_tensor* tensors, mill_fetch fetch) {
   struct Part {
     Matrix* matrix;
     const mill_tensor* tensor;
@@ -230,9 +230,9 @@ void Model::place_weights(const mill_tensor* tensors) {
   };
   const auto mlp = [&](Mlp& to, const mill_tensor* three, int down_panels, std::vector<std::vector<Part>>& of) {
     const mill_tensor &gate = three[0], &up = three[1], &down = three[2];
-    if (!up.data) return;
+    if (!up.outputs) return;
     of.emplace_back();
-    if (gate.data) of.back().push_back(part(to.gate, gate, kGroup / kLanes));
+    if (gate.outputs) of.back().push_back(part(to.gate, gate, kGroup / kLanes));
     of.back().push_back(part(to.up, up, kGroup / kLanes));
     of.push_back({part(to.down, down, down_panels)});
   };
@@ -254,7 +254,7 @@ void Model::place_weights(const mill_tensor* tensors) {
     if (config_.experts == 0) continue;
     const mill_tensor* const router = next++;
     layer.router_bias = vector(*next++);
-    if (router->data) {
+    if (router->outputs) {
       stretches.push_back({part(layer.router, *router, 1)});
       layer.experts.resize(size_t(config_.experts));
       for (size_t at = 0; at < layer.experts.size(); at++) expert(layer.experts[at], next + 6 * at);
@@ -265,7 +265,7 @@ void Model::place_weights(const mill_tensor* tensors) {
   final_norm_.weight = vector(*next++);
   final_norm_.bias = vector(*next++);
   const mill_tensor& head = *next++;
-  tied_ = head.data == nullptr;
+  tied_ = head.outputs == 0;
   stretches.push_back({part(head_, tied_ ? embedding : head, 1)});
   if (!tied_) stretches.push_back({part(embedding_, embedding, 1)});
 
@@ -295,10 +295,14 @@ void Model::place_weights(const mill_tensor* tensors) {
     sizes.push_back(offset);
   }
   for (const size_t size : sizes) weights_.emplace_back(size);
-  team_.run([&](int thread) {  // whoever reads a page later is the first to touch it
-    for (const auto& stretch : stretches)
-      for (const Part& each : stretch) each.matrix->repack(thread, weights_[size_t(thread)].data(), each.tensor->data, each.tensor->type);
-  });
+  for (const auto& stretch : stretches)
+    for (const Part& each : stretch) {
+      const void* const rows = fetch(int32_t(each.tensor - tensors));
+      if (!rows) throw Unread();
+      team_.run([&](int thread) {  // whoever reads a page later is the first to touch it
+        each.matrix->repack(thread, weights_[size_t(thread)].data(), rows, each.tensor->type);
+      });
+    }
 }
 
 std::string Model::complaint(const mill_inputs& inputs) const {

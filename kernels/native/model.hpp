@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,10 +33,13 @@ struct mill_config {
 };
 
 struct mill_tensor {
-  const void* data;  // null: there is none (an untied head; a gate; biases; norms of heads; an MLP, or the experts in its place)
+  const void* data;  // of a vector; the rows of a matrix are fetched
   int32_t type;      // as numbered in GGUF
-  int32_t outputs, inputs;
+  int32_t outputs, inputs;  // 0: there is none (an untied head; a gate; biases; norms of heads; an MLP, or experts in its place)
 };
+
+// The rows of a matrix as stored, by its number among the tensors; they stay until the next call. Null: they cannot be read.
+typedef const void* (*mill_fetch)(int32_t tensor);
 
 // Every row as kernels/step.py describes it; what it says of adjustments has been checked there.
 struct mill_inputs {
@@ -79,13 +83,17 @@ class Region {
   uint8_t* data_ = nullptr;  // on the boundary of a huge page
 };
 
+struct Unread : std::runtime_error {
+  Unread() : std::runtime_error("a tensor cannot be read") {}
+};
+
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
   // of the heads of q and k, the biases of attn_norm and ffn_norm, the sinks, and where the model has experts, the router and
   // its bias, and of each expert gate, up, down and their biases; then token_embd, output_norm, its bias, output.
-  // Copies what it needs. Throws std::bad_alloc.
-  Model(const mill_config& config, const mill_tensor* tensors);
+  // Copies what it needs, one matrix after the other. Throws std::bad_alloc, or Unread when a matrix cannot be fetched.
+  Model(const mill_config& config, const mill_tensor* tensors, mill_fetch fetch);
 
   // What is wrong with the inputs; empty when nothing is.
   std::string complaint(const mill_inputs& inputs) const;
@@ -147,7 +155,7 @@ class Model {
   struct Tile;
   struct Pass;
 
-  void place_weights(const mill_tensor* tensors);
+  void place_weights(const mill_tensor* tensors, mill_fetch fetch);
   void run_pass(Pass& pass, int thread);
   void embed(const Pass& pass, int thread);
   template <typename Row>

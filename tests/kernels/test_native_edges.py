@@ -3,15 +3,17 @@
 import asyncio
 import os
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from kernels.checkpoint import open_checkpoint
+from kernels.checkpoint import Raw, open_checkpoint
 from kernels.native import build as building
 from kernels.native.decoder import NativeDecoder
 from kernels.step import Decoder, StepInputs
@@ -238,3 +240,43 @@ def test_the_environment_may_choose_what_the_cpu_has(tmp_path: Path, monkeypatch
     with pytest.raises(RuntimeError, match="this CPU lacks amx_int8, amx_tile"):
         building.build()
     assert len(compiled) == 3
+
+
+class Watched:
+    """A checkpoint that converts every matrix, and counts how many of them are held at once."""
+
+    def __init__(self, path: Path, broken: str = "") -> None:
+        self._checkpoint = open_checkpoint(path)
+        self.config, self.path = self._checkpoint.config, path
+        self.names, self.shape, self.kind = self._checkpoint.names, self._checkpoint.shape, self._checkpoint.kind
+        self._broken = broken
+        self._made: list[weakref.ref[NDArray[np.uint8]]] = []
+        self.most = 0
+
+    def raw(self, name: str) -> Raw:
+        if name == self._broken:
+            raise OSError(f"{name}: the disk is gone")
+        kind, rows = self._checkpoint.raw(name)
+        if len(self.shape(name)) == 2:
+            rows = rows.copy()
+            self._made.append(weakref.ref(rows))
+            self.most = max(self.most, sum(made() is not None for made in self._made))
+        return Raw(kind, rows)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._checkpoint.tensor(name)
+
+
+def test_a_model_is_loaded_matrix_by_matrix(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "model.gguf")
+    watched = Watched(path)
+    decoder = NativeDecoder(watched, blocks=BLOCKS, threads=2)
+    assert watched.most == 1
+    expected = NativeDecoder(open_checkpoint(path), blocks=BLOCKS, threads=2).step(GOOD)
+    assert decoder.step(GOOD).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("broken", ["layers.1.mlp.down.weight", "layers.1.mlp_norm.weight"])
+def test_a_tensor_that_cannot_be_read_is_what_the_caller_hears_of(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(OSError, match=f"{broken}: the disk is gone"):
+        NativeDecoder(Watched(write_tiny_gguf(tmp_path / "model.gguf"), broken), blocks=BLOCKS, threads=2)
