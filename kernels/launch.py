@@ -9,11 +9,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
+import triton.language as tl
 
 # True when this process runs kernels in Triton's Python interpreter, which knows neither warps nor compilation.
 # `triton.jit` reads the same switch when a kernel is defined, so it is fixed before the first kernel is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def product_type(operand: torch.dtype) -> tl.dtype | None:
+    """What the operands of a matrix product are widened to before they are multiplied; None: as they are.
+
+    The interpreter is wrong on bf16, and its matrix product rounds a row by the row's place. Summed in float64 and
+    rounded once, a product depends on its operands only, as it does on a tensor core.
+    """
+    if INTERPRETED:
+        return tl.float64
+    return tl.float32 if operand == torch.float32 else None
 
 
 class Launch(NamedTuple):

@@ -6,9 +6,9 @@ done in float32 and rounded once to the type of its first argument. Cache memory
 R rows (tokens), C columns (hidden size), H query heads, K KV heads, D head size, S sequences, B longest block table,
 L rows to sample, V vocabulary.
 
-A cache is [blocks, block size, K, D] per layer. Position p of sequence s lives in block `tables[s, p // block size]`,
-slot `p % block size`; table entries beyond a sequence's end are -1. A row at position -1 is padding: nothing is written
-for it and its attention is 0.
+A cache is [blocks, block size, K, D] per layer, of 16 or 32 bits, or of codes in FP8 or int8. Position p of sequence s
+lives in block `tables[s, p // block size]`, slot `p % block size`; table entries beyond a sequence's end are -1. A row
+at position -1 is padding: nothing is written for it and its attention is 0.
 """
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.step import Adjustments, Logprobs
+from kernels.weight4 import Weight4, dequantised
+from kernels.weight8 import KINDS, Rows8, Weight8, dequantised8, nearest, quantised_rows8
 
 GREEDY_BELOW = 1e-5
 LARGEST_V = 1 - 2**-24
@@ -29,6 +31,34 @@ ATTENTION_TILE = 256
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [R, C] times the transpose of weight [outputs, C]: [R, outputs]."""
     return F.linear(x, weight)
+
+
+def linear4(x: Tensor, weight: Weight4) -> Tensor:
+    """x [R, C] times the transpose of a matrix [outputs, C] of four bits, in float64, rounded once: [R, outputs]."""
+    return F.linear(x.double(), dequantised(weight)).to(x.dtype)
+
+
+def linear8(x: Rows8, weight: Weight8, kind: torch.dtype) -> Tensor:
+    """x [R, C] times the transpose of weight [outputs, C], in float64, rounded once to `kind`: [R, outputs]."""
+    return F.linear(dequantised8(x), dequantised8(weight)).to(kind)
+
+
+def quantise8(x: Tensor, kind: torch.dtype, blocks: bool) -> Rows8:
+    """Rows of x [R, C] in codes of `kind`, with one scale for each row, or one for 128 columns of it."""
+    return quantised_rows8(x, kind, blocks)
+
+
+def rms_norm_quantise8(x: Tensor, weight: Tensor, epsilon: float, kind: torch.dtype, blocks: bool) -> Rows8:
+    """The norm of x [R, C], quantised as it is in float32."""
+    return quantised_rows8(rms_norm(x.float(), weight, epsilon), kind, blocks)
+
+
+def add_rms_norm_quantise8(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, kind: torch.dtype, blocks: bool
+) -> tuple[Rows8, Tensor]:
+    """The sum x + residual [R, C], rounded to its type, and the norm of that, quantised: (codes, sum)."""
+    total = (x.float() + residual.float()).to(residual.dtype)
+    return rms_norm_quantise8(total, weight, epsilon, kind, blocks), total
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -127,15 +157,32 @@ def write_kv(
     tables: Tensor,
     sequences: Tensor,
     positions: Tensor,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store keys and values [R, K, D] of each row at its position [R] of its sequence [R], in one layer's caches."""
+    """Store keys and values [R, K, D] of each row at its position [R] of its sequence [R], in one layer's caches.
+
+    With `scales` of keys and of values [blocks, block size, K] each is stored as codes of the caches' 8-bit type, the
+    largest magnitude as the largest code. FP8 without scales bounds what lies beyond its range.
+    """
     block_size = key_cache.shape[1]
     rows = (positions >= 0).nonzero().squeeze(1)
     at = positions[rows].long()
     blocks = tables[sequences[rows].long(), at // block_size].long()
     slots = at % block_size
-    key_cache[blocks, slots] = keys[rows].to(key_cache.dtype)
-    value_cache[blocks, slots] = values[rows].to(value_cache.dtype)
+    for side, (source, cache) in enumerate(((keys[rows], key_cache), (values[rows], value_cache))):
+        if scales is not None:
+            codes = quantised_rows8(source.flatten(0, 1), cache.dtype, blocks=False)
+            scales[side][blocks, slots] = codes.scales.view(source.shape[:2])
+            _bits(cache)[blocks, slots] = _bits(codes.codes).view(source.shape)
+        elif cache.dtype in KINDS:
+            _bits(cache)[blocks, slots] = _bits(nearest(source.float(), cache.dtype))
+        else:
+            cache[blocks, slots] = source.to(cache.dtype)
+
+
+def _bits(codes: Tensor) -> Tensor:
+    """Codes of eight bits as whole numbers, which torch can index on any device."""
+    return codes.view(torch.int8)
 
 
 def paged_attention(
@@ -149,11 +196,12 @@ def paged_attention(
     longest: int | None = None,
     window: int = 0,
     sinks: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of queries [R, H, D] over one layer's caches: row r sees 0..positions[r] of its sequence.
 
-    With a window, only the last `window` of those positions. `sinks` [H]: a logit of each head that takes its share of
-    the softmax and has no value.
+    With a window, only the last `window` of those positions. `sinks` [H], float32: a logit of each head that takes its
+    share of the softmax and has no value. `scales` of keys and of values as `write_kv` leaves them.
 
     Softmax of scale * q.k in float32, summed over tiles of ATTENTION_TILE positions in position order, aligned to 0, so
     that the order of a row's sum does not depend on whether it came alone or in a prompt. Runs of rows of one sequence
@@ -164,7 +212,7 @@ def paged_attention(
     for rows, tiles in _runs_of_equal_shape(sequences, positions, _tile(key_cache.shape[1])):
         owners = tables[sequences[rows[:, 0]].long()]
         output[rows] = _attend(
-            queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles, window, sinks
+            queries[rows], key_cache, value_cache, owners, positions[rows], scale, tiles, window, sinks, scales
         )
     return output
 
@@ -199,6 +247,7 @@ def _attend(
     tiles: int,
     window: int,
     sinks: Tensor | None,
+    scales: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Attention of N runs of n rows each: queries [N, n, H, D], tables [N, B], positions [N, n].
 
@@ -223,8 +272,10 @@ def _attend(
         # 1. Keys and values of the tile; what lies beyond a run's last position may never have been written.
         end = min(start + tile, last + 1)
         blocks = tables[:, start // block_size : -(-end // block_size)].clamp(min=0).flatten()
-        keys = key_cache.index_select(0, blocks).view(runs, -1, kv_heads, head_dim).float()  # [N, T, K, D]
-        values = value_cache.index_select(0, blocks).view(runs, -1, kv_heads, head_dim).float()
+        keys, values = (
+            _read(cache, None if scales is None else scales[side], blocks).view(runs, -1, kv_heads, head_dim)
+            for side, cache in enumerate((key_cache, value_cache))
+        )  # [N, T, K, D]
         at = torch.arange(start, start + keys.shape[1], device=queries.device)  # [T]
         unwritten = at > positions.amax(1, keepdim=True)  # [N, T]
         values.masked_fill_(unwritten[:, :, None, None], 0.0)
@@ -257,6 +308,14 @@ def _attend(
     output = torch.where(total.unsqueeze(-1) > 0.0, output / total.unsqueeze(-1), 0.0)
     output = output.view(kv_heads, runs, count, group, head_dim).permute(1, 2, 0, 3, 4)
     return output.reshape(runs, count, heads, head_dim).to(queries.dtype)
+
+
+def _read(cache: Tensor, scales: Tensor | None, blocks: Tensor) -> Tensor:
+    """Blocks [N] of a cache in float32 [N, block size, K, D]."""
+    if cache.dtype not in KINDS:
+        return cache.index_select(0, blocks).float()
+    codes = _bits(cache).index_select(0, blocks).view(cache.dtype).float()
+    return codes if scales is None else codes * scales.index_select(0, blocks).unsqueeze(-1)
 
 
 def adjust_logits(logits: Tensor, adjustments: Adjustments) -> Tensor:
@@ -361,9 +420,7 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     return torch.where(scores == best, ids, scores.shape[1]).amin(-1).clamp(max=scores.shape[1] - 1).int()
 
 
-def race(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, places: int
-) -> tuple[Tensor, Tensor]:
+def race(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, places: int) -> tuple[Tensor, Tensor]:
     """As `sample`, the best `places` in order [L, places]: ids, int32, and scores. -1 for what may not be chosen."""
     scores, ids = _scores(logits, temperatures, seeds, positions).sort(stable=True, dim=-1, descending=True)
     scores, ids = F.pad(scores, (0, places), value=-torch.inf), F.pad(ids, (0, places), value=-1)

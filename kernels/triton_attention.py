@@ -5,12 +5,15 @@ whether it came as a decode, a verify or a prefill row. Splits are aligned to po
 every batch; tiles inside a split and splits inside a row are added in position order.
 Reference: `reference.paged_attention`.
 
-Two kernels. `_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum. A tensor
-core multiplies at least 16 queries at a time: they are the query heads that share a KV head, and with them up to 16 / G
+`_attend_split` gives every (row, KV head, split) an unnormalised output, its maximum and its sum. A tensor core
+multiplies at least 16 queries at a time: they are the query heads that share a KV head, and with them up to 16 / G
 neighbouring rows of the same sequence, so that a draft's rows read K and V once. A row's place among the 16 does not
-enter its arithmetic; what it must not see is masked, and a masked position adds an exact zero. `_combine_splits` adds
-the splits of a (row, query head) in order. What varies with the batch is kept out of Triton's specialisation, so that
-one compiled kernel serves every batch.
+enter its arithmetic; what it must not see is masked, and a masked position adds an exact zero. What varies with the
+batch is kept out of Triton's specialisation, so that one compiled kernel serves every batch.
+
+The splits of a (row, query head) are added in order: by a second kernel, `_combine_splits`, with a program for each;
+or, where the caller has counters, by the program that comes last at its rows, in the same launch. Both do it element by
+element with the same operations, so the bits are the same. The second kernel has more programs and suits long contexts.
 
 R rows, H query heads, K KV heads, G = H / K, D head size, M queries of a tile, N positions of a tile, P splits.
 """
@@ -20,7 +23,9 @@ import triton
 import triton.language as tl
 
 from kernels import tuning
-from kernels.launch import INTERPRETED, launch
+from kernels.launch import launch, product_type
+from kernels.triton_product import last_to_arrive
+from kernels.weight8 import KINDS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -36,16 +41,18 @@ def paged_attention(
     longest: int | None = None,
     window: int = 0,
     sinks: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row's attention over positions 0..positions[row] of its sequence, [R, H, D] in the type of `queries`.
 
     With a window, over the last `window` of those positions. `sinks` [H], float32: a logit of each head that has no
-    value.
+    value. `scales` of keys and of values [blocks, block size, K], float32 and dense: of caches in FP8 or int8.
 
     queries [R, H, D], caches [blocks, block size, K, D] of one type, tables [S, B] block ids, sequences [R] the table
     row of each query row, positions [R]. `longest` is the most positions any row attends to, if the host knows it;
     otherwise every row is taken to fill its table. A row with position -1 gets zeros. The last dimension of each tensor
-    must be dense.
+    must be dense. With `counters`, int32 [R * K] or more, zero before and after, all is one launch.
     """
     rows, heads, head_dim = queries.shape
     _, block_size, kv_heads, _ = key_cache.shape
@@ -53,12 +60,17 @@ def paged_attention(
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads evenly")
     if key_cache.dtype != value_cache.dtype:
         raise ValueError(f"keys are {key_cache.dtype} but values {value_cache.dtype}; give both caches one type")
+    eight = key_cache.dtype in KINDS
+    if (scales is not None and not eight) or (scales is None and key_cache.dtype == torch.int8):
+        raise ValueError(f"caches of {key_cache.dtype} {'need' if scales is None else 'have no'} scales")
     group = heads // kv_heads
     split = tuning.ATTENTION_SPLIT
     longest = tables.shape[1] * block_size if longest is None else longest
     splits = max(1, -(-longest // split))
     choice = tuning.attention(head_dim, key_cache.element_size())
     combine = tuning.ATTENTION_COMBINE
+    if counters is not None and counters.numel() < rows * kv_heads:
+        raise ValueError(f"{rows} rows of {kv_heads} KV heads need as many counters, not {counters.numel()}")
 
     output = torch.empty_like(queries, memory_format=torch.contiguous_format)
     piece = max(1, min(rows, tuning.ATTENTION_WORKSPACE_BYTES // (splits * heads * head_dim * 4)))
@@ -71,8 +83,12 @@ def paged_attention(
             _attend_split,
             (count, kv_heads, splits),
             *(queries[some], key_cache, value_cache, tables, sequences[some], positions[some], partial, maxima, sums),
+            # What is not there is not touched.
+            *((maxima, maxima) if scales is None else scales),
+            *(maxima if sinks is None else sinks, output[some], sequences if counters is None else counters),
             *(splits, count, scale * LOG2_E.value),
             *(*queries.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], tables.stride(0)),
+            *output.stride()[:2],
             choice=choice,
             HEADS=heads,
             GROUP=group,
@@ -84,8 +100,15 @@ def paged_attention(
             SPLIT=split,
             TILE=choice.block,
             WINDOW=window,
-            WIDE=_product_type(key_cache.dtype),
+            SINKS=sinks is not None,
+            EIGHT=eight,
+            SCALED=scales is not None,
+            WIDE=product_type(queries.dtype if eight else key_cache.dtype),
+            COMBINE=counters is not None,
+            CHUNK=combine.block,
         )
+        if counters is not None:
+            continue
         launch(
             _combine_splits,
             (count, heads),
@@ -103,17 +126,6 @@ def paged_attention(
     return output
 
 
-def _product_type(cache: torch.dtype) -> tl.dtype | None:
-    """What queries, keys, weights and values are widened to before they are multiplied; None: as they are.
-
-    The interpreter is wrong on bf16, and its matrix product rounds a row by the row's place. Summed in float64 and
-    rounded once, a product depends on its operands only, as it does on a tensor core.
-    """
-    if INTERPRETED:
-        return tl.float64
-    return tl.float32 if cache == torch.float32 else None
-
-
 @triton.jit(
     do_not_specialize=["splits", "row_count", "stride_table"],
     do_not_specialize_on_alignment=["sequences_ptr", "positions_ptr"],
@@ -129,6 +141,11 @@ def _attend_split(
     partial_ptr,  # [R, P, H, D] fp32
     maxima_ptr,  # [R, P, H] fp32, in powers of two
     sums_ptr,  # [R, P, H] fp32
+    key_scales_ptr,  # [blocks, block size, K] fp32, read when SCALED
+    value_scales_ptr,  # [blocks, block size, K] fp32, read when SCALED
+    sinks_ptr,  # [H] fp32, read when SINKS
+    output_ptr,  # [R, H, D], written when COMBINE
+    counters_ptr,  # [R, K], used when COMBINE
     # sizes
     splits,
     row_count,
@@ -143,6 +160,8 @@ def _attend_split(
     stride_value_slot,
     stride_value_head,
     stride_table,
+    stride_output_row,
+    stride_output_head,
     # constants
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -154,7 +173,12 @@ def _attend_split(
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    EIGHT: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
+    COMBINE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     first_row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -173,6 +197,15 @@ def _attend_split(
     mine = in_window & (tl.load(sequences_ptr + rows, mask=in_window, other=-1) == sequence)
     positions = tl.load(positions_ptr + rows, mask=mine, other=-1).to(tl.int32)  # [M]
     last = tl.max(positions, axis=0)
+    if COMBINE:  # noqa: SIM102 (a constant and a number of the device do not go into one condition)
+        if split == 0:
+            # Padding has no split that would write its zeros.
+            lanes = tl.arange(0, HEAD_DIM_PADDED)
+            padding = mine & (positions < 0) & (in_group < GROUP)
+            nothing = rows * stride_output_row + (kv_head * GROUP + in_group) * stride_output_head
+            blank = tl.zeros((ROWS * GROUP_PADDED, HEAD_DIM_PADDED), output_ptr.dtype.element_ty)
+            blank_mask = padding[:, None] & (lanes < HEAD_DIM)[None, :]
+            tl.store(output_ptr + nothing[:, None] + lanes[None, :], blank, mask=blank_mask)
     if start > last:
         return
 
@@ -180,10 +213,18 @@ def _attend_split(
     lane = tl.arange(0, HEAD_DIM_PADDED)
     heads = kv_head * GROUP + in_group
     reaches = (positions >= start) & (in_group < GROUP)
+    filled = (positions + SPLIT) // SPLIT  # [M]
+    hidden = tl.maximum(positions - WINDOW + 1, 0) // SPLIT if WINDOW else tl.zeros_like(filled)  # [M]
+    belongs = (positions >= 0) & (in_group < GROUP)
+    first_split = tl.min(tl.where(belongs, hidden, 2147483647), axis=0)
     if WINDOW:
-        reaches = reaches & (positions - WINDOW < start + SPLIT - 1)
-        if tl.max(reaches.to(tl.int32), axis=0) == 0:
+        reaches = reaches & (hidden <= tl.program_id(2))
+        # Where the last to arrive combines, all splits from the first on arrive, those between two windows too.
+        if first_split > tl.program_id(2):
             return
+        if not COMBINE:  # noqa: SIM102
+            if tl.max(reaches.to(tl.int32), axis=0) == 0:
+                return
     query_mask = reaches[:, None] & (lane < HEAD_DIM)[None, :]
     query_rows = rows * stride_query_row + heads * stride_query_head
     query = tl.load(queries_ptr + query_rows[:, None] + lane[None, :], mask=query_mask, other=0.0)  # [M, D]
@@ -204,11 +245,16 @@ def _attend_split(
         tile_mask = inside[:, None] & (lane < HEAD_DIM)[None, :]
         key_rows = block * stride_key_block + slot * stride_key_slot + kv_head * stride_key_head
         key = tl.load(keys_ptr + key_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
+        if EIGHT:
+            key = key.to(queries_ptr.dtype.element_ty)  # exact
         if WIDE is not None:
             products = tl.dot(query, tl.trans(key.to(WIDE)), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
         else:
             products = tl.dot(query, tl.trans(key))
         scores = products * scale_log2  # [M, N]
+        scale_at = (block * BLOCK_SIZE + slot) * tl.num_programs(1) + kv_head
+        if SCALED:
+            scores = scores * tl.load(key_scales_ptr + scale_at, mask=inside, other=0.0)[None, :]
         scores = tl.where(at[None, :] <= positions[:, None], scores, float("-inf"))
         if WINDOW:
             scores = tl.where(at[None, :] > positions[:, None] - WINDOW, scores, float("-inf"))
@@ -223,6 +269,10 @@ def _attend_split(
 
         value_rows = block * stride_value_block + slot * stride_value_slot + kv_head * stride_value_head
         value = tl.load(values_ptr + value_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
+        if EIGHT:
+            value = value.to(queries_ptr.dtype.element_ty)  # exact
+        if SCALED:
+            weights = weights * tl.load(value_scales_ptr + scale_at, mask=inside, other=0.0)[None, :]
         if WIDE is not None:
             added = tl.dot(weights.to(WIDE), value.to(WIDE), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
         else:
@@ -235,6 +285,70 @@ def _attend_split(
     tl.store(maxima_ptr + partial_rows, running_max, mask=reaches)
     tl.store(sums_ptr + partial_rows, running_sum, mask=reaches)
 
+    # 5. All splits of these rows, by the program that comes last.
+    if COMBINE:
+        end_split = tl.max(filled, axis=0)
+        if last_to_arrive(counters_ptr + first_row * tl.num_programs(1) + kv_head, end_split - first_split):
+            combined = _combined(
+                *(partial_ptr, maxima_ptr, sums_ptr, sinks_ptr, rows * splits, heads, belongs, filled, hidden),
+                *(first_split, end_split, lane, HEADS, HEAD_DIM, CHUNK, SINKS),
+            )
+            target = rows * stride_output_row + heads * stride_output_head
+            output_mask = belongs[:, None] & (lane < HEAD_DIM)[None, :]
+            kind = output_ptr.dtype.element_ty
+            tl.store(output_ptr + target[:, None] + lane[None, :], combined.to(kind), mask=output_mask)
+
+
+@triton.jit
+def _combined(
+    partial_ptr,
+    maxima_ptr,
+    sums_ptr,
+    sinks_ptr,
+    first_partial,  # [M] of each query's row
+    heads,  # [M]
+    belongs,  # [M]
+    filled,  # [M] splits of its context
+    hidden,  # [M] splits before its window
+    first_split,
+    end_split,
+    lane,  # [D]
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """The output [M, D] of queries from their splits, added one after the other, CHUNK of them in flight."""
+    running_max = tl.full(heads.shape, float("-inf"), tl.float32)
+    running_sum = tl.zeros(heads.shape, tl.float32)
+    if SINKS:  # as if a split before all others had seen it
+        running_max = tl.load(sinks_ptr + heads, mask=belongs, other=0.0) * LOG2_E
+        running_sum = running_sum + 1.0
+    output = tl.zeros((heads.shape[0], lane.shape[0]), tl.float32)
+    # Chunks begin at multiples of CHUNK, wherever the first split is.
+    for chunk in range(first_split // CHUNK * CHUNK, end_split, CHUNK):
+        new_max = running_max
+        for step in tl.static_range(CHUNK):
+            exists = belongs & (filled > chunk + step) & (hidden <= chunk + step)
+            at = (first_partial + chunk + step) * HEADS + heads
+            maximum = tl.load(maxima_ptr + at, mask=exists, other=float("-inf"), cache_modifier=".cg")  # [M]
+            new_max = tl.maximum(new_max, maximum)
+        finite_max = tl.where(new_max > float("-inf"), new_max, 0.0)  # a chunk before the window has none
+        decay = tl.exp2(running_max - finite_max)
+        running_sum = running_sum * decay
+        output = output * decay[:, None]
+        for step in tl.static_range(CHUNK):
+            exists = belongs & (filled > chunk + step) & (hidden <= chunk + step)
+            at = (first_partial + chunk + step) * HEADS + heads
+            maximum = tl.load(maxima_ptr + at, mask=exists, other=float("-inf"), cache_modifier=".cg")  # [M]
+            weight = tl.exp2(maximum - finite_max)
+            running_sum += weight * tl.load(sums_ptr + at, mask=exists, other=0.0, cache_modifier=".cg")
+            mask = exists[:, None] & (lane < HEAD_DIM)[None, :]
+            partial_at = partial_ptr + at[:, None] * HEAD_DIM + lane[None, :]
+            output += weight[:, None] * tl.load(partial_at, mask=mask, other=0.0, cache_modifier=".cg")  # [M, D]
+        running_max = new_max
+    return output / tl.where(running_sum > 0.0, running_sum, 1.0)[:, None]
+
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions_ptr"])
 def _combine_splits(
@@ -243,7 +357,7 @@ def _combine_splits(
     maxima_ptr,  # [R, P, H] fp32, in powers of two
     sums_ptr,  # [R, P, H] fp32
     positions_ptr,  # [R]
-    sinks_ptr,  # [H] fp32; read with SINKS only
+    sinks_ptr,  # [H] fp32, read when SINKS
     output_ptr,  # [R, H, D]
     # sizes
     splits,
@@ -260,39 +374,17 @@ def _combine_splits(
     SINKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
     # A row without a position (-1: padding) has no split; its output is zero.
     position = tl.load(positions_ptr + row).to(tl.int32)
     filled = (position + SPLIT) // SPLIT
     # splits before the window were not computed
     hidden = tl.maximum(position - WINDOW + 1, 0) // SPLIT if WINDOW else 0
     lane = tl.arange(0, HEAD_DIM_PADDED)
-    running_max = tl.full((), float("-inf"), tl.float32)
-    running_sum = tl.full((), 0.0, tl.float32)
-    if SINKS:  # as if a split before all others had seen it
-        running_max = tl.load(sinks_ptr + head) * LOG2_E
-        running_sum = tl.full((), 1.0, tl.float32)
-    output = tl.zeros((HEAD_DIM_PADDED,), tl.float32)
-
-    # Chunks of CHUNK splits in order. A chunk's sum has the same shape however many of its splits exist.
-    chunk = tl.full((), 0, tl.int32)
-    while chunk < filled:
-        split = chunk + tl.arange(0, CHUNK)
-        exists = (split < filled) & (split >= hidden)
-        at = (row * splits + split) * HEADS + head
-        maxima = tl.load(maxima_ptr + at, mask=exists, other=float("-inf"))  # [CHUNK]
-        sums = tl.load(sums_ptr + at, mask=exists, other=0.0)  # [CHUNK]
-        mask = exists[:, None] & (lane < HEAD_DIM)[None, :]
-        partial = tl.load(partial_ptr + at[:, None] * HEAD_DIM + lane[None, :], mask=mask, other=0.0)  # [CHUNK, D]
-        new_max = tl.maximum(running_max, tl.max(maxima, axis=0))
-        finite_max = tl.where(new_max > float("-inf"), new_max, 0.0)  # a chunk before the window has none
-        weights = tl.exp2(maxima - finite_max)
-        decay = tl.exp2(running_max - finite_max)
-        running_sum = running_sum * decay + tl.sum(sums * weights, axis=0)
-        output = output * decay + tl.sum(partial * weights[:, None], axis=0)
-        running_max = new_max
-        chunk += CHUNK
-
-    output = output / tl.where(running_sum > 0.0, running_sum, 1.0)
-    target = output_ptr + row * stride_output_row + head * stride_output_head + lane
-    tl.store(target, output.to(output_ptr.dtype.element_ty), mask=lane < HEAD_DIM)
+    one = tl.zeros((1,), tl.int64)
+    output = _combined(
+        *(partial_ptr, maxima_ptr, sums_ptr, sinks_ptr, one + row * splits, one + tl.program_id(1), one == 0),
+        *(one + filled, one + hidden, hidden, filled, lane, HEADS, HEAD_DIM, CHUNK, SINKS),
+    )  # [1, D]
+    target = output_ptr + row * stride_output_row + tl.program_id(1).to(tl.int64) * stride_output_head
+    mask = (lane < HEAD_DIM)[None, :]
+    tl.store(target + lane[None, :], output.to(output_ptr.dtype.element_ty), mask=mask)

@@ -37,8 +37,8 @@ ATTENTION_SPLIT = 256
 # Queries of one tile, as many as one tensor core instruction takes: a decode row fills it with its query heads alone.
 ATTENTION_QUERIES = 16
 
-# Splits that are summed at once when the splits of a row are combined: 32 x 256 positions are one round trip to memory.
-ATTENTION_COMBINE = Launch(block=32, num_warps=4)
+# Splits whose partial results are on their way at once when the splits of a row are combined.
+ATTENTION_COMBINE = Launch(block=8, num_warps=4)
 
 # Rows of attention are worked off in pieces whose fp32 partials fit in this much memory; no row depends on another.
 ATTENTION_WORKSPACE_BYTES = 128 << 20
@@ -58,3 +58,57 @@ def attention(head_dim: int, cache_bytes: int) -> Launch:
 
 # Sampling: token ids per program.
 SAMPLING = Launch(block=1024, num_warps=4)
+
+
+# Multiprocessors of an H100 or H200: what a grid should cover, twice where programs are small.
+PROGRAMS = 132
+
+# Rows of a product are worked off in pieces whose fp32 partial sums fit in this much memory.
+SPLIT_WORKSPACE_BYTES = 128 << 20
+
+
+def product_rows(rows: int) -> int:
+    """Rows of a tile of a product. No sum runs along them, so they may follow the batch."""
+    return min(64, max(16, padded(rows)))
+
+
+def linear4_few(outputs: int, inputs: int) -> tuple[Launch, int]:
+    """Outputs of a program, and tiles of inputs that are in flight at once: two 16-byte loads for each thread.
+
+    Eight or four words are on their way for each thread, in programs of 256. With 512 threads, four rows would spill;
+    with fewer, or fewer outputs, the compiler moves activations between threads. Narrow matrices get narrower programs,
+    or most multiprocessors would have none.
+    """
+    return Launch(16 if outputs >= 16 * PROGRAMS else 8, num_warps=8), 8
+
+
+def linear4_split(outputs: int, inputs: int) -> tuple[Launch, int]:
+    """Outputs of a program, and splits of the inputs: so many that two programs meet on each multiprocessor.
+
+    A split has two tiles of 128 inputs at least. Wide matrices take 128 outputs, so that activations are read half as
+    often.
+    """
+    block, warps = (128, 8) if outputs >= 128 * PROGRAMS else (64, 4)
+    splits = min(-(-inputs // 128) // 2, 2 * PROGRAMS // -(-outputs // block))
+    return Launch(block, warps, num_stages=4), max(1, splits)
+
+
+def linear8(outputs: int, inputs: int) -> tuple[Launch, int]:
+    """Outputs of a program and splits of the inputs, as `linear4_split`; a split has four blocks of 128 at least."""
+    block, warps = (128, 8) if outputs >= 128 * PROGRAMS else (64, 4)
+    splits = min(-(-inputs // 128) // 4, 2 * PROGRAMS // -(-outputs // block))
+    return Launch(block, warps, num_stages=4), max(1, splits)
+
+
+def layer_product(outputs: int, inputs: int) -> tuple[Launch, int]:
+    """Outputs of a program and splits of the inputs in the fused products of a layer; as `linear4_split`, 64 outputs.
+
+    Four stages of 64 x 128 weights of 16 bits are 64 KiB on their way for each program.
+    """
+    splits = min(-(-inputs // 128) // 2, 2 * PROGRAMS // -(-outputs // 64))
+    return Launch(64, num_warps=4, num_stages=4), max(1, splits)
+
+
+def head(vocabulary: int) -> Launch:
+    """Ids of a program: its best are read again by one program, so not too few for a large vocabulary."""
+    return Launch(128, num_warps=8, num_stages=3) if vocabulary > 64 * 1024 else Launch(64, num_warps=4, num_stages=4)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels import reference, triton_attention, tuning
+from kernels import reference, triton_attention, triton_kv, tuning
 from kernels.verify import nan_filled_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +31,9 @@ class Cache:
     values: Tensor
     tables: Tensor
 
-    def attend(self, rows: list[tuple[int, int]], longest: int | None = None, operator=triton_attention) -> Tensor:
+    def attend(
+        self, rows: list[tuple[int, int]], longest: int | None = None, operator=triton_attention, **more: Any
+    ) -> Tensor:
         """Attention of rows (sequence, position); a row's query depends on nothing but the row."""
         columns = zip(*rows, strict=True)
         sequences, positions = (torch.tensor(column, dtype=torch.int32, device=DEVICE) for column in columns)
@@ -38,7 +41,7 @@ class Cache:
         queries = torch.stack([3 * torch.randn(HEADS, HEAD_DIM, generator=seed) for seed in seeds])
         queries = queries.to(self.keys.dtype).to(DEVICE)
         where = (self.tables, sequences, positions)
-        return operator.paged_attention(queries, self.keys, self.values, *where, SCALE, longest)
+        return operator.paged_attention(queries, self.keys, self.values, *where, SCALE, longest, **more)
 
 
 def cache_of(contexts: list[int], block_size: int = 4, kind: torch.dtype = torch.float32) -> Cache:
@@ -133,6 +136,86 @@ def test_a_padding_row_gets_zeros_and_disturbs_nobody() -> None:
     result = cache.attend([(0, 8), (0, -1)])
     assert torch.equal(result[0], cache.attend([(0, 8)])[0])
     assert torch.equal(result[1], torch.zeros_like(result[1]))
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_one_launch_gives_the_bits_of_two_and_leaves_its_counters_at_zero(
+    monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_SPLIT", 64)
+    monkeypatch.setattr(tuning, "ATTENTION_COMBINE", tuning.ATTENTION_COMBINE._replace(block=2))
+    cache = cache_of([300, 40])
+    rows = [(0, 250), (0, 299), (1, -1), (1, 39), (0, 63), (0, -1)]
+    counters = torch.zeros(len(rows) * KV_HEADS, dtype=torch.int32, device=DEVICE)
+    together = cache.attend(rows, window=window)
+    assert torch.equal(cache.attend(rows, window=window, counters=counters), together)
+    assert not counters.any()
+    assert_close(together, cache.attend(rows, window=window, operator=reference))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_sink_takes_its_share_and_gives_nothing(window: int) -> None:
+    cache, rows = cache_of([300, 40]), [(0, 299), (1, -1), (1, 39)]
+    sinks = torch.linspace(-3.0, 9.0, HEADS, device=DEVICE)
+    got = cache.attend(rows, sinks=sinks, window=window)
+    assert_close(got, cache.attend(rows, sinks=sinks, window=window, operator=reference))
+    assert not got[1].any()
+    assert (got[:, -1].abs().sum(-1)[[0, 2]] < cache.attend(rows, window=window)[:, -1].abs().sum(-1)[[0, 2]]).all()
+    counters = torch.zeros(len(rows) * KV_HEADS, dtype=torch.int32, device=DEVICE)
+    assert torch.equal(cache.attend(rows, sinks=sinks, window=window, counters=counters), got)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaled"), [(torch.int8, True), (torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False)]
+)
+def test_caches_of_eight_bits_are_written_and_read_as_the_reference_does(kind: torch.dtype, scaled: bool) -> None:
+    contexts, block_size = [70, 5], 4
+    blank = torch.zeros(21, block_size, KV_HEADS, HEAD_DIM, device=DEVICE).to(kind)
+    tables = torch.full((2, 18), -1, dtype=torch.int32, device=DEVICE)
+    tables[0], tables[1, :2] = torch.arange(20, 2, -1), torch.tensor([1, 2])
+    rows = [(sequence, at) for sequence, context in enumerate(contexts) for at in range(context)]
+    where = [torch.tensor(column, device=DEVICE) for column in zip(*rows, strict=True)]
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(len(rows), KV_HEADS, HEAD_DIM, generator=generator).half().to(DEVICE) for _ in range(2))
+    caches, results = [], []
+    for module, writer in ((triton_attention, triton_kv), (reference, reference)):
+        cache = blank.clone(), blank.clone()
+        scales = tuple(torch.full(blank.shape[:3], torch.nan, device=DEVICE) for _ in range(2)) if scaled else None
+        writer.write_kv(keys, values, *cache, tables, *where, scales)
+        caches.append([part.float() for part in cache] + list(scales or ()))
+        queries = torch.randn(3, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(4)).half().to(DEVICE)
+        asked = torch.tensor([0, 0, 1], device=DEVICE), torch.tensor([69, 11, 4], device=DEVICE)
+        results.append(module.paged_attention(queries, *cache, tables, *asked, SCALE, scales=scales))
+    for got, expected in zip(*caches, strict=True):
+        assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert_close(*results, rtol=4e-3, atol=2e-3)
+
+
+def test_whole_numbers_without_scales_and_scales_without_codes_are_refused() -> None:
+    cache, counters = cache_of([5]), torch.zeros(8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"caches of torch\.float32 have no scales"):
+        cache.attend([(0, 4)], scales=(counters, counters))
+    whole = Cache(cache.keys.nan_to_num().to(torch.int8), cache.values.nan_to_num().to(torch.int8), cache.tables)
+    queries, row = torch.zeros(1, HEADS, HEAD_DIM, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"caches of torch\.int8 need scales"):
+        triton_attention.paged_attention(queries, whole.keys, whole.values, whole.tables, row, row, SCALE)
+    with pytest.raises(ValueError, match=r"caches of torch\.int8 need scales"):
+        triton_kv.write_kv(queries[:, :2], queries[:, :2], whole.keys, whole.values, whole.tables, row, row)
+
+
+def test_windows_with_splits_between_them_are_combined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "ATTENTION_SPLIT", 64)
+    cache, rows = cache_of([300]), [(0, 3), (0, 299)]
+    counters = torch.zeros(len(rows) * KV_HEADS, dtype=torch.int32, device=DEVICE)
+    got = cache.attend(rows, window=5, counters=counters)
+    assert torch.equal(got, cache.attend(rows, window=5))
+    assert_close(got, cache.attend(rows, window=5, operator=reference))
+    assert not counters.any()
+
+
+def test_too_few_counters_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 rows of 2 KV heads need as many counters, not 1"):
+        cache_of([5]).attend([(0, 4)], counters=torch.zeros(1, dtype=torch.int32, device=DEVICE))
 
 
 def test_query_heads_that_cannot_share_kv_heads_are_refused() -> None:
