@@ -5,43 +5,25 @@ Two sets: `serving_cases`, shapes of Llama-3.1-8B for a GPU (and, on the meta de
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import reference, triton_attention, triton_kv, triton_norm, triton_rotary, triton_sampling, triton_swiglu
-
-# A result may differ by this much of the largest expected magnitude: a few float32 roundings, or one to the type.
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One kernel at one shape."""
-
-    name: str
-    shape: str
-    run: Callable[[], tuple[Tensor, ...]]  # the kernel
-    expect: Callable[[], tuple[Tensor, ...]]  # what it must give
-    tolerance: float  # 0: every bit
-    bytes: int  # read and written at least, each byte once
-    flops: int
-    timed: bool = True  # False: a property, not a workload
-
-    def error(self, results: tuple[Tensor, ...]) -> float:
-        """Largest difference as a share of the largest expected magnitude; NaN where one side alone is NaN."""
-        worst = 0.0
-        for result, expected in zip(results, self.expect(), strict=True):
-            wide, exact = result.double(), expected.double()
-            unwritten = exact.isnan() & wide.isnan()
-            difference = (wide - exact).abs().masked_fill(unwritten, 0.0).max().item()
-            worst = difference if difference != difference else max(worst, difference / _magnitude(exact))
-        return worst
-
-
-def _magnitude(exact: Tensor) -> float:
-    return max(1e-30, exact.nan_to_num(nan=0.0).abs().max().item())
+from kernels import (
+    layer_cases,
+    product_cases,
+    reference,
+    triton_attention,
+    triton_kv,
+    triton_norm,
+    triton_rotary,
+    triton_sampling,
+    triton_swiglu,
+)
+from kernels.case import TOLERANCE, Case, generator_for, normal, short
+from kernels.weight8 import KINDS, nearest
 
 
 def serving_cases(device: str) -> Iterator[Case]:
@@ -56,9 +38,13 @@ def serving_cases(device: str) -> Iterator[Case]:
         yield from attention_cases(contexts, rows_each, 32, 8, 128, 16, kind, device)
     for other in (torch.float16, torch.float32):
         yield from attention_cases([1000, 77, 3000, 256], 1, 32, 8, 128, 16, other, device)
+    for code in KINDS:
+        yield from code_cache_cases([8192] * 8, 32, 8, 128, 16, code, kind, device)
     for rows in (1, 32, 256):
         yield sample_case(rows, 128256, device)
     yield accepted_case(256, 5, device)
+    yield from product_cases.serving_cases(device)
+    yield from layer_cases.serving_cases(device)
 
 
 def small_cases(device: str) -> Iterator[Case]:
@@ -71,16 +57,20 @@ def small_cases(device: str) -> Iterator[Case]:
         yield write_kv_case(5, 3, 20, 4, kind, torch.float16, device)
         yield from attention_cases([300, 3, 256], 2, 6, 2, 20, 4, kind, device)
     yield from attention_cases([70], 1, 4, 4, 64, 16, torch.bfloat16, device)
+    for code in KINDS:
+        yield from code_cache_cases([70, 3], 6, 2, 20, 4, code, torch.float16, device)
     yield sample_case(4, 3001, device)
     yield accepted_case(5, 4, device)
+    yield from product_cases.small_cases(device)
+    yield from layer_cases.small_cases(device)
 
 
 def norm_cases(rows: int, columns: int, kind: torch.dtype, device: str) -> Iterator[Case]:
-    generator = _generator(device)
-    x, residual = (_normal((rows, columns), kind, device, generator) for _ in range(2))
-    weight = _normal((columns,), kind, device, generator)
+    generator = generator_for(device)
+    x, residual = (normal((rows, columns), kind, device, generator) for _ in range(2))
+    weight = normal((columns,), kind, device, generator)
     size = x.element_size()
-    shape = f"rows {rows}, columns {columns}, {_short(kind)}"
+    shape = f"rows {rows}, columns {columns}, {short(kind)}"
     yield Case(
         "rms_norm",
         shape,
@@ -115,9 +105,9 @@ def norm_cases(rows: int, columns: int, kind: torch.dtype, device: str) -> Itera
 def rotary_case(
     rows: int, heads: int, kv_heads: int, head_dim: int, pairs: int, interleaved: bool, kind: torch.dtype, device: str
 ) -> Case:
-    generator = _generator(device)
-    queries = _normal((rows, heads, head_dim), kind, device, generator)
-    keys = _normal((rows, kv_heads, head_dim), kind, device, generator)
+    generator = generator_for(device)
+    queries = normal((rows, heads, head_dim), kind, device, generator)
+    keys = normal((rows, kv_heads, head_dim), kind, device, generator)
     frequencies = [10000.0 ** (-pair / pairs) for pair in range(pairs)]
     cosines, sines = reference.rotary_tables(frequencies, rows + 1, device)
     positions = torch.arange(rows, 0, -1, device=device)
@@ -125,7 +115,7 @@ def rotary_case(
     style = "interleaved" if interleaved else "half"
     return Case(
         "rotary",
-        f"rows {rows}, heads {heads}+{kv_heads}x{head_dim}, {pairs} pairs {style}, {_short(kind)}",
+        f"rows {rows}, heads {heads}+{kv_heads}x{head_dim}, {pairs} pairs {style}, {short(kind)}",
         run=lambda: triton_rotary.rotary(queries, keys, positions, cosines, sines, interleaved),
         expect=lambda: reference.rotary(queries, keys, positions, cosines, sines, interleaved),
         tolerance=TOLERANCE[kind],
@@ -136,10 +126,10 @@ def rotary_case(
 
 def swiglu_case(rows: int, columns: int, kind: torch.dtype, device: str) -> Case:
     # Gate and up as the two halves of one product, as the decoder has them.
-    gate, up = _normal((rows, 2 * columns), kind, device, _generator(device)).chunk(2, dim=1)
+    gate, up = normal((rows, 2 * columns), kind, device, generator_for(device)).chunk(2, dim=1)
     return Case(
         "swiglu",
-        f"rows {rows}, columns {columns}, {_short(kind)}",
+        f"rows {rows}, columns {columns}, {short(kind)}",
         run=lambda: (triton_swiglu.swiglu(gate, up),),
         expect=lambda: (reference.swiglu(gate, up),),
         tolerance=TOLERANCE[kind],
@@ -152,8 +142,8 @@ def write_kv_case(
     rows: int, kv_heads: int, head_dim: int, block_size: int, kind: torch.dtype, cache_kind: torch.dtype, device: str
 ) -> Case:
     """One row in each of `rows` sequences; with more than two rows the last is padding."""
-    generator = _generator(device)
-    keys, values = (_normal((rows, kv_heads, head_dim), kind, device, generator) for _ in range(2))
+    generator = generator_for(device)
+    keys, values = (normal((rows, kv_heads, head_dim), kind, device, generator) for _ in range(2))
     blank = torch.full((2 * rows + 1, block_size, kv_heads, head_dim), torch.nan, dtype=cache_kind, device=device)
     caches = (blank.clone(), blank.clone())
     tables = torch.randperm(2 * rows).int().view(rows, 2)
@@ -174,7 +164,7 @@ def write_kv_case(
     moved = keys.element_size() + blank.element_size()
     return Case(
         "write_kv",
-        f"rows {rows}, heads {kv_heads}x{head_dim}, blocks of {block_size}, {_short(kind)} to {_short(cache_kind)}",
+        f"rows {rows}, heads {kv_heads}x{head_dim}, blocks of {block_size}, {short(kind)} to {short(cache_kind)}",
         run=lambda: written(triton_kv.write_kv),
         expect=expected,
         tolerance=0.0,
@@ -194,12 +184,12 @@ def attention_cases(
     device: str,
 ) -> Iterator[Case]:
     """Sequences of `contexts` positions of which the last `rows_each` are this step's rows (decode 1, verify more)."""
-    generator = _generator(device)
+    generator = generator_for(device)
     counts = [-(-context // block_size) for context in contexts]
     order = torch.randperm(sum(counts) + 3).int()
     tables = torch.full((len(contexts), max(counts) + 1), -1, dtype=torch.int32)
     shape = (len(order), block_size, kv_heads, head_dim)
-    key_cache, value_cache = (_normal(shape, kind, device, generator) for _ in range(2))
+    key_cache, value_cache = (normal(shape, kind, device, generator) for _ in range(2))
     key_cache[order[sum(counts) :].long().to(device)] = torch.nan
     value_cache[order[sum(counts) :].long().to(device)] = torch.nan
     for sequence, (context, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -211,7 +201,7 @@ def attention_cases(
 
     rows = [(sequence, at) for sequence, end in enumerate(contexts) for at in range(max(0, end - rows_each), end)]
     sequences, positions = (torch.tensor(column).to(device) for column in zip(*rows, strict=True))
-    queries = _normal((len(rows), heads, head_dim), kind, device, generator)
+    queries = normal((len(rows), heads, head_dim), kind, device, generator)
     # A few rows see almost one position only, so that a wrong maximum shows.
     queries[::3] *= 8.0
     tables = tables.to(device)
@@ -222,7 +212,7 @@ def attention_cases(
         return operator(queries[some], key_cache, value_cache, tables, *rows_of, scale, longest)
 
     context = f"{len(contexts)} x {max(contexts)}" if len(set(contexts)) < 2 else "/".join(map(str, contexts))
-    shape_name = f"contexts {context}, rows {rows_each}, heads {heads}/{kv_heads}x{head_dim}, {_short(kind)}"
+    shape_name = f"contexts {context}, rows {rows_each}, heads {heads}/{kv_heads}x{head_dim}, {short(kind)}"
     size = key_cache.element_size()
     moved = 2 * sum(contexts) * kv_heads * head_dim * size + 2 * len(rows) * heads * head_dim * size
     flops = 4 * heads * head_dim * sum(at + 1 for _, at in rows)
@@ -235,6 +225,17 @@ def attention_cases(
         tolerance=(5 if kind == torch.float32 else 2) * TOLERANCE[kind],
         bytes=moved,
         flops=flops,
+    )
+    counters = torch.zeros(len(rows) * kv_heads, dtype=torch.int32, device=device)
+    yield Case(
+        "paged_attention, one launch",
+        shape_name,
+        run=lambda: (attend(partial(triton_attention.paged_attention, counters=counters), longest=max(contexts)),),
+        expect=lambda: (attend(triton_attention.paged_attention, longest=max(contexts)),),
+        tolerance=0.0,
+        bytes=moved,
+        flops=flops,
+        lowered=kind == torch.bfloat16,
     )
     if len(rows) > 1:
         alone = range(0, len(rows), max(1, len(rows) // 4))
@@ -250,10 +251,71 @@ def attention_cases(
         )
 
 
+def code_cache_cases(
+    contexts: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    code: torch.dtype,
+    kind: torch.dtype,
+    device: str,
+) -> Iterator[Case]:
+    """The last row of each sequence over a cache of codes, with sinks; int8 has a scale for each key and value."""
+    generator = generator_for(device)
+    blocks = [-(-context // block_size) for context in contexts]
+    shape = (sum(blocks), block_size, kv_heads, head_dim)
+    caches = [nearest(normal(shape, torch.float32, device, generator) * 30, code) for _ in range(2)]
+    scales = tuple(torch.full(shape[:3], 1 / 30, device=device) for _ in range(2)) if code == torch.int8 else None
+    tables = torch.full((len(contexts), max(blocks)), -1, dtype=torch.int32)
+    for sequence, count in enumerate(blocks):
+        tables[sequence, :count] = torch.arange(count) + sum(blocks[:sequence])
+    sequences, positions = torch.arange(len(contexts)).to(device), (torch.tensor(contexts) - 1).to(device)
+    queries = normal((len(contexts), heads, head_dim), kind, device, generator)
+    where = (tables.to(device), sequences, positions)
+    sinks = torch.linspace(-2.0, 2.0, heads).to(device)
+    scale = head_dim**-0.5 / (1 if scales else 30)
+    name = (
+        f"contexts {len(contexts)} x {max(contexts)}, heads {heads}/{kv_heads}x{head_dim}, {short(code)}, {short(kind)}"
+    )
+    per_head = head_dim + (4 if scales else 0)
+
+    def attend(module: Any) -> tuple[Tensor, ...]:
+        return (module.paged_attention(queries, *caches, *where, scale, max(contexts), 0, sinks, scales),)
+
+    yield Case(
+        "paged_attention, codes",
+        name,
+        run=lambda: attend(triton_attention),
+        expect=lambda: attend(reference),
+        tolerance=2 * TOLERANCE[kind],
+        bytes=2 * sum(contexts) * kv_heads * per_head + 2 * queries.nbytes,
+        flops=4 * heads * head_dim * sum(contexts),
+    )
+    keys, values = (normal((len(contexts), kv_heads, head_dim), kind, device, generator) for _ in range(2))
+
+    blank = [[torch.zeros(shape, device=device).to(code) for _ in range(2)] for _ in range(2)]
+    blank_scales = [None if scales is None else tuple(map(torch.zeros_like, scales)) for _ in range(2)]
+
+    def written(module: Any, side: int) -> tuple[Tensor, ...]:
+        module.write_kv(keys, values, *blank[side], *where, blank_scales[side])
+        return (*blank[side], *(blank_scales[side] or ()))
+
+    yield Case(
+        "write_kv, codes",
+        name,
+        run=lambda: written(triton_kv, 0),
+        expect=lambda: written(reference, 1),
+        tolerance=0.0,
+        bytes=2 * len(contexts) * kv_heads * (head_dim * kind.itemsize + per_head),
+        flops=0,
+    )
+
+
 def sample_case(rows: int, vocabulary: int, device: str) -> Case:
     """Logits with ties and masked ids; every fourth row is greedy. The token must be the same."""
-    generator = _generator(device)
-    logits = (_normal((rows, vocabulary), torch.float32, device, generator) * 4.0).round(decimals=1)
+    generator = generator_for(device)
+    logits = (normal((rows, vocabulary), torch.float32, device, generator) * 4.0).round(decimals=1)
     logits[:, ::7] = -torch.inf
     temperatures = (torch.arange(rows, dtype=torch.float32) % 4 / 2).to(device)
     seeds = (torch.arange(rows) * -7046029254386353131).to(device)
@@ -284,15 +346,3 @@ def accepted_case(sequences: int, most: int, device: str) -> Case:
         bytes=4 * (2 * sum(rows) + 2 * sequences + 1),
         flops=0,
     )
-
-
-def _generator(device: str) -> torch.Generator | None:
-    return None if device == "meta" else torch.Generator(device).manual_seed(0)
-
-
-def _normal(shape: tuple[int, ...], kind: torch.dtype, device: str, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, dtype=kind, device=device, generator=generator)
-
-
-def _short(kind: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[kind]

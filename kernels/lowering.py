@@ -29,10 +29,13 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+
+_PRODUCT = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.(m\d+n\d+k\d+[.\w]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Lowered:
     shared_bytes: int  # per program
     num_warps: int
     cubin_bytes: int
+    products: tuple[str, ...]  # the tensor core instructions in it, each once
 
 
 def lower(name: str, recorded: Recorded) -> Lowered:
@@ -64,6 +68,7 @@ def lower(name: str, recorded: Recorded) -> Lowered:
         shared_bytes=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         cubin_bytes=len(cubin),
+        products=tuple(sorted(set(_PRODUCT.findall(compiled.asm["ptx"])))),
     )
 
 
@@ -122,7 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}, sm_90; compiled, not run")
     for one in lowered:
         resources = f"{_or_dash(one.registers):>4} registers {_or_dash(one.spilled_bytes):>3} B spilled"
-        print(f"{one.kernel:<20}{one.name:<92}{resources} {one.shared_bytes:>7} B shared {one.num_warps:>3} warps")
+        print(
+            f"{one.kernel:<20}{one.name:<92}{resources} {one.shared_bytes:>7} B shared {one.num_warps:>3} warps "
+            + " ".join(one.products)
+        )
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in lowered], indent=1) + "\n")
     return 0
@@ -134,7 +142,7 @@ def lower_all() -> list[Lowered]:
 
     lowered: dict[str, Lowered] = {}
     for case in serving_cases("meta"):
-        if not case.timed:
+        if not case.timed or not case.lowered:
             continue
         for recorded in recording(case.run):
             source = _source(recorded)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.step import Adjustments
+from kernels.weight4 import Weight4
+from kernels.weight8 import Rows8, Weight8
 
 
 class Ops(NamedTuple):
@@ -19,16 +21,19 @@ class Ops(NamedTuple):
 
     name: str  # goes into a decoder's recipe
     linear: Callable[[Tensor, Tensor], Tensor]
+    linear4: Callable[[Tensor, Weight4], Tensor]
+    linear8: Callable[[Rows8, Weight8, torch.dtype], Tensor]
+    quantise8: Callable[[Tensor, torch.dtype, bool], Rows8]
+    rms_norm_quantise8: Callable[[Tensor, Tensor, float, torch.dtype, bool], Rows8]
+    add_rms_norm_quantise8: Callable[[Tensor, Tensor, Tensor, float, torch.dtype, bool], tuple[Rows8, Tensor]]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     squared_relu: Callable[[Tensor], Tensor]
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    paged_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, int, Tensor | None], Tensor
-    ]
+    write_kv: Callable[..., None]
+    paged_attention: Callable[..., Tensor]
     adjust_logits: Callable[[Tensor, Adjustments], Tensor]
     mask_logits: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -38,6 +43,11 @@ class Ops(NamedTuple):
 REFERENCE = Ops(
     name="torch",
     linear=reference.linear,
+    linear4=reference.linear4,
+    linear8=reference.linear8,
+    quantise8=reference.quantise8,
+    rms_norm_quantise8=reference.rms_norm_quantise8,
+    add_rms_norm_quantise8=reference.add_rms_norm_quantise8,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     layer_norm=reference.layer_norm,
@@ -62,10 +72,25 @@ def table(device_type: str) -> Ops:
 @cache
 def triton() -> Ops:
     """The Triton kernels, and the reference where there is none: matrix products are cuBLAS's, masks sort by torch."""
-    from kernels import triton_attention, triton_kv, triton_norm, triton_rotary, triton_sampling, triton_swiglu
+    from kernels import (
+        triton_attention,
+        triton_kv,
+        triton_linear4,
+        triton_linear8,
+        triton_norm,
+        triton_quantise,
+        triton_rotary,
+        triton_sampling,
+        triton_swiglu,
+    )
 
     return REFERENCE._replace(
         name="triton",
+        linear4=triton_linear4.linear4,
+        linear8=triton_linear8.linear8,
+        quantise8=triton_quantise.quantise8,
+        rms_norm_quantise8=triton_quantise.rms_norm_quantise8,
+        add_rms_norm_quantise8=triton_quantise.add_rms_norm_quantise8,
         rms_norm=triton_norm.rms_norm,
         add_rms_norm=triton_norm.add_rms_norm,
         rotary=triton_rotary.rotary,

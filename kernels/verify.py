@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from kernels.cases import Case
+    from kernels.case import Case
 
 REPETITIONS = 20
 # Far larger than any L2 cache, so that a timed kernel finds nothing of its own there, and long enough to write that the
@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     from kernels.cases import serving_cases, small_cases
     from kernels.launch import INTERPRETED
+    from kernels.layer_cases import launches_of_a_layer
 
     torch.manual_seed(0)
     if INTERPRETED:
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         report = {"device": device, "versions": versions(), "kernels": [asdict(result) for result in results]}
         options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"{launches_of_a_layer()} launches for each layer of a decode step")
     wrong = sum(not result.ok for result in results)
     print(f"{len(results)} checks, {wrong} wrong")
     return 1 if wrong else 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import cases, ops, verify
-from kernels.cases import Case
+from kernels.case import Case
 
 
 def case(got: float, tolerance: float = 1e-3) -> Case:
