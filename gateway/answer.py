@@ -350,7 +350,8 @@ class Answer:
                 tokens[i] if ids else None,
                 self._prompt_of(i).tokens if ids else None, told[i] if scores else None,
                 self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i),
-                common.spoken(parts[i]) if self._read else None, joined(parts[i]))
+                common.spoken(parts[i]) if self._read else None, joined(parts[i]),
+                self._choices[i].stopped)
             for i in range(len(self._choices))], self._usage(), self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),
                                       (b"content-length", str(len(document)).encode())])
@@ -414,10 +415,11 @@ class Answer:
             if not opened[piece.index]:
                 opened[piece.index] = True
                 documents += self._reply.opening(piece.index, self._prompt_of(piece.index).tokens if ids else None,
-                                                 self._echo(piece.index))
+                                                 self._echo(piece.index), self._usage)
             documents += self._reply.piece(piece.index, piece.parts, piece.tokens if ids else None, usage, piece.told)
             if piece.reason is not None:
-                documents += self._reply.closing(piece.index, piece.reason, usage)
+                documents += self._reply.closing(piece.index, piece.reason, usage,
+                                                 self._choices[piece.index].stopped)
         return documents
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -426,6 +428,8 @@ class Answer:
         worker = self._streams[0].worker
         if worker:
             headers.append((b"x-mill-worker", worker.encode()))
+        if self._options.ignored:
+            headers.append((b"x-tokenmill-ignored", ", ".join(self._options.ignored).encode()))
         if dict(self._scope["headers"]).get(EXPLAIN, b"0") not in (b"", b"0") and (line := header(self._outcomes())):
             headers.append((b"x-tokenmill-receipt", line.encode()))
         await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})

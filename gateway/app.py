@@ -1,9 +1,11 @@
 """The HTTP face: routes, small endpoints, and what every response has.
 
-Rules: every error is `{"error": {message, type, param, code}}`, every response carries `x-request-id`, and what is left
-of its tenant's limits. Where keys are needed everything needs one but what `_OPEN` lists.
+Rules: every error is `{"error": {message, type, param, code}}`, or has Anthropic's shape on its paths; every response
+carries `x-request-id`, and what is left of its tenant's limits. Where keys are needed everything needs one but what
+`_OPEN` lists.
 
-    POST /v1/chat/completions, /v1/completions     GET /v1/models, /v1/models/{id}     POST /v1/tokenize, /v1/detokenize
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens
+    GET /v1/models, /v1/models/{id}     POST /v1/tokenize, /v1/detokenize
     GET /v1/requests/{id}/receipt: why it went where it went
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
@@ -26,8 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import receipts
 from gateway.answer import ClientLeft
+from gateway.anthropic import messages
 from gateway.detokenize import Detokenizer
-from gateway.endpoints import Chat, Generation, TextCompletion, read_body
+from gateway.endpoints import Chat, Generation, Messages, Responses, TextCompletion, read_body
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _UNKNOWN_ROUTE = "other"
+MESSAGES = "/v1/messages"
 _OPEN = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_LEFT = 499
 
@@ -54,9 +58,13 @@ def build_app(gateway: "Gateway") -> ASGIApp:
     generating = [
         Route("/v1/chat/completions", Generation(gateway, Chat()), methods=["POST"]),
         Route("/v1/completions", Generation(gateway, TextCompletion()), methods=["POST"]),
+        Route("/v1/responses", Generation(gateway, Responses()), methods=["POST"]),
+        Route(MESSAGES, Generation(gateway, Messages()), methods=["POST"]),
     ]
     routes = [
         *generating,
+        Route(f"{MESSAGES}/count_tokens", api.count_tokens, methods=["POST"]),
+        Route("/v1/responses/{id:path}", api.response, methods=["GET", "POST", "DELETE"]),
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.model),
         Route("/v1/requests/{id:path}/receipt", api.receipt),
@@ -130,6 +138,21 @@ class _Api:
         words = [model.tokenizer.decode([token]) for token in tokens] if body.return_token_strs else UNSET
         return _json(TokenizeReply(len(tokens), model.card.context_length, tokens, words))
 
+    async def count_tokens(self, request: Request) -> Response:
+        raw = await read_body(request, self._gateway)
+        body = messages.decode_to_count(raw)
+        model = self._gateway.model_named(body.model, _tenant(request))
+        endpoint, now_s = Messages(), self._gateway.clock.wall()
+
+        def work() -> int:
+            (tokens,) = endpoint.prompts(body, endpoint.options(body), model, now_s)
+            return len(tokens())
+
+        return _json({"input_tokens": await self._gateway.aside(len(raw), work)})
+
+    async def response(self, request: Request) -> Response:
+        raise HTTPException(404, "this gateway keeps no responses: POST /v1/responses answers at once")
+
     async def detokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway)
         body: DetokenizeRequest = self._decode_detokenize(raw)
@@ -179,6 +202,7 @@ class _Envelope:
         request_id = client_id or secrets.token_hex(12)
         scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id)
         access = self._gateway.access
+        anthropic = scope["path"].startswith(MESSAGES)  # whose clients read the id under another name
         status = 0
 
         async def send_on(message: Message) -> None:
@@ -188,6 +212,7 @@ class _Envelope:
                 tenant = scope["state"].get("tenant")
                 taken_ms = round(1000 * (self._gateway.clock.now() - began_s))
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()),
+                                      *(((b"request-id", request_id.encode()),) if anthropic else ()),
                                       (b"openai-processing-ms", str(taken_ms).encode()),
                                       *(access.headers(tenant) if tenant is not None else ())]
             await send(message)
@@ -204,7 +229,7 @@ class _Envelope:
             except MillError as error:
                 self._gateway.metrics.refused.labels(error.code).inc()
                 log.info("request_refused", path=scope["path"], code=error.code, reason=error.message)
-                await _send_error(send_on, error)
+                await _send_error(send_on, error, scope)
             except ClientLeft:
                 status = _CLIENT_LEFT
                 log.info("client_left", path=scope["path"])
@@ -212,17 +237,24 @@ class _Envelope:
                 log.exception("request_broke", path=scope["path"])
                 if status:
                     raise  # the answer has begun: all that can be done is to cut it off
-                await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"))
+                await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"), scope)
             finally:
                 structlog.contextvars.unbind_contextvars("tenant")
                 route = scope.get("route")
                 self._gateway.metrics.requests.labels(getattr(route, "path", _UNKNOWN_ROUTE), str(status)).inc()
 
 
-async def _send_error(send: Send, error: MillError) -> None:
-    body = error_json(error)
+async def _send_error(send: Send, error: MillError, scope: Scope) -> None:
+    body = _error_body(error, scope)
     await send({"type": "http.response.start", "status": error.status, "headers": _error_headers(error, len(body))})
     await send({"type": "http.response.body", "body": body})
+
+
+def _error_body(error: MillError, scope: Scope) -> bytes:
+    """In the shape of the API that the path belongs to."""
+    if scope["path"].startswith(MESSAGES):
+        return messages.error_json(error, scope["state"]["request_id"])
+    return error_json(error)
 
 
 def _error_headers(error: MillError, length: int) -> list[tuple[bytes, bytes]]:
@@ -245,7 +277,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     shown = BadRequest(f"{request.method} {request.url.path}: {error.detail}")
     shown.code = "not_found" if error.status_code == 404 else "method_not_allowed"
-    return Response(error_json(shown), error.status_code,
+    shown.status = error.status_code
+    return Response(_error_body(shown, request.scope), error.status_code,
                     {**(error.headers or {}), "content-type": "application/json"})
 
 

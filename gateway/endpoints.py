@@ -16,10 +16,11 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from gateway.answer import Answer, ClientLeft
+from gateway.anthropic import messages
 from gateway.dialects.dialect import Reading
 from gateway.dialects.grammars import enforced
-from gateway.openai import chat, common, completions
-from gateway.openai.parameters import Options, Parameters, check_length, check_scored, names_tier
+from gateway.openai import chat, common, completions, responses
+from gateway.openai.parameters import Options, check_length, check_scored, names_tier
 from gateway.prompt import Prompt, ServedModel
 from gateway.reply import Head, Reply
 from gateway.residency import policy_of
@@ -38,7 +39,7 @@ class Endpoint(ABC):
 
     operation: str
     source: str
-    decode: common.BodyDecoder
+    decode: Callable[[bytes], Any]
 
     @abstractmethod
     def reply(self, body: Any, head: Head) -> Reply:
@@ -65,7 +66,7 @@ class Endpoint(ABC):
 
 class Chat(Endpoint):
     operation, source = "chat", "messages"
-    decode = common.BodyDecoder(chat.ChatRequest)
+    decode = staticmethod(chat.decode)
 
     def reply(self, body: chat.ChatRequest, head: Head) -> Reply:
         return chat.ChatReply(head)
@@ -75,11 +76,11 @@ class Chat(Endpoint):
 
     def prompts(self, body: chat.ChatRequest, options: Options, model: ServedModel,
                 now_s: float) -> list[Callable[[], list[int]]]:
-        messages = chat.template_messages(body.messages)
+        shown = chat.template_messages(body.messages)
         continues = bool(body.continue_final_message)
         opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
         variables = chat.template_variables(body)
-        return [lambda: model.chat(messages, now_s=now_s, add_generation_prompt=opens,
+        return [lambda: model.chat(shown, now_s=now_s, add_generation_prompt=opens,
                                    continue_final_message=continues, variables=variables, tools=options.tools)]
 
     def reading(self, options: Options, model: ServedModel, prompts: list[Prompt]) -> tuple[Options, Reading | None]:
@@ -88,6 +89,34 @@ class Chat(Endpoint):
     def prediction(self, body: chat.ChatRequest, model: ServedModel) -> list[int]:
         text = chat.predicted_text(body.prediction)
         return model.text(text, add_special=False)[:model.card.context_length] if text else []
+
+
+class Responses(Endpoint):
+    operation, source = "chat", "input"
+    decode = staticmethod(responses.decode)
+
+    def __init__(self) -> None:
+        self._chat = Chat()
+
+    def reply(self, body: responses.Asked, head: Head) -> Reply:
+        return responses.ResponsesReply(head, body)
+
+    def options(self, body: responses.Asked) -> Options:
+        return self._chat.options(body.chat)
+
+    def prompts(self, body: responses.Asked, options: Options, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
+        return self._chat.prompts(body.chat, options, model, now_s)
+
+    def reading(self, options: Options, model: ServedModel, prompts: list[Prompt]) -> tuple[Options, Reading | None]:
+        return read_as(options, model, prompts[0])
+
+
+class Messages(Chat):
+    decode = staticmethod(messages.decode)
+
+    def reply(self, body: chat.ChatRequest, head: Head) -> Reply:
+        return messages.MessagesReply(head)
 
 
 def read_as(options: Options, model: ServedModel, prompt: Prompt) -> tuple[Options, Reading]:
@@ -103,7 +132,7 @@ def read_as(options: Options, model: ServedModel, prompt: Prompt) -> tuple[Optio
 
 class TextCompletion(Endpoint):
     operation, source = "text_completion", "prompt"
-    decode = common.BodyDecoder(completions.CompletionRequest)
+    decode = staticmethod(common.BodyDecoder(completions.CompletionRequest))
 
     def reply(self, body: completions.CompletionRequest, head: Head) -> Reply:
         return completions.CompletionReply(head)
@@ -132,7 +161,7 @@ class Generation:
         gateway.check_open()
         began_s = gateway.clock.now()
         raw = await read_body(Request(scope, receive), gateway)
-        body: Parameters = endpoint.decode(raw)
+        body = endpoint.decode(raw)
         tenant: Tenant = scope["state"]["tenant"]
         model = gateway.model_named(body.model, tenant)
         residency = tenant.within(policy_of(gateway.residency, scope["headers"]))

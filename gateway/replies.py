@@ -29,6 +29,7 @@ class Choice:
 
     reasoning_tokens = 0
     called = False  # it has called something, and no call is open
+    stopped: str | None = None  # the stop string that ended it
 
     def __init__(self, detokenizer: Detokenizer, stops: StopMatcher | None, end_tokens: Collection[int],
                  min_tokens: int = 0) -> None:
@@ -60,6 +61,7 @@ class Choice:
             text, stopped = self._stops.push(text)
             texts.append(text)
             if stopped:
+                self.stopped = self._stops.stopped
                 self.completion_tokens += number
                 return Piece("".join(texts), shown[:number], True)
         self.completion_tokens += len(tokens)
@@ -73,7 +75,8 @@ class Choice:
         text, stopped = self._stops.push(text)
         if not stopped:
             text += self._stops.flush()
-        return Piece(text, [], self._stops.stopped is not None)
+        self.stopped = self._stops.stopped
+        return Piece(text, [], self.stopped is not None)
 
 
 class ReadChoice(Choice):
@@ -109,8 +112,8 @@ class ReadChoice(Choice):
         parts = self._kept([*self._reader.push(self._detokenizer.flush()), *self._reader.flush()], self._stops)
         if self._stops is not None and not self._stopped:
             parts.append(Said(self._stops.flush()))
-            self._stopped = self._stops.stopped is not None
-        return _piece(parts, [], self._stopped)
+            self.stopped = self._stops.stopped
+        return _piece(parts, [], self._stopped or self.stopped is not None)
 
     def _kept(self, parts: Iterable[Part], stops: StopMatcher | None) -> list[Part]:
         """What is shown of `parts`, up to where it stops."""
@@ -118,12 +121,14 @@ class ReadChoice(Choice):
         for part in parts:
             if isinstance(part, Said) and stops is not None:
                 text, self._stopped = stops.push(part.text)
+                self.stopped = stops.stopped
                 kept.append(Said(text))
             elif isinstance(part, Called):
                 if stops is not None:
                     # no stop string stands on both sides of a call
                     kept.append(Said(stops.flush()))
-                    self._stopped = stops.stopped is not None
+                    self.stopped = stops.stopped
+                    self._stopped = self.stopped is not None
                     self._stops = stops = stops.again()
                 if not self._stopped:
                     kept.append(part)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gateway import sse
 from gateway.dialects.parts import Part
-from gateway.openai.common import Echo, Usage, WholeChoice, error_json
+from gateway.openai.common import Echo, Usage, UsageNow, WholeChoice, error_json
 from gateway.openai.logprobs import NO_SPELLING, Spelling, Told
 from gateway.speculation import RequestMetrics
 from shared.errors import MillError
@@ -35,7 +35,8 @@ class Reply(ABC):
     id: str
     quick = True  # `content` says all there is to say of text alone
 
-    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> list[bytes]:
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None,
+                usage: UsageNow | None = None) -> list[bytes]:
         """What comes before all else of a choice; `prompt`: its ids, where the client asked for them."""
         return []
 
@@ -49,8 +50,8 @@ class Reply(ABC):
         """What was added. `tokens`, `usage` and `told` (how likely they were) where the client asked for them."""
 
     @abstractmethod
-    def closing(self, index: int, reason: str, usage: Usage | None) -> list[bytes]:
-        """The end of a choice: stop, length or tool_calls."""
+    def closing(self, index: int, reason: str, usage: Usage | None, stopped: str | None = None) -> list[bytes]:
+        """The end of a choice: stop, length or tool_calls; `stopped`: the stop string that ended it."""
 
     @abstractmethod
     def totals(self, usage: Usage, metrics: RequestMetrics | None = None) -> list[bytes]:

@@ -1,6 +1,6 @@
 """Server-sent events, byte for byte.
 
-Rule: one JSON document per event, `data: [DONE]` at the end, comments to keep proxies awake.
+Rule: one JSON document per event, with a name where an API has names, comments to keep proxies awake.
 Pure. Source: the HTML standard's event stream format, and what openai clients read of it.
 """
 
@@ -18,6 +18,11 @@ KEEP_ALIVE = b": keep-alive\n\n"
 def event(document: bytes) -> bytes:
     """One event around one JSON document without raw line breaks."""
     return b"data: " + document + b"\n\n"
+
+
+def named(name: str, document: bytes) -> bytes:
+    """One event that has a name."""
+    return b"event: " + name.encode() + b"\n" + event(document)
 
 
 def events(documents: Iterable[bytes]) -> bytes:

@@ -155,7 +155,11 @@ def _text(content: Any, where: str) -> str:
 
 def _tool_call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Arguments travel as JSON text; templates write the object out in their own way."""
-    function = dict(call.get("function") or {})
+    given = call.get("function") or {}
+    if not isinstance(given, Mapping):
+        raise BadRequest(f"{where}.tool_calls has a function that is no object: send its name and arguments",
+                         param=f"{where}.tool_calls")
+    function = dict(given)
     if isinstance(arguments := function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(arguments) if arguments.strip() else {}

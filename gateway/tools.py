@@ -20,11 +20,12 @@ class Tool(Struct, frozen=True):
 
     def shown(self) -> dict[str, Any]:
         """As chat templates read it."""
-        told: dict[str, Any] = {"name": self.name}
-        if self.description is not None:
-            told["description"] = self.description
-        told["parameters"] = {"type": "object", "properties": {}} if self.parameters is None else self.parameters
-        return {"type": "function", "function": told}
+        parameters = self.parameters or {}
+        if not {"type", "properties"} <= set(parameters):
+            # templates walk through them, and add to texts
+            parameters = {"type": "object", "properties": {}} | parameters
+        return {"type": "function", "function": {
+            "name": self.name, "description": self.description or "", "parameters": parameters}}
 
 
 class Tools(Struct, frozen=True):

@@ -36,7 +36,7 @@ _ID_OF_MISTRAL = 9  # letters and digits: its template refuses any other
 
 
 class Dialect(Struct, frozen=True):
-    """`shows`: the gateway shows tools and calls, since the template does not."""
+    """`shows`: the gateway shows tools and calls, since the template shows none."""
 
     calls: Calls = "none"
     thoughts: Thoughts = "none"
@@ -95,25 +95,21 @@ def dialect_of(template: str, special: Collection[str]) -> Dialect:
     if harmony.CHANNEL in special and harmony.CHANNEL in template:
         return Dialect("harmony", "harmony", why="the template writes harmony channels")
     thoughts: Thoughts = "think" if thinking.CLOSING in template else "none"
-    calls, shows, why = _calls(template, special)
-    return Dialect(calls, thoughts, shows, why)
+    calls, why = _calls(template, special)
+    return Dialect(calls, thoughts, "tools" not in template, why)
 
 
-def _calls(template: str, special: Collection[str]) -> tuple[Calls, bool, str]:
+def _calls(template: str, special: Collection[str]) -> tuple[Calls, str]:
     if not template:
-        return "none", False, "there is no chat template"
+        return "none", "there is no chat template"
     if "<function=" in template:
-        return "none", False, "the template writes calls as <function=...>, which is not read yet"
+        return "none", "the template writes calls as <function=...>, which is not read yet"
     if hermes.OPENING in template:
-        return "hermes", False, f"the template writes {hermes.OPENING}"
+        return "hermes", f"the template writes {hermes.OPENING}"
     if mistral.MARK in template:
-        return "mistral", False, f"the template writes {mistral.MARK}"
-    if "tools" in template and llama.MARK in (*special, *_written(template, llama.MARK)) and '"parameters"' in template:
-        return "llama3", False, f"the vocabulary has {llama.MARK} and the template asks for JSON with parameters"
-    if "tools" not in template:
-        return "hermes", True, f"the template shows no tools: the gateway shows them, and asks for {hermes.OPENING}"
-    return "none", False, "the template shows tools, but in no form of calls that is known here"
-
-
-def _written(template: str, mark: str) -> tuple[str, ...]:
-    return (mark,) if mark in template else ()
+        return "mistral", f"the template writes {mistral.MARK}"
+    if "tools" in template and (llama.MARK in special or llama.MARK in template) and '"parameters"' in template:
+        return "llama3", f"the vocabulary has {llama.MARK} and the template asks for JSON with parameters"
+    if "tool" not in template:
+        return "hermes", f"the template knows no tools: the gateway shows them, and asks for {hermes.OPENING}"
+    return "none", "the template knows tools, but no form of calls that is known here"

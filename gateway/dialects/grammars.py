@@ -90,7 +90,7 @@ class _Writer:
         each = [self._call(number, tool) for number, tool in enumerate(tools.callables())]
         self._rules["call"] = _either(each)
         if self._dialect.calls == "llama3":
-            self._rules["calls"] = "call" + _more(tools, '"; " call')
+            self._rules["calls"] = "call"  # one: its template shows no more of them when they come back
             return "calls"
         mark = self._mark(self._dialect.opening)
         if self._dialect.calls == "hermes":

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
-from gateway.openai.common import Echo, Usage, WholeChoice, WithText, call_id, encode
+from gateway.openai.common import BodyDecoder, Echo, Usage, UsageNow, WholeChoice, WithText, call_id, encode
 from gateway.openai.logprobs import ChatLogprobs, PromptLogprob, Told, chat_logprobs, prompt_logprobs
 from gateway.openai.parameters import MAX_LOGPROBS, Options, Parameters, options, refuse, within
 from gateway.openai.tools import tools_of
@@ -19,6 +19,8 @@ from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
+IGNORED = ("store", "verbosity", "moderation", "prompt_cache_retention", "prompt_cache_options",
+           "thinking_token_budget")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -52,6 +54,14 @@ class ChatRequest(Parameters, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
+    # accepted, and nothing comes of them: the answer says so in a header
+    store: bool | None = None
+    verbosity: str | None = None
+    moderation: Any = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
+    thinking_token_budget: int | None = None
+    also_ignored: tuple[str, ...] = ()  # of an endpoint that makes a chat of its requests
     # not supported
     functions: list[Any] | None = None
     function_call: Any = None
@@ -60,6 +70,16 @@ class ChatRequest(Parameters, kw_only=True):
     web_search_options: Any = None
     chat_template: str | None = None
     echo: bool | None = None
+
+
+_decode = BodyDecoder(ChatRequest)
+
+
+def decode(raw: bytes) -> ChatRequest:
+    """A body. Raises BadRequest."""
+    body: ChatRequest = _decode(raw)
+    body.also_ignored = ()  # not for clients to say
+    return body
 
 
 def chat_options(body: ChatRequest) -> Options:
@@ -81,7 +101,8 @@ def chat_options(body: ChatRequest) -> Options:
         found = options(body, body.max_tokens)
     return structs.replace(found, logprobs=_logprobs(body),
                            tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
-                           shows_thoughts=body.include_reasoning is not False)
+                           shows_thoughts=body.include_reasoning is not False,
+                           ignored=(*(name for name in IGNORED if getattr(body, name)), *body.also_ignored))
 
 
 def template_variables(body: ChatRequest) -> dict[str, Any] | None:
@@ -132,13 +153,20 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
             # what stands there is not repeated: it may be a prompt in the wrong field, and errors are logged
             raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}",
                              param=f"messages[{i}].role")
-    return [_template_message(message) for message in messages]
+    names: dict[str, str] = {}  # of what was called, by the call's id
+    return [_template_message(message, names) for message in messages]
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def _template_message(message: Message, names: dict[str, str]) -> dict[str, Any]:
     shown = {name: value for name, value in structs.asdict(message).items() if value is not None or name == "content"}
     if message.reasoning_content is not None:
         shown["thinking"] = message.reasoning_content  # as gpt-oss calls it
+    for call in message.tool_calls or ():
+        match call:
+            case {"id": str(id), "function": {"name": str(name)}}:
+                names[id] = name
+    if message.role == "tool" and message.name is None and message.tool_call_id in names:
+        shown["name"] = names[message.tool_call_id]  # Hermes' template asks for it, and clients do not send it
     return shown
 
 
@@ -239,7 +267,8 @@ class ChatReply(Reply):
         self._include_usage = head.include_usage
         self._tier: str | UnsetType = UNSET if head.tier is None else head.tier
 
-    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> list[bytes]:
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None,
+                usage: UsageNow | None = None) -> list[bytes]:
         """The role chunk. A chat echoes nothing."""
         return [encode(Chunk(*self._head, [ChunkChoice(index, Delta("assistant", ""))], self._no_usage,
                              UNSET if prompt is None else prompt, self._tier))]
@@ -287,7 +316,7 @@ class ChatReply(Reply):
     def _call_id(self, index: int, number: int) -> str:
         return call_id(self._number, index, number, self._id_length)
 
-    def closing(self, index: int, reason: str, usage: Usage | None) -> list[bytes]:
+    def closing(self, index: int, reason: str, usage: Usage | None, stopped: str | None = None) -> list[bytes]:
         return [encode(Chunk(*self._head, [ChunkChoice(index, Delta(), None, reason)], usage or self._no_usage,
                              service_tier=self._tier))]
 

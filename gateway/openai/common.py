@@ -5,7 +5,7 @@ Pure.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,6 +62,9 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mi
                  mill or UNSET)
 
 
+UsageNow = Callable[[], Usage]  # the counts so far
+
+
 class Echo(NamedTuple):
     """A prompt that stands before its answer; `told`: how likely its tokens were, where asked for."""
 
@@ -116,6 +119,7 @@ class WholeChoice(NamedTuple):
     echo: Echo | None = None
     spoken: Spoken | None = None  # where calls and thoughts were read
     parts: Sequence[Part] = ()  # the same in order, text among it
+    stopped: str | None = None  # the stop string that ended it
 
 
 class ErrorBody(Struct):

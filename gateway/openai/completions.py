@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from gateway.dialects.parts import Part, Said
-from gateway.openai.common import Echo, Usage, WholeChoice, WithText, encode
+from gateway.openai.common import Echo, Usage, UsageNow, WholeChoice, WithText, encode
 from gateway.openai.logprobs import PromptLogprob, TextLogprobs, Told, prompt_logprobs, text_logprobs
 from gateway.openai.parameters import MAX_CHOICES, MAX_LOGPROBS, Options, Parameters, options, refuse, within
 from gateway.reply import Head, Reply
@@ -104,7 +104,8 @@ class CompletionReply(Reply):
         self._include_usage = head.include_usage
         self._tier: str | UnsetType = UNSET if head.tier is None else head.tier
 
-    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None) -> list[bytes]:
+    def opening(self, index: int, prompt: list[int] | None, echo: Echo | None = None,
+                usage: UsageNow | None = None) -> list[bytes]:
         """Text completions have no role; a chunk opens them only where prompt ids or an echo were asked for."""
         if prompt is None and echo is None:
             return []
@@ -131,7 +132,7 @@ class CompletionReply(Reply):
         choice = CompletionChoice(text, index, logprobs, token_ids=UNSET if tokens is None else tokens)
         return [encode(Completion(*self._head, [choice], usage or self._no_usage, self._tier))]
 
-    def closing(self, index: int, reason: str, usage: Usage | None) -> list[bytes]:
+    def closing(self, index: int, reason: str, usage: Usage | None, stopped: str | None = None) -> list[bytes]:
         return [encode(Completion(*self._head, [CompletionChoice("", index, None, reason)], usage or self._no_usage,
                                   self._tier))]
 

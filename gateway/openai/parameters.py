@@ -128,6 +128,7 @@ class Options(Struct, frozen=True):
     grammar: Grammar | None = None
     tools: Tools | None = None
     shows_thoughts: bool = True
+    ignored: tuple[str, ...] = ()  # parameters that a client may think would do something
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:

@@ -164,10 +164,11 @@ def test_what_is_no_object_is_found_out(text: str) -> None:
     ("[AVAILABLE_TOOLS]{{ tools }}[TOOL_CALLS]", ("[TOOL_CALLS]",), "mistral", "none", False),
     ("<|channel|>{{ tools }}", ("<|channel|>",), "harmony", "harmony", False),
     ("{{ messages }}", (), "hermes", "none", True),
+    ("{{ messages }}{{ tool_calls }}</think>", (), "none", "think", True),
     ("{{ messages }}</think>", (), "hermes", "think", True),
     ("{{ tools }}<tool_call><function=f>", (), "none", "none", False),
     ("{{ tools }}", (), "none", "none", False),
-    ("", (), "none", "none", False),
+    ("", (), "none", "none", True),
 ])
 def test_the_dialect_is_read_from_template_and_vocabulary(
         template: str, special: tuple[str, ...], calls: str, thoughts: str, shows: bool) -> None:

@@ -32,7 +32,8 @@ ASK: list[Any] = [{"role": "user", "content": "Well?"}]
 ONE = b'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "unit": "C"}}\n</tool_call>'
 TWO = ONE + b'\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 KNOWS_TOOLS = ("{% for tool in tools %}{{ tool | tojson }}<tool_call>{% endfor %}{% for message in messages %}"
-               "{{ message.role }}:{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}\n"
+               "{{ message.role }}:{{ message.name ~ ':' if message.name }}{{ message.content }}"
+               "{{ message.tool_calls | tojson if message.tool_calls }}\n"
                "{% endfor %}")
 
 
@@ -157,9 +158,9 @@ async def test_a_template_that_knows_tools_shows_them_itself() -> None:
             {"role": "tool", "tool_call_id": "call_1", "content": "noon"}]
         await client.chat.completions.create(model="tiny", messages=history, tools=[TIME])
         prompt = bytes(unpack(mesh.requests[0].tokens)).decode()
-        shown = ('{"type": "function", "function": {"name": "time", "parameters": {"type": "object", '
-                 '"properties": {}}}}<tool_call>')
-        assert prompt.startswith(shown) and '"arguments": {"zone": "UTC"}' in prompt and "tool:noon" in prompt
+        shown = ('{"type": "function", "function": {"name": "time", "description": "", "parameters": {"type": '
+                 '"object", "properties": {}}}}<tool_call>')
+        assert prompt.startswith(shown) and '"arguments": {"zone": "UTC"}' in prompt and "tool:time:noon" in prompt
 
 
 async def test_for_a_template_without_tools_the_gateway_shows_them_and_what_came_of_calls() -> None:
