@@ -96,6 +96,10 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="port of the first gateway")] = 8000,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="address the gateways listen on")] = "127.0.0.1",
     workers: Annotated[int, typer.Option(metavar="N", help="how many of each model", min=1)] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(metavar="N", help="processes that share each worker's model, on a GPU each or on the CPU",
+                          min=1)
+    ] = 1,
     drafters: Annotated[int, typer.Option(metavar="N", help="how many", min=0)] = 1,
     routers: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
     gateways: Annotated[int, typer.Option(metavar="N", help="how many", min=1)] = 1,
@@ -165,7 +169,7 @@ def up(
     aliases = _pairs(alias or [])
     folder, *more = map(_pull, model or ["default"])
     if engine in ("auto", "cpu"):
-        _check_memory([folder, *more], workers)
+        _check_memory([folder, *more], workers, tensor_parallel)
     small = _pull(drafter_model) if drafter_model else None
     if engine in ("auto", "cpu"):
         _compile()
@@ -177,6 +181,7 @@ def up(
         gateways=gateways,
         routers=routers,
         workers=workers,
+        tensor_parallel=tensor_parallel,
         drafters=drafters,
         drafter_kind=drafter_kind,
         drafter_model=small,
@@ -403,17 +408,16 @@ def _pull(ref: str) -> Path:
     _leave(reason)
 
 
-def _check_memory(folders: Sequence[Path], workers: int) -> None:
-    """Say before anything is started that it would not fit, one beside the other."""
+def _check_memory(folders: Sequence[Path], workers: int, ranks: int) -> None:
+    """Say before anything is started that it would not fit, one beside the other, or not be shared so."""
     from deploy import models as shelf
     from kernels.checkpoint import open_checkpoint
-    from kernels.config import CheckpointError
 
     left = shelf.available_memory()
     for folder in folders:
         try:
-            needed = shelf.memory_needed(open_checkpoint(folder))
-        except CheckpointError as error:
+            needed = shelf.memory_needed(open_checkpoint(folder), ranks=ranks)
+        except ValueError as error:
             _leave(str(error))
         if problem := shelf.too_large(needed, left, workers):
             _leave(f"{folder.name} {problem}")

@@ -53,6 +53,7 @@ class Options:
     gateways: int = 1
     routers: int = 1
     workers: int = 1  # of each model
+    tensor_parallel: int = 1  # processes that share a worker's model
     drafters: int = 1
     drafter_kind: str = "suffix"
     drafter_model: Path | None = None  # a pulled model of the same vocabulary, for the kinds that need one
@@ -111,7 +112,8 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "models": ",".join(f"{name}={folder}" for name, folder in others),
         "aliases": ",".join(f"{alias}={name}" for alias, name in options.aliases.items()),
     }
-    decoding = {"engine": options.engine, "threads": threads, "speculation": options.drafters > 0}
+    decoding = {"engine": options.engine, "threads": threads, "tensor_parallel": options.tensor_parallel,
+                "speculation": options.drafters > 0}
     tenants = str(options.tenants.absolute()) if options.tenants is not None else ""
     drafting = {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}
     # a module's processes, each with what is its own

@@ -19,11 +19,13 @@ from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.checkpoint_config import GGUF_FAMILIES, HUGGING_FACE_FAMILIES
 from kernels.config import CheckpointError
 from kernels.native.grids import PANEL_BYTES
+from kernels.shards import Shard
 from shared.settings import WorkerSettings
 
 GIB = 1 << 30
 KV_MIB = WorkerSettings().kv_mib  # what a worker takes for its KV cache unless told otherwise
 BASE_MIB = 160  # a worker without weights and cache: peak RSS of the default model's worker, less both
+RANK_MIB = 310  # a rank of several, instead: each loads torch, for its process group; peaks of two and three ranks
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _REFERENCE_BYTES = 4  # what the native step does not know runs in float32
 
@@ -89,13 +91,18 @@ def table(models: Sequence[Model]) -> Table:
     return found
 
 
-def memory_needed(checkpoint: Checkpoint, kv_mib: int = KV_MIB) -> int:
-    """Bytes that one worker on a CPU comes to hold: packed weights, the KV cache when it is full, and itself."""
+def memory_needed(checkpoint: Checkpoint, kv_mib: int = KV_MIB, ranks: int = 1) -> int:
+    """Bytes that one worker on a CPU comes to hold: packed weights, the KV cache when it is full, and itself.
+
+    Of several ranks, all together. Raises ValueError when they cannot share the model.
+    """
+    parts = [checkpoint] if ranks == 1 else [Shard(checkpoint, rank, ranks) for rank in range(ranks)]
     weights = 0
-    for name in checkpoint.names():
-        kind, count = checkpoint.kind(name), _count(checkpoint, name)
-        weights += count * _FLOAT_BYTES[kind] if kind in _FLOAT_BYTES else _grid_bytes(kind, count)
-    return weights + (kv_mib + BASE_MIB << 20)
+    for part in parts:
+        for name in part.names():
+            kind, count = part.kind(name), _count(part, name)
+            weights += count * _FLOAT_BYTES[kind] if kind in _FLOAT_BYTES else _grid_bytes(kind, count)
+    return weights + (kv_mib + (BASE_MIB if ranks == 1 else ranks * RANK_MIB) << 20)
 
 
 def too_large(needed_bytes: int, available_bytes: int, workers: int = 1) -> str:

@@ -24,7 +24,9 @@ from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.logprobs import check_logprobs
 from kernels.ops import Ops, table
+from kernels.ranks import Ranks, gathered
 from kernels.reference import clamped_swiglu, fill_logprobs, race, rotary_tables, routed, widened
+from kernels.shards import Cut, Shard, shard_config
 from kernels.step import Race, StepInputs, check_places
 
 KV_BYTES = 512 << 20
@@ -89,19 +91,31 @@ class TorchDecoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         ops: Ops | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Load all weights. The KV cache has `blocks`, or as many as fit in `kv_bytes`; its memory fills with use."""
+        """Load all weights. The KV cache has `blocks`, or as many as fit in `kv_bytes`; its memory fills with use.
+
+        With `ranks` the decoder is one of several that run every step together, each with its part of the weights and
+        of the cache; `kv_bytes` are those of all. A step then also raises RankLost.
+        """
+        size = 1 if ranks is None else ranks.size
+        every = [shard_config(checkpoint.config, rank, size) for rank in range(size)]
+        self.shard = None if ranks is None else Shard(checkpoint, ranks.rank, size)
+        self.ranks = ranks
+        checkpoint = self.shard or checkpoint
         self.config = config = checkpoint.config
         self.device = torch.device(device)
         self.dtype = dtype
         self.ops = ops or table(self.device.type)
         self.recipe = str(dtype).removeprefix("torch.") + ("" if self.ops.name == "torch" else f"-{self.ops.name}")
+        # the library rounds products of other widths differently
+        self.recipe += "" if size == 1 else f"-tp{size}"
         self.vocabulary_size = config.vocabulary
         self.context_length = config.context_length
         self.block_size_tokens = block_size_tokens
-        self.blocks = blocks or kv_bytes // (config.kv_bytes_per_token(dtype.itemsize) * block_size_tokens)
+        needed = sum(each.kv_bytes_per_token(dtype.itemsize) for each in every) * block_size_tokens
+        self.blocks = blocks or kv_bytes // needed
         if self.blocks < 1:
-            needed = config.kv_bytes_per_token(dtype.itemsize) * block_size_tokens
             raise ValueError(f"{kv_bytes} bytes hold no KV block; one of {block_size_tokens} tokens takes {needed}")
 
         self.embedding = self._matrix(checkpoint, "embedding")  # [vocabulary, hidden]
@@ -126,6 +140,7 @@ class TorchDecoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         ops: Ops | None = None,
+        ranks: Ranks | None = None,
     ) -> Self:
         """Open and load a GGUF file or a Hugging Face folder. Raises CheckpointError where it cannot be used."""
         checkpoint = open_checkpoint(model_path)
@@ -137,6 +152,7 @@ class TorchDecoder:
             device=device,
             dtype=dtype,
             ops=ops,
+            ranks=ranks,
         )
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
@@ -204,15 +220,19 @@ class TorchDecoder:
         return self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p), temperatures, seeds, new_positions
 
     def _logits(self, inputs: StepInputs) -> Tensor:
-        rows = self._rows(inputs)
+        return self._head_of(self._rows(inputs))
+
+    def _head_of(self, rows: StepTensors) -> Tensor:
+        """The logits [L, H] of the sample rows."""
         hidden, residual = self._forward(rows)
         sampled = rows.sample_rows
         normed, _ = self._add_norm(hidden[sampled], residual[sampled], self.norm)
-        return self.ops.linear(normed, self.head)
+        return self._whole(self.ops.linear(normed, self.head), self.shard and self.shard.cuts.head)
 
     def _forward(self, rows: StepTensors) -> tuple[Tensor, Tensor]:
         """The last layer's output and the residual it is to be added to, both [R, hidden]."""
         config, ops = self.config, self.ops
+        cuts = self.shard and self.shard.cuts
         heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
         scale = head_dim**-0.5
         residual = self.embedding[rows.tokens]
@@ -232,14 +252,16 @@ class TorchDecoder:
             attended = ops.paged_attention(
                 q, keys, values, *where, scale, rows.longest, config.window(number), layer.sinks
             )
-            hidden = self._linear(attended.flatten(1), layer.o, layer.o_bias)
+            attended = self._whole(attended.flatten(1), cuts and cuts.attention)
+            hidden = self._whole(self._linear(attended, layer.o, layer.o_bias), cuts and cuts.hidden)
             normed, residual = self._add_norm(hidden, residual, layer.mlp_norm)
             hidden = self._mlp(normed, layer.mlp) if isinstance(layer.mlp, Mlp) else self._mixture(normed, layer.mlp)
         return hidden, residual
 
     def _mlp(self, x: Tensor, mlp: Mlp) -> Tensor:
-        gate_up = self._linear(x, mlp.gate_up, mlp.gate_up_bias)
-        return self._linear(self._activated(gate_up), mlp.down, mlp.down_bias)
+        cuts = self.shard and self.shard.cuts
+        inner = self._whole(self._activated(self._linear(x, mlp.gate_up, mlp.gate_up_bias)), cuts and cuts.ffn)
+        return self._whole(self._linear(inner, mlp.down, mlp.down_bias), cuts and cuts.hidden)
 
     def _mixture(self, x: Tensor, mixture: Mixture) -> Tensor:
         """Each expert works for all rows that chose it; what a row gets is added in the experts' order."""
@@ -256,6 +278,10 @@ class TorchDecoder:
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = self.ops.linear(x, weight)
         return product if bias is None else (product.float() + bias.float()).to(product.dtype)
+
+    def _whole(self, own: Tensor, cut: Cut | None) -> Tensor:
+        """Rows of which this rank has its columns; alone they are whole."""
+        return own if cut is None or self.ranks is None else gathered(own, cut, self.ranks)
 
     def _activated(self, gate_up: Tensor) -> Tensor:
         """What down reads [R, ffn]."""

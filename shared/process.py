@@ -24,6 +24,7 @@ from shared.bus import Bus, BusRefused, BusUnavailable
 from shared.bus_metrics import BusMetrics
 from shared.clock import Clock, LoopClock
 from shared.credentials import Credentials, credentials
+from shared.errors import MillError
 from shared.ids import new_id
 from shared.nats_bus import NatsBus
 from shared.settings import Settings, load
@@ -56,7 +57,7 @@ def run(name: str, kind: type[S], serve: Serve[S], check: Callable[[S], S] = lam
         gc.set_threshold(*COLLECT_AFTER)
         shown = credentials(name, settings.zone, settings.id, settings.nats_creds, settings.nats_ca)
         uvloop.run(_serve(settings, serve, timeline, shown))
-    except (ValueError, BusUnavailable, BusRefused) as error:
+    except (ValueError, BusUnavailable, BusRefused, MillError) as error:
         sys.exit(f"{name}: {error}")
     except ExceptionGroup as group:
         if (refused := _first(group, BusRefused)) is None:

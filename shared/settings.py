@@ -73,6 +73,9 @@ class WorkerSettings(Settings, frozen=True, kw_only=True):
     model_name: str = "default"
     engine: str = "auto"  # auto, cpu, cuda, mock, reference
     threads: int = 0  # 0: one per core
+    # processes that compute one model together, each with its part of the weights and of the KV cache
+    tensor_parallel: int = 1
+    rank_timeout_s: float = 30.0  # how long one of them may be silent in a step before the worker gives up
     sku: str = "cpu"
     price_usd_per_hour: float = 0.0
     kv_blocks: int = 0  # 0: from kv_mib

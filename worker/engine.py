@@ -5,7 +5,8 @@
                         +------------commit <-----------------+--> events, published while the next step runs
 
 Rule: the scheduler changes only here and only between steps, so a cancel can never meet a request half registered.
-A step that raises never ends the loop: its sequences run again one by one, and only those that raise alone end.
+A step that raises never ends the loop: its sequences run again one by one, and only those that raise alone end. Only
+a lost rank ends it: no step can be computed any more.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import structlog
 
+from kernels.ranks import RankLost
 from kernels.step import Logprobs
 from shared.clock import Clock
 from shared.errors import MillError, WorkerFailed
@@ -67,7 +69,13 @@ class HandBack(NamedTuple):
     """End everything so that gateways take it elsewhere."""
 
 
-Command = Arrival | Cancel | Drafts | DropGateways | CloseDoors | HandBack
+class Lose(NamedTuple):
+    """A rank has died between two steps."""
+
+    why: str
+
+
+Command = Arrival | Cancel | Drafts | DropGateways | CloseDoors | HandBack | Lose
 
 
 class Computed(NamedTuple):
@@ -148,7 +156,7 @@ class Engine:
         return True
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. Raises RankLost; then `give_up` is what is left to do."""
         with Alarm(self._fresh.set) as alarm:
             while True:
                 started, tokens = self._clock.now(), self.rate.total
@@ -168,6 +176,16 @@ class Engine:
                     continue
                 self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs))
                 self._learn(step, self.rate.total - tokens, self._clock.now() - started)
+
+    async def give_up(self, why: str) -> None:
+        """Hand everything back, what is still in the inbox too, and say it."""
+        self.scheduler.close(why)
+        self._inbox = deque(command for command in self._inbox if not isinstance(command, Lose))
+        self._take_inbox()
+        self.scheduler.hand_back()
+        self._keep(self.scheduler.take_events())
+        await self._publish_kept()
+        self.idle.set()
 
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
         """What waiting and drafts bring: from steps that are not in the way of a prompt."""
@@ -236,6 +254,8 @@ class Engine:
                     scheduler.close(reason)
                 case HandBack():
                     scheduler.hand_back()
+                case Lose(why):
+                    raise RankLost(why)
 
     async def _copy(self, step: Step) -> bool:
         """Move blocks between pool and tier. When that raised, what blocks hold is unknown: everything ends."""
@@ -285,6 +305,8 @@ class Engine:
         try:
             inputs = self._batch.build(step)
             chosen = await self._runner.execute(inputs)
+        except RankLost:
+            raise
         except Exception as error:
             self.failed_steps += 1
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)

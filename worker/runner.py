@@ -6,13 +6,17 @@ Rule: one step at a time, always from the same thread, and never on the event lo
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import structlog
 
+from kernels.checkpoint import open_checkpoint
 from kernels.checkpoint_config import HEAD_IDS
+from kernels.ranks import DistributedRanks, Ranks
+from kernels.shards import cuts
 from kernels.step import BlockStore, Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
@@ -20,6 +24,7 @@ from shared.timeline import Timeline
 from shared.vocabulary import FILE, Vocabulary, load_vocabulary
 from worker.kv_tier import Copy, TierMemory
 from worker.mock_decoder import MockDecoder
+from worker.ranks import RankedDecoder, load_ranked
 
 ENGINES = ("auto", "cpu", "cuda", "reference", "mock")
 KV_FORMATS = ("fp16", "int8", "fp8")
@@ -67,6 +72,8 @@ class ThreadRunner:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if isinstance(self.decoder, RankedDecoder):
+            self.decoder.close()
 
 
 class TimedRunner:
@@ -114,14 +121,18 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     On the CPU `timeline` is marked with `native_library`: found in the cache, or compiled if that took seconds.
     """
     engine = engine_of(settings)
-    blocks = settings.kv_blocks or None
     if settings.kv_format not in KV_FORMATS:
         raise ValueError(f"kv_format is {settings.kv_format!r}: choose one of {', '.join(KV_FORMATS)}")
     if settings.kv_format != "fp16" and engine != "cpu":
         raise ValueError(f"engine {engine} has no KV format {settings.kv_format}: leave out --kv-format, or use "
                          "--engine cpu")
+    if settings.tensor_parallel < 1 or settings.rank_timeout_s <= 0:
+        raise ValueError(f"tensor_parallel is {settings.tensor_parallel}, rank_timeout_s {settings.rank_timeout_s:g}: "
+                         "say 1 or more ranks, and more than 0 seconds")
     if engine == "mock":
-        return MockDecoder(blocks=blocks or settings.kv_mib * MOCK_BLOCKS_PER_MIB,
+        if settings.tensor_parallel > 1:
+            raise ValueError("the mock engine has nothing to share: leave out --tensor-parallel")
+        return MockDecoder(blocks=settings.kv_blocks or settings.kv_mib * MOCK_BLOCKS_PER_MIB,
                            vocabulary_size=settings.mock_vocabulary)
     if not settings.model:
         raise ValueError(f"engine {engine} needs a model: pass --model with the path of a pulled one, or --engine mock")
@@ -129,11 +140,29 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
     if (path if path.is_dir() else path.parent).joinpath(HEAD_IDS).exists():
         raise ValueError(f"{path} is a drafter's model, whose head knows a part of the vocabulary: serve the model "
                          "that it was made of, and give this one to a drafter")
+    if settings.tensor_parallel > 1:
+        if settings.kv_tier_mib:
+            raise ValueError("several ranks have no tier in host memory: leave out --kv-tier-mib or --tensor-parallel")
+        cuts(open_checkpoint(path).config, settings.tensor_parallel)
+        return load_ranked(settings, device_of(settings), partial(load_part, settings, timeline=timeline))
+    return load_part(settings, None, timeline)
+
+
+def device_of(settings: WorkerSettings) -> str:
+    """cuda or cpu."""
+    return "cuda" if engine_of(settings) == "cuda" else "cpu"
+
+
+def load_part(settings: WorkerSettings, ranks: DistributedRanks | None, timeline: Timeline | None = None) -> Decoder:
+    """What one process computes of a real model: all of it, or its rank's part. Blocking. Raises ValueError."""
+    path, blocks = Path(settings.model), settings.kv_blocks or None
     kv_bytes = settings.kv_mib << 20
-    if engine == "cpu":
+    if engine_of(settings) == "cpu":
         try:
-            return _recipe_decoder(settings, path, blocks, timeline)
+            return _recipe_decoder(settings, path, blocks, ranks, timeline)
         except ValueError as error:
+            if ranks is not None:
+                raise
             if settings.kv_format != "fp16":
                 raise ValueError(f"only the native step has KV format {settings.kv_format}, and it is not available "
                                  f"({error}): leave out --kv-format") from error
@@ -141,29 +170,37 @@ def load_decoder(settings: WorkerSettings, timeline: Timeline | None = None) -> 
                          "stream can move between it and the native step, and four bytes a weight")
     from kernels.decoder import TorchDecoder
 
-    device = "cuda" if engine == "cuda" else "cpu"
-    torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device)
+    device = device_of(settings)
+    if device == "cuda" and ranks is not None:
+        device = f"cuda:{ranks.rank}"
+    torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device, ranks=ranks)
     return torch_decoder
 
 
-def _recipe_decoder(settings: WorkerSettings, path: Path, blocks: int | None, timeline: Timeline | None) -> Decoder:
+def _recipe_decoder(settings: WorkerSettings, path: Path, blocks: int | None, ranks: Ranks | None,
+                    timeline: Timeline | None) -> Decoder:
     """The recipe of the native step: compiled, or where nothing can be compiled the same numbers, slowly.
 
-    Raises ValueError when the recipe does not know the model, or has no such KV format without a compiler.
+    Raises ValueError when the recipe does not know the model, or has no such KV format or no ranks without a compiler.
     """
-    kv_bytes = settings.kv_mib << 20
+    kv_bytes, threads = settings.kv_mib << 20, settings.threads
     try:
         from kernels.native.build import build
-        from kernels.native.decoder import NativeDecoder
+        from kernels.native.decoder import NativeDecoder, usable_cpus
 
+        if ranks is not None:
+            threads = max(1, (threads or usable_cpus()) // ranks.size)
         if timeline is not None:
             timeline.mark("engine_imports")
             build()
             timeline.mark("native_library")
-        native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=settings.threads,
-                                             kv_format=settings.kv_format)
+        native: Decoder = NativeDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, threads=threads,
+                                             kv_format=settings.kv_format, ranks=ranks)
         return native
     except (ImportError, OSError, RuntimeError) as error:
+        if ranks is not None:
+            raise ValueError(f"several ranks need the native step, which is not available ({error}): leave out "
+                             "--tensor-parallel") from error
         if settings.kv_format != "fp16":
             raise ValueError(str(error)) from error
         _log.warning("native_step_unavailable", error=str(error),

@@ -7,7 +7,8 @@
     each step                                 -> replies, KV events, what the drafter should know
 
 Rule: a handler decodes, decides and hands over. `serve` runs until cancelled and then drains: it says so first, hands
-back what waits, gives running streams `drain_s` to end, and hands back the rest for another worker to continue.
+back what waits, gives running streams `drain_s` to end, and hands back the rest for another worker to continue. A
+worker that has lost one of its ranks says so, hands everything back and raises.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
+from kernels.ranks import RankLost
 from kernels.step import Decoder
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
@@ -44,7 +46,7 @@ from shared.telemetry import configure_tracing
 from shared.timeline import Timeline
 from worker.batch import Batch
 from worker.calibrate import calibrate
-from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack
+from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack, Lose
 from worker.following import Following
 from worker.grammar import Grammars
 from worker.grammar_queue import GrammarQueue
@@ -55,6 +57,7 @@ from worker.metrics import Figures, Metrics
 from worker.outbox import Outbox, Outgoing
 from worker.pace import Pace
 from worker.probe import probe_answer
+from worker.ranks import RankedDecoder
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_file, vocabulary_of
 from worker.scheduler import Advanced, Ended, Event, Heard, Limits, Refused, Scheduler, Started, failed
 from worker.trace import record_stream
@@ -78,7 +81,7 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
 
     `timeline` is the start so far; when the worker is ready it is logged with the phases that came here: weights
     (the checkpoint read and repacked), calibration, grammars (the vocabulary made ready for them), doors (subscribed,
-    first messages sent). Raises ValueError for an id, a zone or a price that is none.
+    first messages sent). Raises ValueError for an id, a zone or a price that is none, and WorkerFailed for a lost rank.
     """
     timeline = timeline or Timeline()
     settings = replace(settings, zone=check_zone(settings.zone))
@@ -96,13 +99,18 @@ async def serve(bus: Bus, settings: WorkerSettings, clock: Clock, ready: asyncio
     runner = runner_for(decoder, settings, clock)
     worker = Worker(sender, settings, clock, runner, engine, name, epoch)
     tracing = configure_tracing("worker", name, settings.otlp)
+    rank_lost: BaseException | None = None
     try:
         with worker.metrics.served(settings.metrics_port, settings.metrics_host, lambda: worker.state == "ready"):
             await worker.run(bus, ready, timeline)
+    except* RankLost as lost:
+        rank_lost = lost.exceptions[0]
     finally:
         runner.close()
         if tracing.tracer is not None:
             await asyncio.to_thread(tracing.shutdown)
+    if rank_lost is not None:
+        raise WorkerFailed(str(rank_lost))
 
 
 class Sender:
@@ -184,7 +192,7 @@ class Worker:
         timeline.mark("grammars")
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             own = [tasks.create_task(work) for work in
-                   (self._engine.run(), self._beat(), self._send_snapshots(), self._send_said(),
+                   (self._work(), self._beat(), self._send_snapshots(), self._send_said(),
                     self._ungrammared.run())]
             try:
                 for subject, handler in self._handlers():
@@ -206,10 +214,31 @@ class Worker:
                 for task in own:
                     task.cancel()
 
+    async def _work(self) -> None:
+        """Run the engine until cancelled, or until a rank is lost: then nobody may place anything here any more."""
+        if isinstance(self._decoder, RankedDecoder):
+            loop = asyncio.get_running_loop()
+
+            def lose(why: str) -> None:
+                loop.call_soon_threadsafe(self._engine.submit, Lose(why))
+
+            self._decoder.others.watch(lose)
+        try:
+            await self._engine.run()
+        except RankLost as error:
+            _log.error("rank_lost", worker=self.name, why=str(error))
+            self.state = "draining"
+            await self._sender.send([_status_of(self.status())])
+            self._ungrammared.clear()
+            await self._engine.give_up(f"worker {self.name} has lost a rank")
+            raise
+
     async def _calibrate(self) -> None:
         try:
             await calibrate(self._runner, self._scheduler.cost, self._clock, self._settings.max_running,
                             self._settings.step_tokens)
+        except RankLost:
+            raise
         except Exception as error:
             # requests will show whether it was the device or only this
             _log.error("calibration_failed", error=repr(error))

@@ -49,7 +49,7 @@ MILL_EXPORT int64_t mill_block_bytes(void* model) { return int64_t(static_cast<m
 MILL_EXPORT int32_t mill_crew(void* model) { return static_cast<mill::Model*>(model)->crew(); }
 MILL_EXPORT void mill_go_alone(void* model, int32_t seconds) { static_cast<mill::Model*>(model)->go_alone(seconds); }
 
-// Fills what is wanted. 0: done. 1: bad inputs, nothing has changed. 2: the step failed.
+// Fills what is wanted. 0: done. 1: bad inputs, nothing has changed. 2: the step failed. 3: a rank is lost.
 MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, const mill_wanted* wanted, char* message, int32_t capacity) {
   try {
     auto& decoder = *static_cast<mill::Model*>(model);
@@ -60,6 +60,9 @@ MILL_EXPORT int32_t mill_step(void* model, const mill_inputs* inputs, const mill
     }
     if (decoder.step(*inputs, *wanted)) return 0;
     tell("no token can be chosen: some logits are not finite, so the weights are broken, or every id of a row is masked", message, capacity);
+  } catch (const mill::RankLost&) {
+    tell("another rank is lost", message, capacity);
+    return 3;
   } catch (const std::exception& error) {
     tell(error.what(), message, capacity);
   }

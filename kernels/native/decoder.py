@@ -8,8 +8,10 @@ which bits.
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +22,8 @@ from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
 from kernels.logprobs import check_logprobs
 from kernels.native.build import build
+from kernels.ranks import RankLost, Ranks
+from kernels.shards import Shard, shard_config
 from kernels.step import Adjustments, Logprobs, Race, StepInputs, check_places
 
 RECIPE = "int8-g32/1"
@@ -61,6 +65,21 @@ _MESSAGE_BYTES = 512
 _MOST_THREADS_ASKED = 256
 
 
+_Exchange = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _Ranks(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("attention", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("feed_forward", ctypes.c_void_p),
+        ("head", ctypes.c_void_p),
+        ("exchange", _Exchange),
+    ]
+
+
 class _Config(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.c_int32),
@@ -89,6 +108,7 @@ class _Config(ctypes.Structure):
         ("clamped", ctypes.c_int32),
         ("swiglu_alpha", ctypes.c_float),
         ("swiglu_limit", ctypes.c_float),
+        ("ranks", ctypes.c_void_p),
     ]
 
 
@@ -162,13 +182,19 @@ class NativeDecoder:
         threads: int = 0,
         instructions: str | None = None,
         kv_format: str = "fp16",
+        ranks: Ranks | None = None,
     ) -> None:
         """The weights are repacked and not kept. `threads` 0: as many as this process may use, at most 8.
 
+        With `ranks` the decoder is one of several that run every step together, each with its part of the weights and
+        of the cache; the numbers are those of one alone. A step then also raises RankLost.
+
         Raises ValueError when the model is of a kind the step does not know, RuntimeError when nothing can be compiled.
         """
+        check_sizes(checkpoint.config, blocks, threads)
+        if ranks is not None:
+            checkpoint = Shard(checkpoint, ranks.rank, ranks.size)
         config = checkpoint.config
-        check_sizes(config, blocks, threads)
         self.recipe = recipe_of(kv_format)
         self.block_bytes = block_bytes(config, kv_format)
         self.vocabulary_size = config.vocabulary
@@ -209,6 +235,11 @@ class NativeDecoder:
             config.head_size,
             *_described_experts(config),
         )
+        self._lost: RankLost | None = None
+        if isinstance(checkpoint, Shard) and ranks is not None:
+            # the model keeps the function for as long as it lives
+            shared, self._exchange = _native_ranks(checkpoint, ranks, self._lose)
+            native.ranks = ctypes.addressof(shared)
         self._model = self._library.mill_open(
             ctypes.byref(native), described, fetching.function, self._message, _MESSAGE_BYTES
         )
@@ -230,16 +261,19 @@ class NativeDecoder:
         kv_bytes: int = 256 << 20,
         threads: int = 0,
         kv_format: str = "fp16",
+        ranks: Ranks | None = None,
     ) -> Self:
         """The model in a GGUF file or a folder, as `open_checkpoint` finds it.
 
         `blocks`: size of the KV cache in blocks of 16 tokens; None: as many as fit into `kv_bytes` (memory is taken
-        only as blocks are first used).
+        only as blocks are first used), those of all ranks together.
         """
         checkpoint = open_checkpoint(Path(model_path))
         if blocks is None:
-            blocks = kv_bytes // block_bytes(checkpoint.config, kv_format)
-        return cls(checkpoint, blocks=blocks, threads=threads, kv_format=kv_format)
+            size = 1 if ranks is None else ranks.size
+            every = (shard_config(checkpoint.config, rank, size) for rank in range(size))
+            blocks = kv_bytes // sum(block_bytes(config, kv_format) for config in every)
+        return cls(checkpoint, blocks=blocks, threads=threads, kv_format=kv_format, ranks=ranks)
 
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         """The chosen token of each sample row. Raises ValueError for inputs that do not fit; nothing has changed."""
@@ -297,6 +331,9 @@ class NativeDecoder:
         if getattr(self, "_model", None):
             self.close()
 
+    def _lose(self, error: RankLost) -> None:
+        self._lost = error
+
     def _check_open(self) -> None:
         if not self._model:
             raise ValueError("this decoder was closed")
@@ -325,6 +362,8 @@ class NativeDecoder:
         del kept
         if code == 1:
             raise ValueError(message)
+        if code == 3:
+            raise self._lost or RankLost(message)
         if code:
             raise RuntimeError(message)
 
@@ -374,6 +413,36 @@ def load_library(instructions: str | None = None) -> ctypes.CDLL:
         ctypes.c_uint64,
     ]
     return library
+
+
+def _native_ranks(shard: Shard, ranks: Ranks, lose: Callable[[RankLost], None]) -> tuple[_Ranks, Any]:
+    """The C view of `ranks`, and the function in it. `lose` hears why an exchange has failed."""
+    import torch
+
+    def floats(address: int, *shape: int) -> torch.Tensor:
+        """Memory of C++ as it lies."""
+        view = SimpleNamespace(
+            __array_interface__={"data": (address, False), "shape": shape, "typestr": "<f4", "version": 3}
+        )
+        return torch.from_numpy(np.asarray(view))
+
+    def exchange(own: int, everyone: int, count: int) -> int:
+        try:
+            ranks.exchange(floats(own, count), floats(everyone, ranks.size, count))
+        except RankLost as error:
+            lose(error)
+        except Exception as error:  # C++ cannot hand it on
+            lose(RankLost(f"an exchange between ranks failed: {error!r}"))
+        else:
+            return 0
+        return 1
+
+    cuts = shard.cuts
+    starts = [np.array(cut.starts, np.int32) for cut in (cuts.attention, cuts.hidden, cuts.ffn, cuts.head)]
+    function = _Exchange(exchange)
+    native = _Ranks(ranks.size, ranks.rank, *(each.ctypes.data for each in starts), function)
+    native.kept = starts  # until C++ has copied them
+    return native, function
 
 
 def _address(array: NDArray[np.generic] | None) -> int | None:

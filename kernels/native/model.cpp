@@ -142,6 +142,12 @@ struct Model::Pass {
 
 Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch fetch)
     : config_(config),
+      ranks_(config.ranks ? config.ranks->size : 1),
+      exchange_(config.ranks ? config.ranks->exchange : nullptr),
+      attention_(config.ranks, config.ranks ? config.ranks->attention : nullptr, config.heads * config.head_dim),
+      hidden_(config.ranks, config.ranks ? config.ranks->hidden : nullptr, config.hidden),
+      between_(config.ranks, config.ranks ? config.ranks->feed_forward : nullptr, config.feed_forward),
+      logits_cut_(config.ranks, config.ranks ? config.ranks->head : nullptr, config.head_rows),
       frequencies_(config.frequencies, config.frequencies + config.rope_dims / 2),
       windows_(config.windows, config.windows + config.layers),
       head_ids_(config.head_ids, config.head_ids ? config.head_ids + config.head_rows : config.head_ids),
@@ -157,13 +163,20 @@ Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch f
   cache_memory_ = Region(cache_.block_bytes() * size_t(config.blocks));
   cache_.base = cache_memory_.data();
 
-  const int attention_width = config.heads * config.head_dim;
-  qkv_width_ = attention_width + 2 * config.kv_heads * config.head_dim;
+  const int attention_width = attention_.whole();
+  qkv_width_ = (config.heads + 2 * config.kv_heads) * config.head_dim;
   residual_.resize(size_t(kPassRows) * size_t(config.hidden));
   qkv_.resize(size_t(kPassRows) * size_t(qkv_width_));
   attended_.resize(size_t(kPassRows) * size_t(attention_width));
   rotation_.resize(size_t(kPassRows) * size_t(config.rope_dims));
   logits_ = Region(size_t(kPassRows) * size_t(config.head_rows) * sizeof(float));
+  if (ranks_ > 1) {
+    const int widest = std::max({attention_.widest(), hidden_.widest(), between_.widest(), logits_cut_.widest()});
+    const size_t bytes = size_t(kPassRows) * size_t(widest) * sizeof(float);
+    own_ = Region(bytes);
+    everyone_ = Region(bytes * size_t(ranks_));
+    between_numbers_.resize(size_t(kPassRows) * size_t(between_.whole()));
+  }
 
   Wanted of_normed, of_attended, of_down, of_expert, of_expert_down;
   of_normed.by(head_);
@@ -185,7 +198,7 @@ Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch f
   normed_input_.reserve(config.hidden, of_normed);
   head_input_.reserve(config.hidden, of_normed);
   attended_input_.reserve(attention_width, of_attended);
-  down_input_.reserve(config.feed_forward, of_down);
+  down_input_.reserve(between_.whole(), of_down);
   if (config.experts) {
     const int pairs = kPassRows * config.experts_per_token;
     expert_input_.reserve(config.hidden, of_expert, pairs + kRowsBeyond);
@@ -194,10 +207,11 @@ Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch f
     routed_.resize(size_t(pairs));
     expert_taken_ = std::vector<Counter>(size_t(1 + config.experts) * size_t(team_.size()));
   }
-  const int widest = std::max({config.hidden, attention_width, config.feed_forward, config.expert_feed_forward});
+  const int widest = std::max({config.hidden, attention_width, between_.whole(), config.expert_feed_forward});
   for (Scratch& scratch : scratch_) {
     scratch.normed.reserve(config.hidden, of_normed);
     scratch.attended.reserve(attention_width, of_attended);
+    if (ranks_ > 1) scratch.down.reserve(between_.whole(), of_down);
     scratch.acc.resize(size_t(kPassRows) * kGroup);
     scratch.other_acc.resize(size_t(kPassRows) * kGroup);
     scratch.row.resize(size_t(std::max(config.hidden, attention_width)));
@@ -343,6 +357,7 @@ std::string Model::complaint(const mill_inputs& inputs) const {
 
 bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
   int sequence = 0, sample = 0;
+  lost_ = false;
   for (int first = 0; first < inputs.rows; first += kPassRows) {
     const int rows = std::min(kPassRows, inputs.rows - first);
     int samples = 0;
@@ -365,6 +380,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
     expert_input_.rows = expert_down_input_.rows = rows * config_.experts_per_token;
     for (Counter& counter : taken_) counter.next.store(0, std::memory_order_relaxed);
     team_.run_step([&](int thread) { run_pass(pass, thread); });
+    if (lost_) throw RankLost{};
     if (!pass.finite) return false;
     sample += samples;
   }
@@ -374,7 +390,7 @@ bool Model::step(const mill_inputs& inputs, const mill_wanted& wanted) {
 void Model::run_pass(Pass& pass, int thread) {
   const Tiles tiles(tiles_permitted_);
   Scratch& scratch = scratch_[size_t(thread)];
-  const int hidden = config_.hidden, attention_width = config_.heads * config_.head_dim, rows = pass.rows;
+  const int hidden = config_.hidden, attention_width = attention_.whole(), rows = pass.rows;
   embed(pass, thread);
   look_ahead(pass, 0, thread);
   team_.meet();
@@ -398,17 +414,20 @@ void Model::run_pass(Pass& pass, int thread) {
     attend_all(pass, index, thread);
     look_ahead(pass, index + 1, thread);
     team_.meet();
+    gather(attended_.data(), rows, attention_, thread);
     const Activations& attended = prepare(attended_input_, scratch.attended, rows, attention_width, thread, [&](int row) {
       return attended_.data() + size_t(row) * size_t(attention_width);
     });
-    project(layer.output, layer.output_bias, attended, thread, residual(0), hidden, true);
+    project(layer.output, layer.output_bias, attended, thread, residual(0) + hidden_.first(), hidden, true);
     team_.meet();
+    gather(residual(0), rows, hidden_, thread);
     const Activations& fed = prepare(normed_input_, scratch.normed, rows, hidden, thread, normed(layer.feed_forward_norm));
     if (layer.experts.empty())
       feed_forward(layer, fed, thread);
     else
       mixture(layer, fed, thread);
     team_.meet();
+    gather(residual(0), rows, hidden_, thread);
   }
   scratch.ahead.stop();
   if (pass.samples > 0) sample(pass, thread);
@@ -450,6 +469,38 @@ const Activations& Model::prepare(Activations& shared, Activations& own, int row
   }
   if (!each) team_.meet();
   return to;
+}
+
+// Each rank's columns of some rows to every rank. The caller's thread does it, between two meetings.
+void Model::gather(float* rows, int count, const Cut& cut, int thread) {
+  if (ranks_ == 1) return;
+  if (thread == 0 && !lost_ && count > 0) {
+    float *const own = reinterpret_cast<float*>(own_.data()), *const everyone = reinterpret_cast<float*>(everyone_.data());
+    const size_t whole = size_t(cut.whole()), widest = size_t(cut.widest());
+    for (int row = 0; row < count; row++) {
+      const float* const from = rows + size_t(row) * whole + cut.first();
+      std::copy(from, from + cut.width(cut.rank), own + size_t(row) * widest);
+    }
+    if (exchange_(own, everyone, int64_t(count) * int64_t(widest)) != 0) {
+      lost_ = true;  // the step goes on to its end, with numbers that nobody will see
+    } else {
+      for (int rank = 0; rank < ranks_; rank++)
+        for (int row = 0; row < count; row++) {
+          const float* const from = everyone + (size_t(rank) * size_t(count) + size_t(row)) * widest;
+          std::copy(from, from + cut.width(rank), rows + size_t(row) * whole + cut.starts[size_t(rank)]);
+        }
+    }
+  }
+  team_.meet();
+}
+
+// What down reads: quantised as it was made, or gathered from the ranks first.
+const Activations& Model::between(int rows, int thread) {
+  if (ranks_ == 1) return down_input_;
+  gather(between_numbers_.data(), rows, between_, thread);
+  return prepare(down_input_, scratch_[size_t(thread)].down, rows, between_.whole(), thread, [&](int row) {
+    return between_numbers_.data() + size_t(row) * size_t(between_.whole());
+  });
 }
 
 // Calls work(share, first panel) for units nobody has begun: this thread's own, then the others'. A thread whose core is
@@ -556,7 +607,7 @@ void Model::attend_tile(const Pass& pass, int layer, int row, int rows, int kv_h
 
 // Query heads first_head..last_head-1, all of one KV head.
 void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int first_head, int last_head, Scratch& scratch) {
-  const int dim = config_.head_dim, width = config_.heads * dim;
+  const int dim = config_.head_dim, width = attention_.whole();
   const Lanes scale = splat(float(1.0 / std::sqrt(double(dim))));
   float* to = scratch.rotated.data();
   for (int at = row; at < row + rows; at++)
@@ -569,13 +620,13 @@ void Model::attend_heads(const Pass& pass, int layer, int row, int rows, int fir
   const AttentionPlace place{pass.tables[size_t(row)], window ? std::max(0, position - window + 1) : 0, position, layer,
                              first_head / (config_.heads / config_.kv_heads), rows, sinks.empty() ? nullptr : &sinks[size_t(first_head)]};
   attend(cache_, place, scratch.rotated.data(), last_head - first_head, reinterpret_cast<float*>(scratch.scores.data()),
-         attended_.data() + size_t(row) * size_t(width) + size_t(first_head) * size_t(dim), size_t(width));
+         attended_.data() + size_t(row) * size_t(width) + size_t(attention_.first()) + size_t(first_head) * size_t(dim), size_t(width));
 }
 
 void Model::feed_forward(const Layer& layer, const Activations& x, int thread) {
   gate_and_up(layer.mlp, x, taken(layer.mlp.up), thread, down_input_, 0, config_.feed_forward);
   team_.meet();
-  project(layer.mlp.down, {}, down_input_, thread, residual(0), config_.hidden, true);
+  project(layer.mlp.down, {}, between(x.rows, thread), thread, residual(0) + hidden_.first(), config_.hidden, true);
 }
 
 // Rows of `out` from first_out on, `width` numbers each = gate and up put together, or the square of what is positive of up,
@@ -604,7 +655,11 @@ void Model::gate_and_up(const Mlp& mlp, const Rows& x, Counter* taken, int threa
         const size_t at = size_t(i) * half + size_t(row) * kLanes;
         store(group + i * kLanes, gated ? swiglu(load(gates + at), load(ups + at), config_) : squared_relu(load(ups + at)));
       }
-      out.set_group(first_out + row, index / per_unit, width, group);
+      if (ranks_ == 1)
+        out.set_group(first_out + row, index / per_unit, width, group);
+      else
+        std::copy(group, group + kGroup,
+                  between_numbers_.data() + size_t(row) * size_t(between_.whole()) + size_t(between_.first()) + size_t(index) * kLanes);
     }
   });
 }
@@ -725,11 +780,13 @@ void Model::sample(Pass& pass, int thread) {
     norm(residual(row), final_norm_, config_.hidden, scratch.row.data());
     return scratch.row.data();
   });
-  project(head_, {}, x, thread, pass.logits, head_rows, false);
-  if (!pass.tokens) return;
+  project(head_, {}, x, thread, pass.logits + logits_cut_.first(), head_rows, false);
+  if (!pass.tokens && ranks_ == 1) return;
   team_.meet();
+  gather(pass.logits, pass.samples, logits_cut_, thread);
+  if (!pass.tokens) return;
 
-  const auto [first, last] = share_of(head_.panels(), thread, team_.crew());
+  const auto [first, last] = share_of((head_rows + kLanes - 1) / kLanes, thread, team_.crew());
   const auto logits = [&](int sample) { return pass.logits + size_t(sample) * size_t(head_rows); };
   const auto choices = [&](int of, int sample) { return pass.choices.data() + size_t(of * pass.samples + sample) * size_t(places); };
   bool finite = true;

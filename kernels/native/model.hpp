@@ -1,6 +1,8 @@
 // A Llama decoder on the CPU: the weights, the KV cache, and one step over them.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -16,6 +18,16 @@
 // The C structs below are mirrored in decoder.py.
 extern "C" {
 
+// A rank among several that compute one model (kernels/shards.py): of a row of numbers, rank r computes the columns from
+// starts[r] to starts[r + 1]. Its tensors hold those outputs alone.
+struct mill_ranks {
+  int32_t size, rank;
+  const int32_t *attention, *hidden, *feed_forward, *head;  // [size + 1] starts
+  // Fills `everyone` [size][count] with each rank's `own` [count]. Not 0: a rank is lost. Called by the step's caller.
+  int32_t (*exchange)(const float* own, float* everyone, int64_t count);
+};
+
+// Of this rank: heads, kv_heads and feed_forward are what it computes itself.
 struct mill_config {
   int32_t layers, hidden, heads, kv_heads, head_dim, rope_dims, feed_forward, vocabulary, context, blocks, threads;
   int32_t rope_interleaved;  // 1: element 2i turns with 2i + 1; 0: i with i + rope_dims / 2
@@ -30,6 +42,7 @@ struct mill_config {
   int32_t experts_normalised;  // 1: weights are a softmax over the chosen; 0: over all
   int32_t clamped;             // 1: experts compute gate / (1 + e^(-alpha gate)) (up + 1), both within the limit
   float swiglu_alpha, swiglu_limit;
+  const mill_ranks* ranks;    // null: it is alone
 };
 
 struct mill_tensor {
@@ -87,6 +100,25 @@ struct Unread : std::runtime_error {
   Unread() : std::runtime_error("a tensor cannot be read") {}
 };
 
+// Columns of which each rank computes its own.
+struct Cut {
+  std::vector<int32_t> starts;
+  int rank = 0;
+
+  Cut(const mill_ranks* ranks, const int32_t* of, int count)
+      : starts(ranks ? std::vector<int32_t>(of, of + ranks->size + 1) : std::vector<int32_t>{0, count}), rank(ranks ? ranks->rank : 0) {}
+  int first() const { return starts[size_t(rank)]; }
+  int whole() const { return starts.back(); }
+  int width(int of) const { return starts[size_t(of) + 1] - starts[size_t(of)]; }
+  int widest() const {
+    int most = 0;
+    for (int of = 0; of + 1 < int(starts.size()); of++) most = std::max(most, width(of));
+    return most;
+  }
+};
+
+struct RankLost {};
+
 class Model {
  public:
   // `tensors`: per layer attn_norm, q, k, v, output, ffn_norm, gate, up, down, the biases of q, k, v and output, the norms
@@ -98,7 +130,7 @@ class Model {
   // What is wrong with the inputs; empty when nothing is.
   std::string complaint(const mill_inputs& inputs) const;
 
-  // False when a row's logits are not finite: nothing can be chosen from them.
+  // False when a row's logits are not finite: nothing can be chosen from them. Throws RankLost.
   bool step(const mill_inputs& inputs, const mill_wanted& wanted);
 
   const KvCache& cache() const { return cache_; }
@@ -143,7 +175,7 @@ class Model {
     Rows of(const Activations& pairs, size_t at) const { return {pairs, starts[at], starts[at + 1] - starts[at]}; }
   };
   struct Scratch {  // one thread's own
-    Activations normed, attended;
+    Activations normed, attended, down;  // the last of several ranks only
     std::vector<float> acc, other_acc, row, head, rotated;
     std::vector<float> shares, mixed;  // of experts: what a router gives each, and a unit's sums
     std::vector<uint8_t> taken;
@@ -176,6 +208,8 @@ class Model {
   void mixture(const Layer& layer, const Activations& x, int thread);
   void choose_experts(const float* logits, Scratch& scratch, Routed* chosen) const;
   void add_experts(const Layer& layer, const Routing& routing, int rows, int thread);
+  void gather(float* rows, int count, const Cut& cut, int thread);
+  const Activations& between(int rows, int thread);
   void sample(Pass& pass, int thread);
   void say_how_likely(Pass& pass, int thread, bool& finite);
   const float* normed_head(const float* head, const Norm& by, Scratch& scratch) const;
@@ -186,6 +220,12 @@ class Model {
   float* residual(int row) { return residual_.data() + size_t(row) * size_t(config_.hidden); }
 
   mill_config config_;
+  int ranks_ = 1;
+  decltype(mill_ranks::exchange) exchange_ = nullptr;
+  Cut attention_, hidden_, between_, logits_cut_;
+  std::vector<float> between_numbers_;  // [kPassRows][whole width between], of several ranks
+  Region own_, everyone_;               // to exchange
+  std::atomic<bool> lost_{false};
   std::vector<double> frequencies_;
   std::vector<int32_t> windows_, head_ids_;  // of the head: empty when row i is id i
   int qkv_width_ = 0;

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from deploy import cli, models
 from deploy import pull as pulling
-from deploy.models import BASE_MIB, GIB, KV_MIB, look_at, memory_needed, shelf, too_large
+from deploy.models import BASE_MIB, GIB, KV_MIB, RANK_MIB, look_at, memory_needed, shelf, too_large
 from kernels.checkpoint import GgufCheckpoint, SafetensorsCheckpoint, open_checkpoint
 from tests.kernels.tiny import write_tiny_folder
 from tests.models import default_folder, default_model
@@ -48,6 +48,22 @@ def test_no_weight_is_read_to_tell_what_they_take(tmp_path: Path, monkeypatch: p
     assert memory_needed(whole) - (KV_MIB + BASE_MIB << 20) == 4 * sum(
         math.prod(whole.shape(name)) for name in whole.names()
     )
+
+
+def test_ranks_hold_each_weight_once_but_for_embedding_and_norms(tmp_path: Path) -> None:
+    whole = open_checkpoint(write_tiny_folder(tmp_path / "tiny"))
+    sizes = {name: math.prod(whole.shape(name)) for name in whole.names()}
+    everywhere = sum(size for name, size in sizes.items() if "norm" in name or "embedding" in name)
+    head = sizes["embedding.weight"]  # tied, so that ranks have rows of it once more
+    expected = 4 * (sum(sizes.values()) + everywhere + head)
+    assert memory_needed(whole, ranks=2) - (KV_MIB + 2 * RANK_MIB << 20) == expected
+
+
+def test_a_model_that_cannot_be_shared_so_is_not_brought_up() -> None:
+    result = CliRunner().invoke(cli.app, ["up", "--engine", "cpu", "--tensor-parallel", "4"])
+    assert result.exit_code == 1
+    assert "4 ranks cannot share 9 query heads on 3 KV heads evenly: choose --tensor-parallel 1 or 2 or 3 or 9" in (
+        " ".join(result.stderr.split()))
 
 
 def test_every_folder_is_listed_and_an_incomplete_one_says_what_it_lacks(cache: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """A client's view of one stream, with a hook that runs when so many chunks have been read."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from deploy.local_mesh import LocalMesh
 
 Hook = Callable[[], Awaitable[None]]
 
@@ -45,6 +48,27 @@ async def read(
                     if seen.chunks == at_chunk and hook is not None:
                         await hook()
     return seen
+
+
+async def until_there(mesh: LocalMesh, workers: int, routers: int) -> None:
+    """Until the gateway sees so many workers and routers."""
+    async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            ready = (await client.get(f"{mesh.url}/ready")).json()
+            if len(ready.get("workers", ())) == workers and len(ready.get("routers", ())) == routers:
+                return
+            await asyncio.sleep(0.1)
+
+
+async def serving(mesh: LocalMesh) -> str:
+    """The worker that has a stream running."""
+    async with asyncio.timeout(10), httpx.AsyncClient(trust_env=False) as client:
+        while True:
+            workers = (await client.get(f"{mesh.url}/ready")).json()["workers"]
+            busy = [worker["id"] for worker in workers if worker["running"]]
+            if busy:
+                return str(busy[0])
+            await asyncio.sleep(0.05)
 
 
 def chat(model: str, content: str, max_tokens: int = 96, **more: Any) -> dict[str, Any]:

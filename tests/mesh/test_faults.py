@@ -4,12 +4,11 @@ import asyncio
 import os
 import signal
 
-import httpx
 import pytest
 
 from deploy.local_mesh import LocalMesh
 from gateway.model_files import load_card
-from tests.mesh.streams import Stream, chat, read
+from tests.mesh.streams import Stream, chat, read, serving, until_there
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -35,24 +34,8 @@ def _kill(mesh: LocalMesh, name: str) -> None:
 
 
 async def _settled(mesh: LocalMesh) -> None:
-    """Everyone is back, and the gateway sees two workers and both routers again."""
-    async with asyncio.timeout(60), httpx.AsyncClient(trust_env=False) as client:
-        while True:
-            ready = (await client.get(f"{mesh.url}/ready")).json()
-            if len(ready.get("workers", ())) == 2 and len(ready.get("routers", ())) == 2:
-                return
-            await asyncio.sleep(0.1)
-
-
-async def _serving(mesh: LocalMesh) -> str:
-    """The worker that has a stream running."""
-    async with asyncio.timeout(10), httpx.AsyncClient(trust_env=False) as client:
-        while True:
-            workers = (await client.get(f"{mesh.url}/ready")).json()["workers"]
-            busy = [worker["id"] for worker in workers if worker["running"]]
-            if busy:
-                return str(busy[0])
-            await asyncio.sleep(0.05)
+    """Everyone is back."""
+    await until_there(mesh, workers=2, routers=2)
 
 
 async def test_a_worker_killed_in_mid_stream_changes_nothing(mesh: LocalMesh) -> None:
@@ -60,7 +43,7 @@ async def test_a_worker_killed_in_mid_stream_changes_nothing(mesh: LocalMesh) ->
     calm = await _undisturbed(mesh)
 
     async def kill() -> None:
-        _kill(mesh, await _serving(mesh))
+        _kill(mesh, await serving(mesh))
 
     seen = await read(mesh.url, _body(mesh), at_chunk=20, hook=kill)
     assert seen.text == calm.text
