@@ -12,7 +12,7 @@ block `block_tables[s, positions[r] // block_size]`, slot `positions[r] % block_
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,20 @@ class Racing(Protocol):
 
     def race(self, inputs: StepInputs, places: int) -> Race:
         """Run one step; the best `places` of each sample row. Blocking; one call at a time."""
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """A decoder that takes a step before the tokens of the one before it are known. Blocking; one call at a time."""
+
+    def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None = None) -> Any:
+        """Begin a step, at most one beyond the one under way; what to `collect`, in the same order.
+
+        `carried` [R]: which sample of the step submitted before chooses a row's token; -1: `inputs.tokens` says it.
+        """
+
+    def collect(self, step: Any) -> NDArray[np.int32]:
+        """Wait for the chosen tokens."""
 
 
 @runtime_checkable

@@ -73,7 +73,8 @@ class Batch:
             longest = blocks if blocks > longest else longest
             slots.append(slot)
             if work.rows == 1:
-                tokens.append(sequence.tokens[work.start])
+                # of a foreseen row only the device knows the token
+                tokens.append(sequence.tokens[work.start] if work.start < len(sequence.tokens) else 0)
                 positions.append(work.start)
             else:
                 end = work.start + work.rows
@@ -121,6 +122,11 @@ class Batch:
             adjustments=adjusted.build(self._fill_masks) if adjusted is not None else None,
             logprobs=Logprobs.asked(told, targets, most) if told else None,
         )
+
+    @staticmethod
+    def carried(step: Step) -> NDArray[np.int32]:
+        """Of each row of a foreseen step, which sample of the step before chooses its token."""
+        return np.array([work.carries for work in step.works], np.int32)
 
     def _rows(self, slots: list[int], longest: int, sample_slots: list[int]) -> "_Rows":
         """What the step needs of the rows of its slots."""

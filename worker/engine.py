@@ -4,20 +4,23 @@
                         ^                                     |
                         +------------commit <-----------------+--> events, published while the next step runs
 
+Where the device queues steps the next one is planned and submitted while one runs, its tokens unknown (`_look_ahead`).
+
 Rule: the scheduler changes only here and only between steps, so a cancel can never meet a request half registered.
 A step that raises never ends the loop: its sequences run again one by one, and only those that raise alone end. Only
 a lost rank ends it: no step can be computed any more.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
 from kernels.ranks import RankLost
-from kernels.step import Logprobs
+from kernels.step import Logprobs, StepInputs
 from shared.clock import Clock
 from shared.errors import MillError, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
@@ -85,6 +88,14 @@ class Computed(NamedTuple):
     logprobs: Logprobs | None
 
 
+class _Begun(NamedTuple):
+    """A step that the device has, and what it will be collected by."""
+
+    step: Step
+    inputs: StepInputs
+    ticket: Any
+
+
 class TokenRate:
     """Tokens a second over the last seconds."""
 
@@ -141,6 +152,7 @@ class Engine:
         self._told_at = clock.now()  # when the drafter last heard of a step
         self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox, or the wait is over
         self._answered = False  # the former
+        self._ahead: _Begun | None = None  # submitted while the step before it ran
 
     def submit(self, command: Command) -> bool:
         """Hand over for the next gap between steps. False when the inbox is full and this was only a wish."""
@@ -163,14 +175,15 @@ class Engine:
                 held_s = await self._wait_for_drafts(alarm) if self.scheduler.speculates else 0.0
                 if self._inbox:
                     self._take_inbox()
-                step = self.scheduler.plan(self._clock.now())
+                begun, self._ahead = self._ahead, None
+                step = begun.step if begun is not None else self.scheduler.plan(self._clock.now())
                 self._keep(self.scheduler.take_events())
                 if step is None:
                     await self._rest()
                     continue
                 if step.copies and not await self._copy(step):
                     continue
-                computed = await self._execute(step)
+                computed = await self._execute(step, begun)
                 if computed is None:
                     await self._run_one_by_one(step)
                     continue
@@ -267,15 +280,15 @@ class Engine:
             return False
         return True
 
-    async def _execute(self, step: Step) -> Computed | None:
+    async def _execute(self, step: Step, begun: _Begun | None) -> Computed | None:
         """Run a step, and publish what came before it meanwhile. None when the step raised."""
         rows, sampled = step.rows, step.sampled
         # a step of decoding takes as long as the one before
         due = self._take_due(self._step_s if rows == sampled
                              else self.scheduler.cost.expected_s(sampled, rows - sampled))
         if due is None:
-            return await self._timed(step, rows, sampled)
-        running = asyncio.ensure_future(self._timed(step, rows, sampled))
+            return await self._timed(step, rows, sampled, begun)
+        running = asyncio.ensure_future(self._timed(step, rows, sampled, begun))
         try:
             # the device starts before this thread turns to anything else
             await asyncio.sleep(0)
@@ -300,14 +313,21 @@ class Engine:
             (self._kept if isinstance(event, Refused | Heard) or event.sequence not in begun else due).append(event)
         return due
 
-    async def _timed(self, step: Step, rows: int, sampled: int) -> Computed | None:
+    async def _timed(self, step: Step, rows: int, sampled: int, begun: _Begun | None = None,
+                     alone: bool = False) -> Computed | None:
         started = self._clock.now()
         try:
-            inputs = self._batch.build(step)
-            chosen = await self._runner.execute(inputs)
+            if self._runner.queues:
+                begun = begun or await self._begin(step)
+                self._ahead = None if alone else await self._look_ahead(step)
+                inputs, chosen = begun.inputs, await self._runner.collect(begun.ticket)
+            else:
+                inputs = self._batch.build(step)
+                chosen = await self._runner.execute(inputs)
         except RankLost:
             raise
         except Exception as error:
+            await self._forget_ahead()
             self.failed_steps += 1
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)
             return None
@@ -317,12 +337,34 @@ class Engine:
             self.scheduler.cost.observe(sampled, rows - sampled, self._step_s)
         return Computed(chosen, inputs.logprobs)
 
+    async def _begin(self, step: Step) -> _Begun:
+        inputs = self._batch.build(step)
+        return _Begun(step, inputs, await self._runner.submit(inputs, None))
+
+    async def _look_ahead(self, step: Step) -> _Begun | None:
+        """The step after the one under way, planned and submitted; None where its tokens have to be waited for."""
+        if self._inbox or (ahead := self.scheduler.foresee(step, self._clock.now())) is None:
+            return None
+        inputs = self._batch.build(ahead)
+        try:
+            return _Begun(ahead, inputs, await self._runner.submit(inputs, self._batch.carried(ahead)))
+        except ValueError as error:  # refused: nothing is under way, and it will be planned when its turn comes
+            _log.error("step_ahead_refused", error=repr(error), sequences=len(ahead.works))
+            return None
+
+    async def _forget_ahead(self) -> None:
+        """After a step that raised: what was submitted behind it has nothing to stand on."""
+        begun, self._ahead = self._ahead, None
+        if begun is not None:
+            with contextlib.suppress(Exception):
+                await self._runner.collect(begun.ticket)
+
     async def _run_one_by_one(self, step: Step) -> None:
         """After a step that raised: find who is to blame. When everyone seems to be, it is the device."""
         broken: list[Work] = []
         for work in step.works:
             alone = Step([work])
-            computed = await self._timed(alone, alone.rows, alone.sampled)
+            computed = await self._timed(alone, alone.rows, alone.sampled, alone=True)
             if computed is None:
                 broken.append(work)
             else:

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from kernels.checkpoint import open_checkpoint
 from kernels.checkpoint_config import HEAD_IDS
 from kernels.ranks import DistributedRanks, Ranks
 from kernels.shards import cuts
-from kernels.step import BlockStore, Decoder, StepInputs
+from kernels.step import Ahead, BlockStore, Decoder, StepInputs
 from shared.clock import Clock
 from shared.settings import WorkerSettings
 from shared.timeline import Timeline
@@ -42,9 +44,16 @@ class _Card(msgspec.Struct):
 class Runner(Protocol):
     decoder: Decoder
     tier: TierMemory | None
+    queues: bool  # whether `submit` and `collect` work: the device takes a step while it runs one
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         """The chosen token of each sampled row. Raises what the decoder raises."""
+
+    async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
+        """As `kernels.step.Ahead`."""
+
+    async def collect(self, step: Any) -> list[int]:
+        """As `execute`, of a step that was submitted."""
 
     async def copy(self, copies: Sequence[Copy]) -> None:
         """Move blocks between the decoder and the tier, in order. Raises what the decoder raises."""
@@ -59,11 +68,22 @@ class ThreadRunner:
     def __init__(self, decoder: Decoder, tier: TierMemory | None = None) -> None:
         self.decoder = decoder
         self.tier = tier
+        self.queues = isinstance(decoder, Ahead)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         loop = asyncio.get_running_loop()
         chosen: list[int] = await loop.run_in_executor(self._thread, lambda: self.decoder.step(inputs).tolist())
+        return chosen
+
+    async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: _queue_of(self.decoder).submit(inputs, carried))
+
+    async def collect(self, step: Any) -> list[int]:
+        loop = asyncio.get_running_loop()
+        chosen: list[int] = await loop.run_in_executor(
+            self._thread, lambda: _queue_of(self.decoder).collect(step).tolist())
         return chosen
 
     async def copy(self, copies: Sequence[Copy]) -> None:
@@ -83,15 +103,28 @@ class TimedRunner:
                  tier: TierMemory | None = None) -> None:
         self.decoder = decoder
         self.tier = tier
+        self.queues = isinstance(decoder, Ahead)
         self._clock = clock
         self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
 
     async def execute(self, inputs: StepInputs) -> list[int]:
-        sampled = len(inputs.sample_rows)
-        prefilled = len(inputs.tokens) - sampled
-        await self._clock.sleep(self._step_s + sampled * self._row_s + prefilled * self._token_s)
+        await self._clock.sleep(self._seconds(inputs))
         chosen: list[int] = self.decoder.step(inputs).tolist()
         return chosen
+
+    async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
+        return _queue_of(self.decoder).submit(inputs, carried), self._seconds(inputs)
+
+    async def collect(self, step: Any) -> list[int]:
+        submitted, seconds = step
+        await self._clock.sleep(seconds)
+        chosen: list[int] = _queue_of(self.decoder).collect(submitted).tolist()
+        return chosen
+
+    def _seconds(self, inputs: StepInputs) -> float:
+        sampled = len(inputs.sample_rows)
+        prefilled = len(inputs.tokens) - sampled
+        return self._step_s + sampled * self._row_s + prefilled * self._token_s
 
     async def copy(self, copies: Sequence[Copy]) -> None:
         """Takes no time: computing a block takes a hundred times as long."""
@@ -100,6 +133,11 @@ class TimedRunner:
 
     def close(self) -> None:
         """Nothing to let go."""
+
+
+def _queue_of(decoder: Decoder) -> Ahead:
+    assert isinstance(decoder, Ahead)
+    return decoder
 
 
 def engine_of(settings: WorkerSettings) -> str:

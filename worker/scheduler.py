@@ -15,6 +15,8 @@ Rules
 4. Every request that was not a duplicate ends exactly once, with Finished or Failed.
 
 Pure: no clock, no bus, no tensor. Not re-entrant: nothing may change between `plan` and its `commit`.
+
+    foresee(step)   -> Step: the one after it, while its tokens are not known yet      for devices that queue steps
 """
 
 from bisect import insort
@@ -68,7 +70,7 @@ class Limits(NamedTuple):
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("drafts", "forced", "rows", "samples", "scored", "sequence", "start", "stated")
+    __slots__ = ("carries", "drafts", "forced", "lease", "rows", "samples", "scored", "sequence", "start", "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
@@ -79,6 +81,8 @@ class Work:
         self.drafts: list[int] = []
         self.forced = False  # whether a grammar demands the drafts: nobody guessed them
         self.stated: list[int] = []  # of each of them, what its drafter says of it
+        self.carries = -1  # foreseen: the row's token is what the step before chooses for its sample of this number
+        self.lease = sequence.lease  # of the slot, when it was planned
 
 
 class Step(NamedTuple):
@@ -333,6 +337,34 @@ class Scheduler:
                 self._add_drafts(streams, now)
         return Step(works, self.pool.take_copies()) if works else None
 
+    def foresee(self, step: Step, now: float) -> Step | None:
+        """What comes after `step`, whose tokens nobody knows yet; None where they have to be waited for.
+
+        Every stream that its length does not end decodes one more row. Blocks are only taken from those that nobody
+        holds. `commit(step)` follows, then the commit of what is returned, with no plan between them; rows of sequences
+        that have ended by then were computed in vain.
+        """
+        if self.waiting or self.speculates or self.pool.tier is not None or now >= self._next_deadline \
+                or len(step.works) < len(self.running):
+            return None
+        works: list[Work] = []
+        for sample, work in enumerate(step.works):
+            sequence = work.sequence
+            if work.rows != 1 or not work.samples or work.scored or sequence.adjuster is not None \
+                    or sequence.request.logprobs >= 0:
+                return None
+            length = len(sequence.tokens) + 1  # when the tokens of `step` are committed
+            if _is_over(work) or length >= sequence.end_length:
+                continue
+            if length > len(sequence.blocks) * self.limits.block_size:
+                if not self.pool.available or (blocks := self.pool.allocate(1)) is None:
+                    return None
+                sequence.blocks += blocks
+            ahead = Work(sequence, work.start + 1, 1, True)
+            ahead.carries = sample
+            works.append(ahead)
+        return Step(works) if works else None
+
     def offer(self, proposal: Proposal, seconds: float = 0.0) -> None:
         """Keep a drafter's proposal, on which it spent `seconds`."""
         sequence = self._live.get(proposal.request_id)
@@ -356,6 +388,9 @@ class Scheduler:
         offset = told = 0
         for work in step.works:
             sequence = work.sequence
+            if work.carries >= 0 and _is_over(work):
+                offset += 1
+                continue
             sequence.steps += 1
             if work.scored and logprobs is not None:
                 first, count = sequence.scored + 1, len(work.scored)
@@ -733,6 +768,11 @@ def _records(logprobs: Logprobs, first: int, count: int, most: int) -> bytes:
     here = slice(first, first + count)
     return pack_likely(logprobs.of_target[here], logprobs.ranks[here], logprobs.top_ids[here, :most],
                        logprobs.top[here, :most])
+
+
+def _is_over(work: Work) -> bool:
+    """Whether its sequence has left the slot that it had."""
+    return work.sequence.slot < 0 or work.sequence.lease != work.lease
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
