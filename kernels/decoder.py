@@ -122,12 +122,19 @@ class TorchDecoder:
         self.head = self.embedding if config.tied_head else self._matrix(checkpoint, "head")
         self.norm = self._norm(checkpoint, "norm")
         self.layers = [self._layer(checkpoint, layer) for layer in range(config.layers)]
-        cache = (config.layers, self.blocks, block_size_tokens, config.kv_heads, config.head_dim)
-        self.keys = torch.empty(cache, dtype=dtype, device=self.device)
-        self.values = torch.empty(cache, dtype=dtype, device=self.device)
+        self.make_cache(self.blocks)
         self.cosines, self.sines = rotary_tables(
             config.rope_frequencies(), config.context_length, self.device, config.rope_magnitude
         )
+
+    def make_cache(self, blocks: int) -> None:
+        """A cache of so many blocks, instead of the one that is there. What that held is gone."""
+        config = self.config
+        self.keys = self.values = torch.empty(0)  # its memory goes before the new one's is taken
+        self.blocks = blocks
+        shape = (config.layers, blocks, self.block_size_tokens, config.kv_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.values = torch.empty(shape, dtype=self.dtype, device=self.device)
 
     @classmethod
     def load(

@@ -80,6 +80,8 @@ class WorkerSettings(Settings, frozen=True, kw_only=True):
     price_usd_per_hour: float = 0.0
     kv_blocks: int = 0  # 0: from kv_mib
     kv_mib: int = 256
+    # engine cuda on one GPU, instead of kv_mib: of its memory, for weights, the largest step and the KV cache
+    device_share: float = 0.9
     kv_format: str = "fp16"  # or int8, fp8: twice the blocks in the same memory, each a recipe of its own; engine cpu
     # host memory for blocks that the pool evicts; 0: none. On a CPU more kv_mib does the same without a copy
     kv_tier_mib: int = 0

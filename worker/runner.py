@@ -209,10 +209,27 @@ def load_part(settings: WorkerSettings, ranks: DistributedRanks | None, timeline
     from kernels.decoder import TorchDecoder
 
     device = device_of(settings)
-    if device == "cuda" and ranks is not None:
+    if device == "cuda" and ranks is None:
+        return _queueing_decoder(settings, path, blocks)
+    if ranks is not None and device == "cuda":
         device = f"cuda:{ranks.rank}"
     torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device, ranks=ranks)
     return torch_decoder
+
+
+def _queueing_decoder(settings: WorkerSettings, path: Path, blocks: int | None) -> Decoder:
+    """On one GPU: steps are replayed and queued, and the cache has what the largest of them leaves."""
+    from kernels.device_memory import CudaMemory, blocks_that_fit, worst_step
+    from kernels.replay import CudaRecorder, ReplayingDecoder
+
+    decoder = ReplayingDecoder(open_checkpoint(path), recorder=CudaRecorder(), most_rows=settings.step_tokens,
+                               most_sequences=settings.max_running, blocks=blocks or 1, device="cuda")
+    if blocks is None:
+        worst = worst_step(settings.step_tokens, settings.max_running, decoder.context_length,
+                           decoder.block_size_tokens)
+        decoder.make_cache(blocks_that_fit(CudaMemory(), settings.device_share, decoder.block_bytes,
+                                           lambda: decoder.step(worst)))
+    return decoder
 
 
 def _recipe_decoder(settings: WorkerSettings, path: Path, blocks: int | None, ranks: Ranks | None,
