@@ -251,7 +251,8 @@ class NatsBus:
         self._subscriptions[subscription] = None
         await self._stand(subscription)
         await self._settle()
-        if subject.lower() in self._shut:
+        # without its inbox the wait above ends by time alone, perhaps before the refusal of `subject` has come
+        if not self._shut.isdisjoint((subject.lower(), f"{self._inbox}.*".lower())):
             await subscription.unsubscribe()
             raise BusRefused(f"NATS does not let {self.name or 'this service'} subscribe to {subject}: its credential "
                              "is of another role or zone. `tokenmill nats-config` makes the right one")
