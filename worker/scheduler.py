@@ -50,7 +50,7 @@ from worker.waiting import WaitingQueue
 # while streams run, prompts get at most this share of a step, and no more than makes it this long (or takes as long as
 # the streams themselves): a long prompt does not hold the streams up
 PREFILL_SHARE = 0.5
-PROMPT_STEP_S = 0.075
+PROMPT_STEP_S = 0.06
 REMEMBERED_REQUESTS = 8192
 
 
