@@ -145,7 +145,7 @@ def test_drafts_are_verified_only_where_the_streams_that_run_or_wait_leave_somet
     assert bool(step.works[0].drafts) is bench.scheduler.speculates is drafted
 
 
-@pytest.mark.parametrize(("token_s", "chunk"), [(0.00001, 128), (0.001, 68), (0.05, BLOCK)])
+@pytest.mark.parametrize(("token_s", "chunk"), [(0.00001, 128), (0.001, 52), (0.05, BLOCK)])
 def test_a_long_prompt_takes_no_more_of_a_step_than_running_streams_can_bear(token_s: float, chunk: int) -> None:
     bench = Bench(mock_decoder(blocks=256), step_tokens=256)
     for _ in range(200):
