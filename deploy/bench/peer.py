@@ -40,6 +40,7 @@ SHOWN_LINES = 3
 
 Ask = Callable[[Mapping[str, Any]], dict[str, Any]]
 
+
 class PeerFailed(Exception):
     """A peer could not do what it was asked; the message is what it said last."""
 
@@ -117,8 +118,11 @@ class Running:
             self.process.stdin.flush()
         give_up = time.monotonic() + within_s
         while len(answers := self.answers()) == known:
-            if self.process.poll() is not None or time.monotonic() > give_up:
-                raise PeerFailed(f"no answer within {within_s:.0f} s, or an end: {self.last_words()}")
+            if self.process.poll() is not None:
+                raise PeerFailed(self.last_words() or f"ended with {self.process.returncode}, without a word")
+            if time.monotonic() > give_up:
+                self.process.kill()  # a late answer must not be taken for that of the next workload
+                raise PeerFailed(f"no answer within {within_s:.0f} s: {self.last_words()}")
             time.sleep(LOOK_EVERY_S)
         return answers[known]
 

@@ -91,7 +91,7 @@ class Team {
   // Runs work(thread) on the crew that is quickest now. The work must not count on more threads than crew().
   void run_step(const std::function<void(int)>& work) {
     const auto start = Crowding::Clock::now();
-    if (size_ > 1 && crowding_.alone(start)) {
+    if (size_ == 1 || crowding_.alone(start)) {
       crew_ = 1;
       in_plain_rounding(work, 0);
       return;
