@@ -171,11 +171,11 @@ class Soak:
         bus = await self._mesh.connect()
         hurry = Hurry(bus, model)
         await hurry.listen()
-        await hurry.fill(FILLERS, "worker-1")
         await self._fill_receipts(model)
         await hurry.fill_drafter(recent.TOKENS_PER_AUDIENCE + soak_requests.SAID_AT_ONCE)
+        await hurry.fill(FILLERS, "worker-1")  # last: until the worker speaks again, its router takes them all for open
         self._began = time.monotonic()
-        await self._rest()  # a worker that last spoke of thousands waiting gets nothing until it speaks again
+        await self._rest()
         self._may_send.set()
         clients = [asyncio.create_task(self._client(number, shared, hurry)) for number in range(self._streams)]
         try:
@@ -195,7 +195,9 @@ class Soak:
         body = {"model": model, "prompt": "The", "max_tokens": 1}
 
         async def send() -> None:
-            (await self._http.post(f"{self._mesh.url}/v1/completions", json=body, timeout=BOUND_S)).raise_for_status()
+            answer = await self._http.post(f"{self._mesh.url}/v1/completions", json=body, timeout=BOUND_S)
+            if answer.is_error:
+                raise SystemExit(f"a request that fills the receipts ended with {answer.status_code}: {answer.text}")
 
         for _ in range(0, receipts.MOST + TOGETHER, TOGETHER):
             await asyncio.gather(*(send() for _ in range(TOGETHER)))
