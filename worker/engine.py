@@ -152,6 +152,7 @@ class Engine:
         self._told_at = clock.now()  # when the drafter last heard of a step
         self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox, or the wait is over
         self._answered = False  # the former
+        self._under_way: _Begun | None = None  # submitted, and not yet asked for its tokens
         self._ahead: _Begun | None = None  # submitted while the step before it ran
 
     def submit(self, command: Command) -> bool:
@@ -318,8 +319,9 @@ class Engine:
         started = self._clock.now()
         try:
             if self._runner.queues:
-                begun = begun or await self._begin(step)
+                begun = self._under_way = begun or await self._begin(step)
                 self._ahead = None if alone else await self._look_ahead(step)
+                self._under_way = None
                 inputs, chosen = begun.inputs, await self._runner.collect(begun.ticket)
             else:
                 inputs = self._batch.build(step)
@@ -327,7 +329,7 @@ class Engine:
         except RankLost:
             raise
         except Exception as error:
-            await self._forget_ahead()
+            await self._forget_submitted()
             self.failed_steps += 1
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)
             return None
@@ -345,19 +347,22 @@ class Engine:
         """The step after the one under way, planned and submitted; None where its tokens have to be waited for."""
         if self._inbox or (ahead := self.scheduler.foresee(step, self._clock.now())) is None:
             return None
-        inputs = self._batch.build(ahead)
         try:
+            inputs = self._batch.build(ahead)
             return _Begun(ahead, inputs, await self._runner.submit(inputs, self._batch.carried(ahead)))
-        except ValueError as error:  # refused: nothing is under way, and it will be planned when its turn comes
-            _log.error("step_ahead_refused", error=repr(error), sequences=len(ahead.works))
+        except RankLost:
+            raise
+        except Exception as error:  # nothing of it is under way, and it will be planned when its turn comes
+            _log.error("step_ahead_failed", error=repr(error), sequences=len(ahead.works))
             return None
 
-    async def _forget_ahead(self) -> None:
-        """After a step that raised: what was submitted behind it has nothing to stand on."""
-        begun, self._ahead = self._ahead, None
-        if begun is not None:
-            with contextlib.suppress(Exception):
-                await self._runner.collect(begun.ticket)
+    async def _forget_submitted(self) -> None:
+        """After a step that raised: collect it where that has not been tried, and what has nothing to stand on now."""
+        submitted, self._under_way, self._ahead = (self._under_way, self._ahead), None, None
+        for begun in submitted:
+            if begun is not None:
+                with contextlib.suppress(Exception):
+                    await self._runner.collect(begun.ticket)
 
     async def _run_one_by_one(self, step: Step) -> None:
         """After a step that raised: find who is to blame. When everyone seems to be, it is the device."""

@@ -4,6 +4,7 @@ import asyncio
 import functools
 from collections import deque
 from collections.abc import Callable, Coroutine
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.worker import builders
 from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain
 from tests.worker.mesh import WALL_S, Mesh
 from worker.mock_decoder import MockDecoder
+from worker.scheduler import Scheduler, Step
 
 request = functools.partial(builders.request, deadline=WALL_S + 1000.0)
 
@@ -37,9 +39,13 @@ class Queueing(MockDecoder):
         self.chosen = np.zeros(0, np.int32)
         self.calls: list[str] = []
         self.breaks_at = -1
+        self.refuses_at = -1  # a look ahead of this number
 
     def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None = None) -> int:
         assert len(self.queue) < 2
+        if carried is not None and self.calls.count("ahead") == self.refuses_at - 1:
+            self.refuses_at = -1
+            raise RuntimeError("the device has had enough")
         if carried is not None:
             assert (inputs.tokens[carried >= 0] == 0).all()
             inputs.tokens = np.where(carried >= 0, self.chosen[carried], inputs.tokens).astype(np.int32)
@@ -130,6 +136,41 @@ async def test_a_step_that_fails_takes_the_one_behind_it_along_and_streams_go_on
             assert isinstance(await mesh.ended(name), Finished)
             assert mesh.stream(name) == plain(request(name, prompt, max_tokens=30))
         assert not decoder.queue
+
+
+@virtual
+async def test_a_look_ahead_that_fails_costs_no_stream_anything() -> None:
+    """Its error left the step under way uncollected, and after a second one the device refused every step."""
+    decoder = queueing()
+    async with Mesh(decoder, speculation=False) as mesh:
+        for turn in range(3):
+            decoder.refuses_at = decoder.calls.count("ahead") + 3
+            names = f"a{turn}", f"b{turn}"
+            await mesh.send(request(names[0], max_tokens=30), request(names[1], [4, 4], max_tokens=30))
+            for name, prompt in zip(names, ([5, 6, 7], [4, 4]), strict=True):
+                assert isinstance(await mesh.ended(name), Finished)
+                assert mesh.stream(name) == plain(request(name, prompt, max_tokens=30))
+            assert decoder.refuses_at == -1 and not decoder.queue
+
+
+@virtual
+async def test_a_step_under_way_is_collected_when_what_comes_behind_it_cannot_be_planned() -> None:
+    decoder = queueing()
+    foresee = Scheduler.foresee
+
+    def foresees(scheduler: Scheduler, step: Step, now: float) -> Step | None:
+        if not decoder.queue or decoder.calls.count("ahead") % 5 != 3:
+            return foresee(scheduler, step, now)
+        decoder.calls.append("ahead")
+        raise RuntimeError("nobody knows")
+
+    with mock.patch.object(Scheduler, "foresee", foresees):
+        async with Mesh(decoder, speculation=False) as mesh:
+            await mesh.send(request("a", max_tokens=30), request("b", [4, 4], max_tokens=30))
+            for name, prompt in (("a", [5, 6, 7]), ("b", [4, 4])):
+                assert isinstance(await mesh.ended(name), Finished)
+                assert mesh.stream(name) == plain(request(name, prompt, max_tokens=30))
+            assert not decoder.queue
 
 
 @virtual
