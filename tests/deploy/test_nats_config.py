@@ -1,8 +1,6 @@
 """What `tokenmill nats-config` writes, held against a real nats-server: it lets each role do what it must, no more."""
 
 import asyncio
-import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from shared.credentials import credentials
 from shared.nats_bus import NatsBus
 from tests.mesh.streams import chat, read
 from tests.models import default_folder
-from tests.nats_server import NatsServer, nats_server, nats_server_path
+from tests.nats_server import NatsServer, certificate, nats_server, nats_server_path
 
 USERS = ("gateway", "router", "worker@eu", "worker@us", "worker.w7@eu", "drafter@eu", "drafter@us", "observer")
 
@@ -170,13 +168,13 @@ def test_a_worker_of_another_zone_ends_with_one_sentence(server, folder, tmp_pat
 @pytest.mark.slow
 async def test_a_mesh_serves_under_credentials_and_tls_and_is_refused_nothing(tmp_path):
     folder = tmp_path / "nats"
-    certificate, key = _certificate(tmp_path)
+    made, key = certificate(tmp_path)
     nats_config.write(folder, ["gateway", "router", "worker@eu", "drafter@eu", "observer"],
-                      Listening(certificate=certificate, key=key))
+                      Listening(certificate=made, key=key))
     with nats_server("-c", str(folder / nats_config.CONFIG)) as server:
         options = Options(model=default_folder(), data=tmp_path / "data", port=broker.free_port(), engine="mock",
                           drain_s=2.0, nats=server.url.replace("nats://", "tls://"), nats_creds=folder,
-                          nats_ca=certificate, zone="eu", routers=2, workers=2)
+                          nats_ca=made, zone="eu", routers=2, workers=2)
         async with LocalMesh(options) as mesh:
             await mesh.until_ready()
             name = load_card(options.model).name
@@ -263,15 +261,3 @@ def test_a_folder_without_the_services_own_says_how_to_make_it(folder):
 def test_a_seed_shows_in_no_repr(folder):
     shown = credentials("router", "", "", str(folder), "")
     assert shown.seed.startswith("SU") and shown.seed not in repr(shown)
-
-
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of its own authority for 127.0.0.1, and its key."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("no openssl here to make a certificate with: install the package openssl")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    subprocess.run([openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=tokenmill",
-                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True, env=os.environ)
-    return certificate, key

@@ -4,17 +4,21 @@ The promises of every bus stand in test_bus.py.
 """
 
 import asyncio
+import contextlib
+import json
 import socket
 import time
 
 import pytest
 from nats import errors
 
+from deploy.nats_config import new_seed
 from shared import nats_bus
 from shared.bus import BusUnavailable
 from shared.bus_metrics import BusMetrics
+from shared.credentials import Credentials
 from shared.nats_bus import NatsBus
-from tests.nats_server import NatsServer, free_port, nats_server
+from tests.nats_server import NatsServer, certificate, free_port, nats_server
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +310,60 @@ async def test_a_wrong_password_is_said():
         with pytest.raises(BusUnavailable, match="Authorization Violation"):
             await NatsBus.connect(server.url.replace("//", "//me:wrong@"), timeout_s=1.5)
         bus = await NatsBus.connect(server.url.replace("//", "//me:right@"))
+        await assert_hears(bus)
+        await bus.close()
+
+
+@contextlib.asynccontextmanager
+async def plain_server(**info):
+    """Says an INFO without TLS and keeps all that it is told."""
+    told = bytearray()
+
+    async def answer(reader, writer):
+        writer.write(b"INFO %b\r\n" % json.dumps({"server_id": "s", "version": "2.10.0", "max_payload": 1 << 20,
+                                                  "nonce": "n", "auth_required": True, **info}).encode())
+        while received := await reader.read(4096):
+            told.extend(received)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], told
+
+
+@pytest.mark.parametrize(("url", "ca"), [("tls://me:secret@{}", False), ("nats://me:secret@{}", True),
+                                         ("nats://me:secret@{}, tls://{}", False)])
+@pytest.mark.parametrize("info", [{}, {"tls_required": False}, {"tls_available": True}])
+async def test_where_tls_was_asked_for_a_plain_server_is_told_nothing(url, ca, info, tmp_path):
+    shown = Credentials(seed=new_seed(), ca=str(certificate(tmp_path)[0]) if ca else "")
+    async with plain_server(**info) as (port, told):
+        with pytest.raises(BusUnavailable, match="takes no TLS") as caught:
+            await NatsBus.connect(url.replace("{}", f"127.0.0.1:{port}"), "test", timeout_s=0.5, credentials=shown)
+    assert not told, bytes(told)
+    assert "secret" not in str(caught.value)
+
+
+async def test_where_tls_was_not_asked_for_a_plain_server_is_spoken_to():
+    async with plain_server() as (port, told):
+        with pytest.raises(BusUnavailable):
+            await NatsBus.connect(f"nats://127.0.0.1:{port}", timeout_s=0.3)
+    assert told.startswith(b"CONNECT ")
+
+
+async def test_a_connection_under_tls_does_not_come_back_without_it(tmp_path):
+    made, key = certificate(tmp_path)
+    with nats_server("--tls", "--tlscert", str(made), "--tlskey", str(key)) as server:
+        bus = await NatsBus.connect(server.url, credentials=Credentials(ca=str(made)))
+        await assert_hears(bus)
+        under_tls = server._options
+        server.kill()
+        server.set_options()
+        server.start()
+        await until(lambda: "takes no TLS" in str(bus._last_error))
+        assert not bus.connected and not bus.reconnects
+        server.kill()
+        server.set_options(*under_tls)
+        server.start()
         await assert_hears(bus)
         await bus.close()
 
