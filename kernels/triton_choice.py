@@ -70,7 +70,8 @@ def choose(
     scores = hidden.squares.new_empty((count, tiles))
     ids = samples.tokens.new_empty((count, tiles), dtype=torch.int32)
     chosen = samples.tokens.new_empty((count,), dtype=torch.int32)
-    accepted = samples.tokens.new_empty((sequences,), dtype=torch.int32)
+    # without a sample no program says that nothing was accepted
+    accepted = (samples.tokens.new_empty if count else samples.tokens.new_zeros)((sequences,), dtype=torch.int32)
     launch(
         _choose,
         (tiles, row_tiles),

@@ -134,6 +134,11 @@ def test_no_samples_are_no_work() -> None:
     )
     chosen, accepted = triton_choice.choose(hidden, norm, head_of("dense"), nothing._replace(starts=whole(0)), work())
     assert chosen.shape == accepted.shape == (0,)
+    chosen, accepted = triton_choice.choose(
+        hidden, norm, head_of("dense"), nothing._replace(starts=whole(0, 0)), work()
+    )
+    assert chosen.shape == (0,)
+    assert accepted.tolist() == [0]
 
 
 def test_the_layer_and_the_choice_share_their_rows() -> None:
