@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from triton.runtime.interpreter import interpreter_builder
 
 from kernels import layer_cases, reference_layer, triton_layer, tuning
 from kernels.product_cases import random_weight4
@@ -68,14 +69,17 @@ def head_weights(bias: bool, norm: bool, interleaved: bool) -> HeadWeights:
     )
 
 
+@pytest.mark.parametrize(("inputs", "splits"), [(HIDDEN, 1), (520, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("bias", "norm", "interleaved"), [(False, False, False), (True, True, True), (False, True, False)]
 )
-def test_heads_are_projected_normed_turned_and_written(kind: str, bias: bool, norm: bool, interleaved: bool) -> None:
-    qkv = matrix(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)
-    assert tuning.layer_product(*triton_layer.matrix_shape(qkv))[1] == 1
-    hidden, before = hidden_of(normal(5, HIDDEN)), Norm(normal(HIDDEN, seed=2), 1e-5)
+def test_heads_are_projected_normed_turned_and_written(
+    kind: str, bias: bool, norm: bool, interleaved: bool, inputs: int, splits: int
+) -> None:
+    qkv = matrix(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, inputs)
+    assert tuning.layer_product(*triton_layer.matrix_shape(qkv))[1] == splits
+    hidden, before = hidden_of(normal(5, inputs)), Norm(normal(inputs, seed=2), 1e-5)
     heads, step, work = head_weights(bias, norm, interleaved), Step([9, 0, 4, -1, 11]), workspace()
     cache, expected_cache = step.cache(), step.cache()
     got = triton_layer.project_heads(hidden, before, qkv, heads, cache, work)
@@ -136,9 +140,10 @@ def test_tokens_become_rows_with_their_squares() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_bits_alone_and_in_every_batch(kind: str) -> None:
-    columns = 140
+    columns = 520
     qkv, down = matrix(kind, (HEADS + 2 * KV_HEADS) * HEAD_DIM, columns), matrix(kind, 50, columns)
     gate_up, norm = matrix(kind, 2 * WIDTH, columns), Norm(normal(columns, seed=2), 1e-5)
+    assert {tuning.layer_product(*triton_layer.matrix_shape(each))[1] for each in (qkv, gate_up, down)} == {2}
     heads, work = head_weights(True, True, False), workspace()
     rows = hidden_of(normal(18, columns))
     residual = hidden_of(normal(18, 50, seed=1))
@@ -174,14 +179,34 @@ def test_no_rows_are_no_work() -> None:
     assert triton_layer.project_gated(nothing, norm, matrix("dense", 20, HIDDEN), workspace()).shape == (0, 10)
 
 
-def test_splits_are_added_in_order_by_the_last_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x, residual = matrix("dense", 70, 520), normal(2, 520), hidden_of(normal(2, 70, seed=7))
-    assert tuning.layer_product(70, 520)[1] == 2
-    work = workspace()
-    first = triton_layer.project_added(x, weight, residual, work)
+@pytest.mark.parametrize("last", [0, 2])
+def test_splits_are_added_in_order_by_the_last_of_them(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    if last == 0:
+        if DEVICE == "cuda":
+            pytest.skip("which program comes last is the device's own affair")
+        forwards = interpreter_builder.set_grid_idx
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z: forwards(x, 2 - y, z))
+    outputs, part = 70, 256
+    assert tuning.layer_product(outputs, 3 * part)[1] == 3
+    # The first two splits cancel each other and are so large that either alone swallows the third.
+    loud, quiet = normal(2, part, scale=100.0), normal(2, part, seed=1)
+    x = torch.cat([loud, -loud, quiet], dim=1)
+    row = normal(outputs, part, seed=5, scale=1000.0)
+    weight = torch.cat([row, row, normal(outputs, part, seed=6)], dim=1)
+    residual, work = hidden_of(normal(2, outputs, seed=7)), workspace()
+    got = triton_layer.project_added(x, weight, residual, work)
     assert not work.counters.any()
-    again = triton_layer.project_added(x, weight, residual, work)
-    assert torch.equal(first.values, again.values)
+
+    partial = work.partial[: 3 * 2 * outputs].view(3, 2, outputs)
+    for split, (some, weights) in enumerate(zip(x.split(part, 1), weight.split(part, 1), strict=True)):
+        expected = some.double() @ weights.double().T
+        assert_close(partial[split].double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    before = residual.values.float()
+    assert torch.equal(got.values, (((partial[0] + partial[1]) + partial[2]) + before).half())
+    for first, second, third in ((0, 2, 1), (2, 1, 0)):
+        other = (((partial[first] + partial[second]) + partial[third]) + before).half()
+        assert not torch.equal(got.values, other)
+    assert not torch.equal(got.values, (((before + partial[0]) + partial[1]) + partial[2]).half())
 
 
 def test_a_workspace_that_is_too_small_and_heads_that_do_not_fit_are_refused() -> None:
