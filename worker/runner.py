@@ -226,7 +226,7 @@ def _queueing_decoder(settings: WorkerSettings, path: Path, blocks: int | None) 
                                most_sequences=settings.max_running, blocks=blocks or 1, device="cuda")
     if blocks is None:
         worst = worst_step(settings.step_tokens, settings.max_running, decoder.context_length,
-                           decoder.block_size_tokens)
+                           decoder.block_size_tokens, decoder.vocabulary_size)
         decoder.make_cache(blocks_that_fit(CudaMemory(), settings.device_share, decoder.block_bytes,
                                            lambda: decoder.step(worst)))
     return decoder
