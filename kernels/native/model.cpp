@@ -154,6 +154,10 @@ Model::Model(const mill_config& config, const mill_tensor* tensors, mill_fetch f
       layers_(size_t(config.layers)),
       scratch_(size_t(config.threads)),
       team_(config.threads) {
+  // The caller's, which need not outlive the construction.
+  config_.ranks = nullptr;
+  config_.frequencies = nullptr;
+  config_.windows = config_.head_ids = nullptr;
   place_weights(tensors, fetch);
 
   cache_.layers = config.layers;
