@@ -77,7 +77,7 @@ def dequantise(weight: Weight4, kind: torch.dtype) -> torch.Tensor:
 
 def _by_threads(x: torch.Tensor, weight: Weight4) -> torch.Tensor:
     rows = x.shape[0]
-    choice, tiles_at_once = tuning.linear4_few(weight.outputs, weight.inputs)
+    choice, tiles_at_once = tuning.linear4_few(weight.outputs)
     output = x.new_empty((rows, weight.outputs))
     launch(
         _multiply_few,

@@ -72,7 +72,7 @@ def product_rows(rows: int) -> int:
     return min(64, max(16, padded(rows)))
 
 
-def linear4_few(outputs: int, inputs: int) -> tuple[Launch, int]:
+def linear4_few(outputs: int) -> tuple[Launch, int]:
     """Outputs of a program, and tiles of inputs that are in flight at once: two 16-byte loads for each thread.
 
     Eight or four words are on their way for each thread, in programs of 256. With 512 threads, four rows would spill;

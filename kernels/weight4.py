@@ -99,10 +99,11 @@ def packed(
         words |= planes[:, :, :, plane] << (4 * plane)
     # The filling is a weight of zero in each of the kinds: its scale and its minimum are, or MXFP4's code is.
     filling = MIDDLE if zeros is not None else 0
+    kind = scales.dtype if zeros is None else torch.uint8
     return Weight4(
         words=words.permute(0, 2, 1, 3).contiguous(),
         scales=_by_tile(scales, tiles, group, 0),
-        offsets=None if offsets is None else _by_tile(offsets.to(_kind(offsets, zeros, scales)), tiles, group, filling),
+        offsets=None if offsets is None else _by_tile(offsets.to(kind), tiles, group, filling),
         outputs=outputs,
         inputs=inputs,
         group=group,
@@ -130,10 +131,6 @@ def dequantised(weight: Weight4) -> Tensor:
     if weight.kind == 1:
         return steps * (wide - _of_inputs(offsets, weight))
     return steps * wide + _of_inputs(offsets, weight)
-
-
-def _kind(offsets: Tensor, zeros: Tensor | None, scales: Tensor) -> torch.dtype:
-    return scales.dtype if zeros is None else torch.uint8
 
 
 def _filled(values: Tensor, tiles: tuple[int, int], columns: int, filling: int) -> Tensor:
