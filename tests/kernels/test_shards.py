@@ -13,9 +13,11 @@ from kernels.config import DecoderConfig, Experts
 from kernels.decoder import TorchDecoder
 from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder, block_bytes
+from kernels.native.grids import SUPER_KINDS
 from kernels.ranks import RankLost, Ranks
 from kernels.shards import Shard, cuts, shard_config
 from kernels.step import Logprobs, StepInputs
+from tests.kernels.blocks import KINDS, WIDE, stored_as
 from tests.kernels.families import FAMILIES
 from tests.kernels.steps import mixed_sampling
 from tests.kernels.test_native_step import same_bits, step_of
@@ -26,6 +28,8 @@ BLOCKS = 12
 TABLE = (7, 2, 11, 0, 5, 9, 1)
 PROMPT = np.random.default_rng(3).integers(0, 256, 70).tolist()
 UNEVEN = Tiny(hidden=96, heads=6, kv_heads=3, ffn=160, vocabulary=250, seed=2)
+# K kinds have blocks of 256 inputs
+WIDE_UNEVEN = replace(WIDE, heads=12, kv_heads=3, vocabulary=250)
 needs_compiler = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
@@ -107,12 +111,17 @@ def test_ranks_make_the_bits_of_one_rank_in_every_family(tmp_path: Path, family:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.Q8_0, Kind.F16])
+@pytest.mark.parametrize("kind", [*KINDS, "F16", "BF16", "F32"])
 def test_ranks_make_the_bits_of_one_rank_in_every_kind_of_weight_and_with_uneven_shares(
-    tmp_path: Path, kind: Kind
+    tmp_path: Path, kind: str
 ) -> None:
-    checkpoint = open_checkpoint(write_tiny_gguf(tmp_path / "model.gguf", UNEVEN, linear=kind))
+    if kind in SUPER_KINDS or kind == "MXFP4":
+        path = write_tiny_gguf(tmp_path / "model.gguf", WIDE_UNEVEN, stored=stored_as(kind, WIDE_UNEVEN))
+    else:
+        path = write_tiny_gguf(tmp_path / "model.gguf", UNEVEN, linear=Kind[kind])
+    checkpoint = open_checkpoint(path)
     alone = in_pieces(NativeDecoder(checkpoint, blocks=BLOCKS, threads=2, kv_format="int8"))
+    assert np.isfinite(alone).all() and np.ptp(alone) > 0.1
 
     def part(ranks: Ranks) -> NDArray[np.float32]:
         return in_pieces(NativeDecoder(checkpoint, blocks=BLOCKS, threads=2, kv_format="int8", ranks=ranks))
