@@ -1,4 +1,4 @@
-"""What a decoder of the Llama families looks like, read from a checkpoint. Plain numbers, no tensors."""
+"""What a decoder looks like, dense or a mixture of experts, read from a checkpoint. Plain numbers, no tensors."""
 
 import math
 from dataclasses import dataclass

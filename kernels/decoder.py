@@ -1,4 +1,4 @@
-"""A decoder of the Llama families in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
+"""A decoder in torch, over the operator table: on a GPU the fast path, on a CPU the plain one.
 
     embed | per layer: norm qkv (head norm) rotary write attend o, norm gate-up swiglu down | norm, head, mask, sample
     in a mixture of experts gate-up swiglu down are those of the experts that a row's router has chosen

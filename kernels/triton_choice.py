@@ -4,6 +4,7 @@ drafts.
 Rule: as in `kernels.triton_sampling`, token = argmax over permitted ids v of logit[v] / T + G(seed, position, v), the
 lowest id of a tie. Logits are float32 sums that no memory ever holds.
 Reference: `reference_layer.choose`.
+Called by `deploy.bench.gpu`, `kernels.verify` and tests; no decoder takes it yet.
 
 Every program has a tile of ids and M rows, and leaves the best of its ids for each row. The last one at M rows finds
 the best of their tiles; the last of those counts for each sequence how many drafted tokens equal the choice before

@@ -3,6 +3,7 @@
 Rule: a row's result depends on nothing but the row. It meets each of its experts alone or beside others in tiles of
 ROWS rows, by one compiled kernel, and its experts' outputs are added in the order of their numbers.
 Reference: `reference_experts`, operator by operator.
+Called by `kernels.verify` and tests; no decoder takes it yet.
 
     route      the best experts of each row and their weights               a program for each row
     group      the pairs (row, place) of each expert, in order              a program for each expert

@@ -9,6 +9,7 @@
 Rule: the order of every sum is given by the shape of the weights; a tile always has ROWS rows, one compiled kernel
 serves every number of them, and a row's bits depend on nothing but the row.
 Reference: `reference_layer`, operator by operator.
+Called by `deploy.bench.gpu`, `kernels.verify` and tests; no decoder takes it yet.
 
 A norm needs the mean square of its whole row before the first product. Whoever writes a row of the hidden state leaves
 the sum of squares of each 64 columns beside it; whoever reads it adds those few numbers and norms what it reads.

@@ -2,6 +2,7 @@
 
 Rule: the order of a sum is given by the shape of the matrix, so a row has the same bits alone and among any others.
 Reference: `reference.linear8`. What scales mean: `kernels.weight8`.
+Called by `deploy.bench.gpu`, `kernels.verify` and tests; no decoder takes it yet.
 
 FP8 on Hopper: the tensor cores add into fewer bits than float32 has, about 14 behind the leading one, and the error
 grows with the length of the sum. So they add 128 inputs at most; each such sum is then promoted, that is added to the

@@ -2,6 +2,7 @@
 
 Rule: elementwise in float32; one program has one row, so a row's codes depend on nothing but the row.
 Reference: `reference.quantise8`, `reference.add_rms_norm_quantise8`.
+Called by `deploy.bench.gpu`, `kernels.verify` and tests; no decoder takes it yet.
 
 A norm that writes codes saves writing the hidden state in sixteen bits and reading it twice, for the largest magnitude
 and for the codes. A code is computed as a float32 that already lies on the code's grid, so that the cast at the end

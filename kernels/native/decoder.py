@@ -166,7 +166,7 @@ class _Wanted(ctypes.Structure):
 
 
 class NativeDecoder:
-    """A model of a Llama family in packed weights with a paged KV cache, on the threads of one process.
+    """A model in packed weights with a paged KV cache, on the threads of one process.
 
     The cache is in fp16, or in half the memory as "int8" or "fp8". Each is a recipe of its own.
     """

@@ -1,4 +1,4 @@
-// A Llama decoder on the CPU: the weights, the KV cache, and one step over them.
+// A decoder on the CPU, dense or a mixture of experts: the weights, the KV cache, and one step over them.
 #pragma once
 
 #include <algorithm>
