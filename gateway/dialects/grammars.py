@@ -46,7 +46,10 @@ def enforced(dialect: Dialect, tools: Tools | None, answer: Grammar | None, open
             return answer
         raise BadRequest("a grammar of one's own excludes tools: send one of them", param="tools")
     writer = _Writer(dialect, special)
-    return Grammar("lark", writer.grammar(tools, answer, opened))
+    try:
+        return Grammar("lark", writer.grammar(tools, answer, opened))
+    except RecursionError:
+        raise BadRequest("a schema is nested too deeply: send flatter ones", param="tools") from None
 
 
 class _Writer:
@@ -166,8 +169,9 @@ class _Writer:
         match answer.kind:
             case "json":
                 schema = msgspec.json.decode(answer.text)
-                schema = schema if isinstance(schema, dict) else {}
-                self._rules["form"] = f"%json {_encode({'x-guidance': _LOOSE} | schema)}"
+                if schema is not False:  # of which a worker says that nothing fits
+                    schema = {"x-guidance": _LOOSE} | ({} if schema is True else schema)
+                self._rules["form"] = f"%json {_encode(schema)}"
             case "choice":
                 self._rules["form"] = _either(map(_text, msgspec.json.decode(answer.text, type=list[str])))
             case _:

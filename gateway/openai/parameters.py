@@ -203,12 +203,12 @@ def _grammar(body: Parameters) -> Grammar | None:
     structured = body.structured_outputs or StructuredOutputs()
     found = _response_grammar(body.response_format) + [
         (param, grammar) for param, grammar in (
-            ("structured_outputs.json", _json_grammar(structured.json)),
+            ("structured_outputs.json", _json_grammar("structured_outputs.json", structured.json)),
             ("structured_outputs.regex", _text_grammar("regex", structured.regex)),
             ("structured_outputs.choice", _choice_grammar("structured_outputs.choice", structured.choice)),
             ("structured_outputs.grammar", _text_grammar("lark", structured.grammar)),
             ("structured_outputs.json_object", JSON_OBJECT if structured.json_object else None),
-            ("guided_json", _json_grammar(body.guided_json)),
+            ("guided_json", _json_grammar("guided_json", body.guided_json)),
             ("guided_regex", _text_grammar("regex", body.guided_regex)),
             ("guided_choice", _choice_grammar("guided_choice", body.guided_choice)),
             ("guided_grammar", _text_grammar("lark", body.guided_grammar))) if grammar is not None]
@@ -238,13 +238,30 @@ def _response_grammar(format: ResponseFormat | None) -> list[tuple[str, Grammar]
     if format.json_schema is None or format.json_schema.schema is None:
         raise BadRequest("response_format.json_schema.schema is missing: send the schema the answer must fit",
                          param="response_format.json_schema.schema")
-    return [("response_format", Grammar("json", _encode(format.json_schema.schema)))]
+    return [("response_format", _schema_grammar("response_format.json_schema.schema", format.json_schema.schema))]
 
 
-def _json_grammar(schema: dict[str, Any] | str | None) -> Grammar | None:
+def _json_grammar(param: str, schema: dict[str, Any] | str | None) -> Grammar | None:
+    """Of a schema, or of the text of one."""
     if schema is None:
         return None
-    return Grammar("json", schema if isinstance(schema, str) else _encode(schema))
+    if not isinstance(schema, str):
+        return _schema_grammar(param, schema)
+    try:
+        parsed = msgspec.json.decode(schema)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{param} is no readable JSON ({error}): send a schema, or its text", param=param) from None
+    _schema_grammar(param, parsed)
+    return Grammar("json", schema)
+
+
+def _schema_grammar(param: str, schema: Any) -> Grammar:
+    if not isinstance(schema, dict | bool):
+        raise BadRequest(f"{param} is no JSON schema: send an object, true or false", param=param)
+    try:
+        return Grammar("json", _encode(schema))
+    except RecursionError:
+        raise BadRequest(f"{param} is nested too deeply: send a flatter schema", param=param) from None
 
 
 def _text_grammar(kind: Literal["regex", "lark"], text: str | None) -> Grammar | None:

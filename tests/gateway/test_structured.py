@@ -15,8 +15,9 @@ from gateway.app import build_app
 from gateway.model_files import load_card, prepare
 from shared.messages import Grammar
 from shared.vocabulary import FILE, Vocabulary, load_vocabulary
-from tests.gateway.fake_mesh import END, START, byte_tokenizer, gateway_and_mesh
+from tests.gateway.fake_mesh import END, START, byte_tokenizer, gateway_and_mesh, tiny_model
 from tests.gateway.test_api import CHAT, chat
+from tests.gateway.test_tools import TIME
 from tests.gateway.world import world
 
 # the mock chooses at random: small pushes towards ends, so that answers stay short
@@ -105,6 +106,31 @@ async def test_what_is_asked_travels_as_one_grammar() -> None:
             ({"response_format": {"type": "text"}, "structured_outputs": {}}, None)):
             assert (await client.post(CHAT, json=chat(**more))).status_code == 200
             assert mesh.requests[-1].grammar == grammar
+
+
+@pytest.mark.parametrize("schema", ["", "{", "abc", '"abc"', "5", "null", "[]", '{"a":' * 2000])
+@pytest.mark.parametrize(("more", "param"), [
+    (lambda schema: {"guided_json": schema}, "guided_json"),
+    (lambda schema: {"structured_outputs": {"json": schema}}, "structured_outputs.json")])
+async def test_text_that_is_no_schema_is_refused_by_the_name_of_its_parameter(schema: str, more: Any,
+                                                                              param: str) -> None:
+    async with gateway_and_mesh(tiny_model(context_length=4000)) as (client, mesh, _):
+        for tools in ([], [TIME]):
+            response = await client.post(CHAT, json=chat(tools=tools, **more(schema)))
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+        assert not mesh.requests
+
+
+async def test_a_schema_beside_tools_is_what_it_is_alone() -> None:
+    async with gateway_and_mesh(tiny_model(context_length=4000)) as (client, mesh, _):
+        for schema, form in (("true", '%json {"x-guidance":{'), ("false", "%json false"), ('{"type":"null"}', '"null"')):
+            assert (await client.post(CHAT, json=chat(guided_json=schema))).status_code == 200
+            assert mesh.requests[-1].grammar == Grammar("json", schema)
+            strict = TIME | {"function": TIME["function"] | {"strict": True}}
+            assert (await client.post(CHAT, json=chat(guided_json=schema, tools=[strict]))).status_code == 200
+            grammar = mesh.requests[-1].grammar
+            assert grammar is not None and any(
+                line.startswith("form: ") and form in line for line in grammar.text.splitlines())
 
 
 def test_a_prepared_model_has_its_vocabulary_as_bytes(tmp_path: Any) -> None:

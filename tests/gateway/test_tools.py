@@ -27,7 +27,7 @@ WEATHER = {"type": "function", "function": {
     "name": "weather", "description": "How it is outside.",
     "parameters": {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8},
                                                     "unit": {"enum": ["C", "F"]}}, "required": ["city", "unit"]}}}
-TIME = {"type": "function", "function": {"name": "time"}}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 ASK: list[Any] = [{"role": "user", "content": "Well?"}]
 ONE = b'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "unit": "C"}}\n</tool_call>'
 TWO = ONE + b'\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
