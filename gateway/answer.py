@@ -514,8 +514,6 @@ class Answer:
         metrics.completion_tokens.inc(usage.completion_tokens)
         prompt, found_cached = (0, 0) if error else (usage.prompt_tokens, cached)
         metrics.used(self._tenant.name, prompt, found_cached, usage.completion_tokens)
-        metrics.draft_tokens.inc(mill.draft_tokens)
-        metrics.accepted_draft_tokens.inc(mill.accepted_draft_tokens)
         for end in self._ends():
             metrics.drafted(model, end)
         metrics.prompt_tokens.inc(prompt)

@@ -167,16 +167,19 @@ class Metrics:
             self.draft_saved.inc(end.draft_saved_s)
         self.drafter_seconds.inc(_counted(end.drafter_s))
         self.drafter_usd.inc(_counted(end.drafter_usd))
+        drafted, accepted_drafts = _counted(end.draft_tokens), _counted(end.accepted_draft_tokens)
+        self.draft_tokens.inc(drafted)
+        self.accepted_draft_tokens.inc(accepted_drafts)
         self._drafts.labels(model).inc(_counted(end.draft_steps))
-        self._draft_tokens.labels(model).inc(_counted(end.draft_tokens))
-        self._accepted.labels(model).inc(_counted(end.accepted_draft_tokens))
+        self._draft_tokens.labels(model).inc(drafted)
+        self._accepted.labels(model).inc(accepted_drafts)
         for place, accepted in enumerate(accepted_at(end)):
             self._accepted_at.labels(model, str(place)).inc(_counted(accepted))
 
     def placed(self, known: Found) -> None:
         """Note what was predicted of one stream, and what was there."""
-        self.predicted_cached_tokens.inc(known.predicted_tokens)
-        self.found_cached_tokens.inc(known.cached_tokens)
+        self.predicted_cached_tokens.inc(_counted(known.predicted_tokens))
+        self.found_cached_tokens.inc(_counted(known.cached_tokens))
         self.placements.labels(known.miss).inc()
         self.missed_tokens.labels(known.miss).inc(known.missed_tokens)
 
@@ -204,7 +207,7 @@ class Metrics:
 
 
 def _counted(amount: float) -> float:
-    """What a counter takes of a worker's figure: one that is negative or no number would stop it, or spoil it."""
+    """What a counter takes of another's figure: one that is negative or no number would stop it, or spoil it."""
     return amount if math.isfinite(amount) and amount > 0 else 0.0
 
 

@@ -57,7 +57,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mi
           accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0, reasoning_tokens: int = 0) -> Usage:
     """The usage block for these counts."""
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
-                 PromptTokensDetails(min(cached_tokens, prompt_tokens)),
+                 PromptTokensDetails(max(0, min(cached_tokens, prompt_tokens))),
                  CompletionTokensDetails(reasoning_tokens, accepted_prediction_tokens, rejected_prediction_tokens),
                  mill or UNSET)
 
