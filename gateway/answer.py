@@ -368,7 +368,7 @@ class Answer:
             documents = self._unwritten + self._documents()
             self._unwritten = []
             if self._error is not None:
-                log.warning("stream_failed", code=self._error.code, reason=self._error.message)
+                log.warning("stream_failed", code=self._error.code, reason=self._error.reason)
                 await self._write(send, self._reply.events([*documents, self._reply.failed(self._error)]), last=True)
                 return
             if None not in self._reasons:

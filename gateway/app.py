@@ -228,7 +228,7 @@ class _Envelope:
                 await self._app(scope, receive, send_on)
             except MillError as error:
                 self._gateway.metrics.refused.labels(error.code).inc()
-                log.info("request_refused", path=scope["path"], code=error.code, reason=error.message)
+                log.info("request_refused", path=scope["path"], code=error.code, reason=error.reason)
                 await _send_error(send_on, error, scope)
             except ClientLeft:
                 status = _CLIENT_LEFT

@@ -15,7 +15,8 @@
     ├── DeadlineExceeded     504
     └── WorkerFailed         500  a fault of ours; attempts are used up
 
-Pure. Codes travel in `messages.Failed.code`; `from_code` turns them back into the error.
+Pure. Codes travel in `messages.Failed.code`; `from_code` turns them back into the error. A message that may quote
+what a client sent is for that client: logs have `reason`.
 """
 
 
@@ -26,6 +27,7 @@ class MillError(Exception):
     type = "server_error"
     code = "internal_error"
     retryable = False
+    quotes = False  # the message may hold what a client sent
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -33,9 +35,14 @@ class MillError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
+    @property
+    def reason(self) -> str:
+        """The message, for a log: but for one that may hold what a client sent, of which only the field is named."""
+        return f"withheld, of {self.param or 'the body'}" if self.quotes else self.message
+
 
 class BadRequest(MillError):
-    status, type, code = 400, "invalid_request_error", "invalid_request"
+    status, type, code, quotes = 400, "invalid_request_error", "invalid_request", True
 
 
 class ContextTooLong(BadRequest):
@@ -51,7 +58,7 @@ class PermissionDenied(MillError):
 
 
 class ModelNotFound(MillError):
-    status, type, code = 404, "invalid_request_error", "model_not_found"
+    status, type, code, quotes = 404, "invalid_request_error", "model_not_found", True
 
 
 class RequestTimeout(MillError):

@@ -66,7 +66,8 @@ class GrammarState:
             return ""
         # the lexer is shared: who begins now would break too
         self._compiled.spoilt = True
-        return f"the grammar is too complex: {self._matcher.get_error()[:_SHOWN]}"
+        # the library's own words quote tokens of the answer
+        return "the grammar is too complex for what came of it: send a simpler one"
 
     def resume(self, answer: Sequence[int]) -> bool:
         """Take all of an earlier answer. False when the grammar does not permit it, or is broken."""

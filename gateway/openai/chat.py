@@ -150,7 +150,7 @@ def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """
     for i, message in enumerate(messages):
         if message.role not in ROLES:
-            # what stands there is not repeated: it may be a prompt in the wrong field, and errors are logged
+            # what stands there is not repeated: it may be a prompt in the wrong field, and clients log errors
             raise BadRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}",
                              param=f"messages[{i}].role")
     names: dict[str, str] = {}  # of what was called, by the call's id

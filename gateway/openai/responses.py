@@ -174,9 +174,10 @@ def _messages(body: ResponsesRequest) -> list[Message]:
             case "item_reference":
                 raise BadRequest(f"{where} refers to an item of an earlier response, and none is kept: send the item "
                                  "itself", param=where)
-            case other:
-                raise BadRequest(f"{where} has the type {str(other)[:64]!r}: messages, function calls with their "
-                                 "outputs and reasoning are supported", param=where)
+            case _:
+                # the type is not repeated: it may be a prompt in the wrong field, and clients log errors
+                raise BadRequest(f"{where} has a type that is not supported: send messages, function calls with their "
+                                 "outputs, and reasoning", param=where)
     return messages
 
 

@@ -83,6 +83,6 @@ def _allowed(tool: Any, names: list[str]) -> str:
 
 def _known(name: str, names: list[str]) -> str:
     if name not in names:
-        raise BadRequest(f"tool_choice names {name[:128]!r}, which is not among tools: send it there too",
-                         param="tool_choice")
+        # the name is not repeated: it may be a prompt in the wrong field, and clients log errors
+        raise BadRequest("tool_choice names a function that is not among tools: send it there too", param="tool_choice")
     return name

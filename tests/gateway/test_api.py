@@ -327,6 +327,42 @@ async def test_an_error_repeats_no_text_that_could_be_a_prompt_and_no_long_name(
         assert unknown.status_code == 404 and len(unknown.content) < 400
 
 
+def no_grammar(request: Generate) -> list[Reply]:
+    return [Failed(request.request_id, request.attempt, "invalid_request", "the grammar cannot be used: my secret")]
+
+
+@pytest.mark.parametrize("more", [
+    {"model": "my secret"}, {"service_tier": "my secret"}, {"logit_bias": {"my secret": 1}},
+    {"messages": [{"role": "my secret", "content": "a"}]}, {"stream": "my secret"}, {"guided_regex": "my secret"},
+    {"tools": [{"type": "function", "function": {"name": "my.secret"}}] * 2},
+    {"messages": [{"role": "user", "content": "a", "name": "my secret"}], "chat_template_kwargs": {"fails": True}}])
+async def test_no_log_has_what_a_client_sent(more: dict[str, Any]) -> None:
+    template = "{% if fails %}{{ raise_exception(messages[0].name) }}{% endif %}{{ messages[0].content }}"
+    offered = tiny_model(context_length=4000, chat_template=template + "{# <tool_call> #}")
+    async with gateway_and_mesh(offered) as (client, mesh, _):
+        mesh.script = no_grammar
+        for stream in (False, True):
+            with structlog.testing.capture_logs() as lines:
+                response = await client.post(CHAT, json=chat(stream=stream) | more)
+            assert response.status_code in (400, 404), response.text
+            [refused] = [line for line in lines if line["event"] == "request_refused"]
+            assert refused["code"] and "secret" not in str(lines)
+
+
+async def test_what_others_count_below_nothing_counts_as_nothing() -> None:
+    async with gateway_and_mesh() as (client, mesh, gateway):
+        mesh.script = lambda request: [
+            Accepted(request.request_id, 1, "w1", cached_tokens=-7),
+            Tokens(request.request_id, 1, 0, pack([*b"Hi"])),
+            Finished(request.request_id, 1, "stop", completion_tokens=2, cached_tokens=-7, draft_tokens=-3,
+                     accepted_draft_tokens=-2)]
+        body = (await client.post(CHAT, json=chat())).json()
+        assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        text = gateway.metrics.exposition().decode()
+        for name in ("cached", "draft", "accepted_draft", "found_cached"):
+            assert f"mill_gateway_{name}_tokens_total 0.0" in text
+
+
 async def test_an_over_long_prompt_is_refused_before_any_worker_sees_it() -> None:
     async with gateway_and_mesh() as (client, mesh, _):
         for more in ({"prompt": "a" * 400}, {"prompt": "a" * 390, "max_tokens": 20}):
