@@ -123,22 +123,25 @@ class ReadChoice(Choice):
                 text, self._stopped = stops.push(part.text)
                 self.stopped = stops.stopped
                 kept.append(Said(text))
-            elif isinstance(part, Called):
-                if stops is not None:
-                    # no stop string stands on both sides of a call
-                    kept.append(Said(stops.flush()))
-                    self.stopped = stops.stopped
-                    self._stopped = self.stopped is not None
-                    self._stops = stops = stops.again()
-                if not self._stopped:
-                    kept.append(part)
-                    self.called = False
-            elif not isinstance(part, Thought) or self._shows_thoughts:
+                if self._stopped:
+                    break
+                continue
+            if isinstance(part, Called | Thought) and stops is not None and stops.begun:
+                # no stop string stands on both sides of a call or a thought
+                kept.append(Said(stops.flush()))
+                self.stopped = stops.stopped
+                self._stopped = self.stopped is not None
+                self._stops = stops = stops.again()
+                if self._stopped:
+                    break
+            if not isinstance(part, Thought) or self._shows_thoughts:
                 kept.append(part)
-                if isinstance(part, CallEnded):
-                    self.called, self._stopped = True, self._one_call
-            if self._stopped:
-                break
+            if isinstance(part, Called):
+                self.called = False
+            elif isinstance(part, CallEnded):
+                self.called, self._stopped = True, self._one_call
+                if self._stopped:
+                    break
         return kept
 
 

@@ -48,6 +48,11 @@ class StopMatcher:
             return self._end(*self._match)
         return self._send_until(self._sent + len(self._held))
 
+    @property
+    def begun(self) -> bool:
+        """Text has come."""
+        return bool(self._sent or self._held)
+
     def again(self) -> "StopMatcher":
         """One that looks for the same in another text."""
         return StopMatcher(self._stops, self._include)
