@@ -346,11 +346,9 @@ class Answer:
         scores, scores_prompt = self._options.logprobs >= 0, self._options.prompt_logprobs >= 0
         document = self._reply.whole([
             common.WholeChoice(
-                "".join(part.text for part in parts[i] if isinstance(part, Said)), self._reasons[i] or "stop",
-                tokens[i] if ids else None,
+                joined(parts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
                 self._prompt_of(i).tokens if ids else None, told[i] if scores else None,
                 self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i),
-                common.spoken(parts[i]) if self._read else None, joined(parts[i]),
                 self._choices[i].stopped)
             for i in range(len(self._choices))], self._usage(), self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),

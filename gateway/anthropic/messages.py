@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from gateway import sse
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
-from gateway.openai.chat import ChatRequest, Message
+from gateway.openai.chat import MadeChat, Message
 from gateway.openai.common import BodyDecoder, Echo, Usage, UsageNow, WholeChoice, call_id, encode
 from gateway.openai.logprobs import Told
 from gateway.openai.parameters import JsonSchema, ResponseFormat
@@ -63,7 +63,7 @@ class MessagesRequest(Struct, kw_only=True):
 _decode = BodyDecoder(MessagesRequest)
 
 
-def decode(raw: bytes) -> ChatRequest:
+def decode(raw: bytes) -> MadeChat:
     """A body. Raises BadRequest naming what is wrong or not supported."""
     body: MessagesRequest = _decode(raw)
     if body.max_tokens is None:
@@ -71,26 +71,29 @@ def decode(raw: bytes) -> ChatRequest:
     return _chat(body)
 
 
-def decode_to_count(raw: bytes) -> ChatRequest:
+def decode_to_count(raw: bytes) -> MadeChat:
     """A body of which only the prompt counts. Raises BadRequest."""
     return _chat(_decode(raw))
 
 
-def _chat(body: MessagesRequest) -> ChatRequest:
+def _chat(body: MessagesRequest) -> MadeChat:
     if body.temperature is not None and not 0 <= body.temperature <= 1:
         raise BadRequest(f"temperature must lie between 0 and 1, got {body.temperature}", param="temperature")
     choice, parallel = _choice(body.tool_choice)
     output = body.output_config or {}
-    return ChatRequest(
+    format = "output_format" if body.output_format is not None else "output_config.format"
+    return MadeChat(
         model=body.model, messages=_messages(body), max_tokens=body.max_tokens, stream=body.stream,
         temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences, seed=body.seed,
         tools=_tools(body.tools), tool_choice=choice, parallel_tool_calls=parallel,
-        response_format=_format(body.output_format or output.get("format")),
+        response_format=_format(output.get("format") if body.output_format is None else body.output_format, format),
         reasoning_effort="none" if (body.thinking or {}).get("type") == "disabled" else output.get("effort"),
         chat_template_kwargs=body.chat_template_kwargs, user=(body.metadata or {}).get("user_id"),
         service_tier={"auto": None, "standard_only": "default"}.get(body.service_tier or "auto", body.service_tier),
         also_ignored=tuple(name for name in _IGNORED if getattr(body, name))
-        + (("thinking.budget_tokens",) if (body.thinking or {}).get("budget_tokens") else ()))
+        + (("thinking.budget_tokens",) if (body.thinking or {}).get("budget_tokens") else ()),
+        names={"stop": "stop_sequences", "response_format.json_schema": format, "response_format": format,
+               "reasoning_effort": "output_config.effort"})
 
 
 def _choice(choice: dict[str, Any] | None) -> tuple[Any, bool]:
@@ -124,11 +127,11 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
     return found
 
 
-def _format(format: Any) -> ResponseFormat | None:
+def _format(format: Any, where: str) -> ResponseFormat | None:
     if format is None:
         return None
     if not isinstance(format, dict) or format.get("type") != "json_schema":
-        raise BadRequest("the output format must be of type json_schema", param="output_config.format")
+        raise BadRequest(f"{where} must be of type json_schema", param=where)
     return ResponseFormat("json_schema", JsonSchema(schema=format.get("schema")))
 
 

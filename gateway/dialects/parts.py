@@ -6,6 +6,7 @@ Pure.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple
 
 
@@ -36,6 +37,7 @@ class CallEnded(NamedTuple):
 
 
 Part = Said | Thought | Called | Argued | CallEnded
+Pieces = Said | Thought | Argued  # of which several in a row are one text
 
 
 class Reader(ABC):
@@ -55,14 +57,11 @@ class Reader(ABC):
 def joined(parts: Iterable[Part]) -> list[Part]:
     """Adjacent pieces of one text as one; empty ones left out."""
     found: list[Part] = []
-    for part in parts:
-        if isinstance(part, Said | Thought | Argued):
-            if not part.text:
-                continue
-            if found and type(found[-1]) is type(part):
-                found[-1] = type(part)(found[-1].text + part.text)  # type: ignore[union-attr]
-                continue
-        found.append(part)
+    for kind, alike in groupby((part for part in parts if not isinstance(part, Pieces) or part.text), type):
+        if issubclass(kind, Pieces):
+            found.append(kind("".join(part.text for part in alike if isinstance(part, Pieces))))
+        else:
+            found += alike
     return found
 
 

@@ -5,13 +5,24 @@ empty delta and the reason; then, only if asked for, a chunk without choices tha
 Pure. Field order is the order on the wire.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
-from gateway.openai.common import BodyDecoder, Echo, Usage, UsageNow, WholeChoice, WithText, call_id, encode
+from gateway.openai.common import (
+    BodyDecoder,
+    Echo,
+    Usage,
+    UsageNow,
+    WholeChoice,
+    WithText,
+    call_id,
+    encode,
+    renamed,
+    spoken,
+)
 from gateway.openai.logprobs import ChatLogprobs, PromptLogprob, Told, chat_logprobs, prompt_logprobs
 from gateway.openai.parameters import MAX_LOGPROBS, Options, Parameters, options, refuse, within
 from gateway.openai.tools import tools_of
@@ -61,7 +72,6 @@ class ChatRequest(Parameters, kw_only=True):
     prompt_cache_retention: str | None = None
     prompt_cache_options: Any = None
     thinking_token_budget: int | None = None
-    also_ignored: tuple[str, ...] = ()  # of an endpoint that makes a chat of its requests
     # not supported
     functions: list[Any] | None = None
     function_call: Any = None
@@ -72,18 +82,26 @@ class ChatRequest(Parameters, kw_only=True):
     echo: bool | None = None
 
 
-_decode = BodyDecoder(ChatRequest)
+decode = BodyDecoder(ChatRequest)
 
 
-def decode(raw: bytes) -> ChatRequest:
-    """A body. Raises BadRequest."""
-    body: ChatRequest = _decode(raw)
-    body.also_ignored = ()  # not for clients to say
-    return body
+class MadeChat(ChatRequest, kw_only=True):
+    """What another API's request is as a chat."""
+
+    also_ignored: tuple[str, ...] = ()  # fields of that request
+    names: Mapping[str, str] = {}  # its fields, by what they are called here
 
 
 def chat_options(body: ChatRequest) -> Options:
-    """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`."""
+    """Check everything but the messages. `max_completion_tokens` wins over `max_tokens`. Raises BadRequest."""
+    if not isinstance(body, MadeChat):
+        return _options(body)
+    with renamed(body.names):
+        found = _options(body)
+    return structs.replace(found, ignored=(*found.ignored, *body.also_ignored))
+
+
+def _options(body: ChatRequest) -> Options:
     for name, instead in (("functions", "send tools"), ("audio", ""), ("web_search_options", ""), ("chat_template", ""),
                           ("echo", "")):
         if getattr(body, name):
@@ -102,7 +120,7 @@ def chat_options(body: ChatRequest) -> Options:
     return structs.replace(found, logprobs=_logprobs(body),
                            tools=tools_of(body.tools, body.tool_choice, body.parallel_tool_calls),
                            shows_thoughts=body.include_reasoning is not False,
-                           ignored=(*(name for name in IGNORED if getattr(body, name)), *body.also_ignored))
+                           ignored=tuple(name for name in IGNORED if getattr(body, name)))
 
 
 def template_variables(body: ChatRequest) -> dict[str, Any] | None:
@@ -339,10 +357,8 @@ class ChatReply(Reply):
             metrics or UNSET))
 
     def _message(self, index: int, choice: WholeChoice) -> AssistantMessage:
-        spoken = choice.spoken
-        if spoken is None:
-            return AssistantMessage("assistant", choice.text)
+        text, thoughts, called = spoken(choice.parts)
         calls = [Call(self._call_id(index, number), CalledFunction(call.name, call.arguments))
-                 for number, call in enumerate(spoken.calls)]
-        return AssistantMessage("assistant", choice.text if choice.text or not (calls or spoken.thoughts) else None,
-                                tool_calls=calls or UNSET, reasoning_content=spoken.thoughts or UNSET)
+                 for number, call in enumerate(called)]
+        return AssistantMessage("assistant", text if text or not (calls or thoughts) else None,
+                                tool_calls=calls or UNSET, reasoning_content=thoughts or UNSET)

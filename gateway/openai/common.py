@@ -4,15 +4,16 @@ Rules: `null` means absent; fields we do not know are ignored; a body that canno
 Pure.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from gateway.dialects.parts import Argued, Called, Part, Thought
+from gateway.dialects.parts import Argued, Called, Part, Said, Thought
 from gateway.openai.logprobs import Told
 from shared.errors import BadRequest, MillError
 
@@ -80,25 +81,29 @@ class WholeCall(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """What an answer held beside its text."""
+    """An answer, by what it is made of."""
 
+    text: str
     thoughts: str
     calls: list[WholeCall]
 
 
 def spoken(parts: Iterable[Part]) -> Spoken:
-    """Thoughts and calls of `parts`."""
+    """Text, thoughts and calls of `parts`."""
+    said: list[str] = []
     thoughts: list[str] = []
     calls: list[tuple[str, list[str]]] = []
     for part in parts:
         match part:
+            case Said(text):
+                said.append(text)
             case Thought(text):
                 thoughts.append(text)
             case Called(name):
                 calls.append((name, []))
             case Argued(text):
                 calls[-1][1].append(text)
-    return Spoken("".join(thoughts), [WholeCall(name, "".join(texts)) for name, texts in calls])
+    return Spoken("".join(said), "".join(thoughts), [WholeCall(name, "".join(texts)) for name, texts in calls])
 
 
 def call_id(number: str, choice: int, call: int, length: int | None = None) -> str:
@@ -110,16 +115,32 @@ def call_id(number: str, choice: int, call: int, length: int | None = None) -> s
 class WholeChoice(NamedTuple):
     """One choice of an answer in one piece; None for what the client did not ask for."""
 
-    text: str
+    parts: Sequence[Part]
     reason: str
     tokens: list[int] | None = None
     prompt: list[int] | None = None
     told: list[Told] | None = None
     prompt_told: list[Told] | None = None
     echo: Echo | None = None
-    spoken: Spoken | None = None  # where calls and thoughts were read
-    parts: Sequence[Part] = ()  # the same in order, text among it
     stopped: str | None = None  # the stop string that ended it
+
+    @property
+    def text(self) -> str:
+        """What it said, without thoughts and calls."""
+        return "".join(part.text for part in self.parts if isinstance(part, Said))
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a field, or one within it, by the name that `names` has for it."""
+    try:
+        yield
+    except BadRequest as error:
+        for name, known in names.items():
+            if error.param == name or (error.param or "").startswith((f"{name}.", f"{name}[")):
+                raise type(error)(re.sub(rf"(?<![\w.]){re.escape(name)}(?!\w)", known, error.message),
+                                  param=known + (error.param or "")[len(name):]) from None
+        raise
 
 
 class ErrorBody(Struct):
@@ -158,9 +179,9 @@ class BodyDecoder:
     def __init__(self, kind: type[T]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
 
-    def __call__(self, body: bytes) -> Any:
+    def __call__(self, raw: bytes) -> Any:
         try:
-            return self._decoder.decode(body)
+            return self._decoder.decode(raw)
         except msgspec.ValidationError as error:
             found = _PATH.search(str(error))
             param = found["path"] if found else None

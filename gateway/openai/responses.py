@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from gateway import sse
 from gateway.dialects.parts import Argued, Called, CallEnded, Part, Said, Thought
-from gateway.openai.chat import ChatRequest, Message
+from gateway.openai.chat import ROLES, MadeChat, Message
 from gateway.openai.common import BodyDecoder, Echo, Usage, UsageNow, WholeChoice, call_id, encode
 from gateway.openai.logprobs import Told
 from gateway.openai.parameters import JsonSchema, Parameters, ResponseFormat, refuse
@@ -32,6 +32,10 @@ _IGNORED = ("store", "moderation", "max_tool_calls", "prompt_cache_retention", "
 
 class TextFormat(Struct):
     type: str = "text"
+# fields by what a chat calls them
+_NAMES = {"max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
+_FORMAT_NAMES = {"response_format.json_schema": "text.format", "response_format": "text.format"}
+
     name: str = ""
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
@@ -82,7 +86,7 @@ class Asked(Struct):
     """A request as it came, and as the chat that it is."""
 
     body: ResponsesRequest
-    chat: ChatRequest
+    chat: MadeChat
 
     @property
     def model(self) -> str | None:
@@ -117,13 +121,15 @@ def decode(raw: bytes) -> Asked:
     ignored += ["truncation"] if body.truncation == "auto" else []
     ignored += ["reasoning.summary"] if body.reasoning is not None and body.reasoning.summary else []
     common = {name: getattr(body, name) for name in _COMMON}
-    common["response_format"] = _format(body.text) or body.response_format
-    return Asked(body, ChatRequest(
+    format = _format(body.text)
+    common["response_format"] = format or body.response_format
+    return Asked(body, MadeChat(
         **common, messages=_messages(body), max_completion_tokens=body.max_output_tokens, tools=body.tools,
         tool_choice=body.tool_choice, parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
         verbosity=body.text.verbosity if body.text is not None else None,
-        chat_template_kwargs=body.chat_template_kwargs, also_ignored=tuple(ignored)))
+        chat_template_kwargs=body.chat_template_kwargs, also_ignored=tuple(ignored),
+        names=_NAMES | (_FORMAT_NAMES if format is not None else {})))
 
 
 def _format(text: TextSettings | None) -> ResponseFormat | None:
@@ -150,8 +156,8 @@ def _messages(body: ResponsesRequest) -> list[Message]:
         match item.get("type", "message"):
             case "message":
                 role, content = item.get("role"), _content(item.get("content"), where)
-                if not isinstance(role, str):
-                    raise BadRequest(f"{where}.role is missing", param=where)
+                if role not in ROLES:
+                    raise BadRequest(f"{where}.role must be one of {', '.join(ROLES)}", param=f"{where}.role")
                 thought = open_turn is not None and open_turn.content is None and not open_turn.tool_calls
                 if role == "assistant" and open_turn is not None and thought:
                     open_turn.content = content

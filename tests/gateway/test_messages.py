@@ -136,7 +136,11 @@ async def test_a_demanded_call_comes_and_fits(
     ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "own"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "not text"),
-    ({"tools": [{"name": "a b", "input_schema": {}}]}, "name")])
+    ({"tools": [{"name": "a b", "input_schema": {}}]}, "name"),
+    ({"stop_sequences": [""]}, "stop_sequences must"),
+    ({"output_config": {"effort": "much"}}, "output_config.effort must"),
+    ({"output_config": {"format": {"type": "xml"}}}, "output_config.format must"),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema is missing")])
 async def test_what_is_wrong_is_refused_in_the_shape_of_anthropics_errors(more: dict[str, Any], words: str) -> None:
     async with client_and_mesh() as (client, mesh):
         with pytest.raises(anthropic.BadRequestError, match=words) as refused:

@@ -14,6 +14,7 @@ from gateway.app import build_app
 from shared.messages import Accepted, Generate, Reply, Tokens
 from shared.tokens import pack, unpack
 from tests.gateway.fake_mesh import FakeMesh, gateway_and_mesh, refusal, tiny_model
+from tests.gateway.test_api import CHAT, chat
 from tests.gateway.test_tools import ONE, TWO, real
 
 RESPONSES = "/v1/responses"
@@ -142,9 +143,18 @@ async def test_a_demanded_call_and_a_parsed_answer_keep_to_their_schemas(monkeyp
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0]"),
     ({"input": [{"type": "computer_call"}]}, "input[0]"), ({"max_output_tokens": 0}, "max_output_tokens"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"text": {"format": {"type": "xml"}}}, "response_format.type"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"truncation": "some"}, "truncation"), ({"include": ["message.output_text.logprobs"]}, "include of logprobs"),
-    ({"top_logprobs": 2}, "top_logprobs"), ({"reasoning": {"effort": "much"}}, "reasoning_effort")])
+    ({"logprobs": True}, "logprobs"), ({"logprobs": 0}, "logprobs"), ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"return_token_ids": True}, "return_token_ids"), ({"top_logprobs": 2}, "top_logprobs"),
+    ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"max_output_tokens": 5, "min_tokens": 9}, "min_tokens"),
+    ({"instructions": "Be brief.", "input": [{"role": "bot", "content": "Hi"}]}, "input[0].role"),
+    ({"input": [{"content": "Hi"}]}, "input[0].role"),
+    *(({"input": [{"type": "message", "role": "user", "content": "Hi"}, {"type": "function_call", "name": "time",
+                                                                         "arguments": arguments}]},
+       "input[1].arguments") for arguments in ('{"a": ', '{"a":' * 3000))])
 async def test_what_is_wrong_or_would_need_a_store_is_refused_by_name(more: dict[str, Any], param: str) -> None:
     async with gateway_and_mesh() as (client, mesh, _):
         response = await client.post(RESPONSES, json={"model": "tiny", "input": "Hi"} | more)
@@ -160,6 +170,8 @@ async def test_what_changes_nothing_is_said_in_a_header() -> None:
         assert response.status_code == 200
         assert response.headers["x-tokenmill-ignored"] == "verbosity, store, include, truncation"
         assert (await client.get(f"{RESPONSES}/resp_1")).status_code == 404
+        response = await client.post(CHAT, json=chat(also_ignored=["mine"], names={"stop": "mine"}, stop=[""]))
+        assert "x-tokenmill-ignored" not in response.headers and response.json()["error"]["param"] == "stop"
 
 
 async def test_an_error_in_mid_stream_reaches_the_official_client() -> None:
