@@ -180,9 +180,13 @@ class _Writer:
 
 
 def _schema(tool: Tool) -> dict[str, Any]:
-    """Of a tool's arguments: an object that has what the schema names and nothing else, unless the schema says so."""
-    schema = {"type": "object", **(tool.parameters or {})}
-    if not {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"} & set(schema):
+    """Of a tool's arguments: an object that has what the schema names and nothing else, unless the schema says so.
+
+    A tool without a schema takes nothing; one whose schema names nothing may take anything.
+    """
+    schema = {"type": "object", **({"properties": {}} if tool.parameters is None else tool.parameters)}
+    opened = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    if "properties" in schema and not opened & set(schema):
         schema["additionalProperties"] = False
     return schema | {"x-guidance": _TIGHT if tool.strict else _TIGHT | {"lenient": True}}
 

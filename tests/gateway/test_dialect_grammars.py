@@ -160,6 +160,21 @@ def test_without_anything_to_enforce_there_is_no_grammar_and_a_form_alone_stays_
     assert enforced(Dialect("hermes", "think"), None, own, False, {}) is own
 
 
+@pytest.mark.parametrize(("parameters", "fit", "unfit"), [
+    (None, "{}", '{"a": 1}'), ({}, '{"a": 1}', "[]"), ({"type": "object"}, '{"a": 1}', "5"),
+    ({"type": "object", "properties": {}}, "{}", '{"a": 1}'),
+    ({"type": "object", "properties": {}, "additionalProperties": True}, '{"a": 1}', "5")])
+def test_a_tool_without_a_schema_takes_nothing_and_one_whose_schema_names_nothing_takes_anything(
+        parameters: dict[str, Any] | None, fit: str, unfit: str) -> None:
+    tools = Tools((Tool("time", None, parameters),), frozenset({"time"}), required=True)
+    grammar = enforced(Dialect("hermes"), tools, None, False, {})
+    assert grammar is not None
+    written = '<tool_call>\n{"name": "time", "arguments": %s}\n</tool_call>'
+    grammars().begin(grammar, list((written % fit).encode()))
+    with pytest.raises(BadRequest, match="does not permit"):
+        grammars().begin(grammar, list((written % unfit).encode()))
+
+
 @pytest.mark.parametrize(("tools", "answer", "reason"), [
     (offer(True), Grammar("lark", 'start: "a"'), "excludes tools")])
 def test_what_does_not_go_together_is_refused(tools: Any, answer: Any, reason: str) -> None:
