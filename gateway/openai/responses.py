@@ -22,21 +22,23 @@ from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest, MillError
 
 _TEXTS = ("input_text", "output_text", "text", "refusal")
-# what would need a store, a hosted tool or another service
+_ELSEWHERE = "ask /v1/chat/completions for them"
+# what would need a store, a hosted tool or another service, or has no place in a response
 _REFUSED = (("previous_response_id", "send the whole conversation as input"),
             ("conversation", "send the whole conversation as input"), ("background", "wait for the answer"),
             ("prompt", "send its text as instructions"), ("context_management", ""), ("echo", ""), ("audio", ""),
-            ("top_logprobs", "ask /v1/chat/completions for them"))
+            ("top_logprobs", _ELSEWHERE), ("return_token_ids", _ELSEWHERE))
+_SCORES = ("logprobs", "prompt_logprobs")  # of which 0 asks for something
 _IGNORED = ("store", "moderation", "max_tool_calls", "prompt_cache_retention", "prompt_cache_options", "image")
 
-
-class TextFormat(Struct):
-    type: str = "text"
 # fields by what a chat calls them
 _NAMES = {"max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
 _FORMAT_NAMES = {"response_format.json_schema": "text.format", "response_format": "text.format"}
 
     name: str = ""
+
+class TextFormat(Struct):
+    type: str = "text"
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
 
@@ -108,9 +110,12 @@ def decode(raw: bytes) -> Asked:
         if getattr(body, name):
             raise refuse(name, instead or "leave it out")
     if body.n not in (None, 1):
+    for name in _SCORES:
+        if (asked := getattr(body, name)) is not None and asked is not False:
+            raise refuse(name, _ELSEWHERE)
         raise refuse("n", "send several requests")
     if "message.output_text.logprobs" in (body.include or ()):
-        raise refuse("include of logprobs", "ask /v1/chat/completions for them")
+        raise refuse("include of logprobs", _ELSEWHERE)
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise BadRequest(f"max_output_tokens must be 1 or more, got {body.max_output_tokens}",
                          param="max_output_tokens")

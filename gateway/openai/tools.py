@@ -70,7 +70,11 @@ def _choice(choice: Any, names: list[str]) -> tuple[bool, list[str] | None]:
             told = rest.get("allowed_tools", rest)
             if not isinstance(told, Mapping) or told.get("mode") not in ("auto", "required"):
                 raise BadRequest("tool_choice of allowed_tools needs a mode, auto or required", param="tool_choice")
-            return told["mode"] == "required", [_allowed(tool, names) for tool in told.get("tools") or ()]
+            allowed = told.get("tools")
+            if not isinstance(allowed, list) or not allowed:
+                raise BadRequest("tool_choice of allowed_tools needs tools, a list of one at least; to allow none send "
+                                 '"none"', param="tool_choice")
+            return told["mode"] == "required", [_allowed(tool, names) for tool in allowed]
     raise BadRequest('tool_choice must be "none", "auto", "required", a function or allowed_tools', param="tool_choice")
 
 

@@ -123,7 +123,8 @@ async def test_text_that_is_no_schema_is_refused_by_the_name_of_its_parameter(sc
 
 async def test_a_schema_beside_tools_is_what_it_is_alone() -> None:
     async with gateway_and_mesh(tiny_model(context_length=4000)) as (client, mesh, _):
-        for schema, form in (("true", '%json {"x-guidance":{'), ("false", "%json false"), ('{"type":"null"}', '"null"')):
+        for schema, form in (("true", '%json {"x-guidance":{'), ("false", "%json false"),
+                             ('{"type":"null"}', '"null"')):
             assert (await client.post(CHAT, json=chat(guided_json=schema))).status_code == 200
             assert mesh.requests[-1].grammar == Grammar("json", schema)
             strict = TIME | {"function": TIME["function"] | {"strict": True}}

@@ -183,6 +183,8 @@ async def test_for_a_template_without_tools_the_gateway_shows_them_and_what_came
     ({"tool_choice": "required"}, "tool_choice"), ({"tools": [TIME] * 129}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "tools[0]"),
     ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}}, "tool_choice"),
+    *(({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}},
+       "tool_choice") for mode in ("auto", "required") for tools in (5, True, "time", {"a": 1}, [], None)),
     ({"functions": [{"name": "a"}]}, "functions"), ({"reasoning_effort": "much"}, "reasoning_effort"),
     ({"tools": [TIME], "tool_choice": "required", "guided_grammar": 'start: "a"'}, "tools"),
 ])
@@ -191,6 +193,24 @@ async def test_wrong_tools_are_refused_by_name(more: dict[str, Any], param: str)
         response = await client.post(CHAT, json=chat(**more))
         assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
         assert not mesh.requests
+
+
+@pytest.mark.parametrize(("path", "more"), [
+    (CHAT, {"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "my secret"}}}),
+    ("/v1/responses", {"input": [{"type": "my secret"}]})])
+async def test_what_stands_in_a_wrong_field_is_not_repeated_in_an_error(path: str, more: dict[str, Any]) -> None:
+    async with gateway_and_mesh(tiny_model(context_length=4000)) as (client, _, _):
+        response = await client.post(path, json=chat(**more))
+        assert response.status_code == 400 and "my secret" not in response.text
+
+
+async def test_a_call_may_hold_half_a_surrogate_pair() -> None:
+    async with gateway_and_mesh(tiny_model(context_length=4000)) as (client, mesh, _):
+        for arguments in (rb'{\"a\": \"\ud83d\"}', rb'{\"a\": \"\\ud83d\"}'):
+            mesh.says = b'<tool_call>{"name": "time", "arguments": "' + arguments + b'"}</tool_call>'
+            for stream in (False, True):
+                response = await client.post(CHAT, json=chat(tools=[TIME], stream=stream))
+                assert response.status_code == 200 and '"finish_reason":"tool_calls"' in response.text
 
 
 async def test_a_model_whose_form_of_calls_is_unknown_refuses_tools_until_it_is_told() -> None:
