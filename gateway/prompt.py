@@ -63,7 +63,11 @@ class ServedModel:
         shown = [] if tools is None else [tool.shown() for tool in tools.offered]
         if self.dialect.shows and (shown or any("tool_calls" in message or message.get("role") == "tool"
                                                 for message in messages)):
-            messages, shown = with_tools(self.template.read(messages), shown), []
+            try:
+                messages, shown = with_tools(self.template.read(messages), shown), []
+            except RecursionError:
+                raise BadRequest("tools and their calls are nested too deeply: send flatter ones",
+                                 param="tools") from None
         text = self.template.render(messages, now_s=now_s, tools=shown, add_generation_prompt=add_generation_prompt,
                                     continue_final_message=continue_final_message, variables=variables)
         return self.tokenizer.encode(text, add_special=False)

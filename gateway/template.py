@@ -130,7 +130,8 @@ class ChatTemplate:
                 "compare their fields and the order of their roles with what this model expects",
                 param="messages",
             ) from error
-        return "".join(pieces)
+        # half a surrogate pair in a call's arguments, which has no UTF-8 and so no tokens: as the escape that it was
+        return "".join(pieces).encode("utf-8", "backslashreplace").decode()
 
 
 def _text(content: Any, where: str) -> str:
@@ -163,7 +164,7 @@ def _tool_call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(arguments := function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(
                 f"{where}.tool_calls has arguments that are no JSON ({error}): send what the model answered",
                 param=f"{where}.tool_calls",

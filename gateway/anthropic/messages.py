@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from gateway import sse
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
@@ -176,7 +176,7 @@ def _said(content: list[dict[str, Any]], where: str) -> Message:
         match block:
             case {"type": "tool_use", "name": str(name)}:
                 calls.append({"id": block.get("id"), "type": "function", "function": {
-                    "name": name, "arguments": json.dumps(block.get("input") or {}, ensure_ascii=False)}})
+                    "name": name, "arguments": _arguments(block.get("input"), where)}})
             case {"type": "thinking", "thinking": str(thought)}:
                 thoughts.append(thought)
             case {"type": "redacted_thinking"}:
@@ -185,6 +185,14 @@ def _said(content: list[dict[str, Any]], where: str) -> Message:
                 texts.append(block)
     return Message(role="assistant", content=_text(texts, where) if texts else None, tool_calls=calls or None,
                    reasoning_content="".join(thoughts) or None)
+
+
+def _arguments(input: Any, where: str) -> str:
+    try:
+        return json.dumps(input or {}, ensure_ascii=False)
+    except RecursionError:
+        raise BadRequest(f"{where} has a tool_use whose input is nested too deeply: send a flatter one",
+                         param=where) from None
 
 
 def _text(content: Any, where: str) -> str:
@@ -320,13 +328,13 @@ def _ending(reason: str, stopped: str | None) -> tuple[str, str | None]:
     return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[reason], None
 
 
-def _input(arguments: str) -> dict[str, Any]:
-    """The input of a tool; empty where it was cut off."""
+def _input(arguments: str) -> Raw:
+    """The input of a tool as it was written; empty where it was cut off, or is nested deeper than clients can read."""
     try:
-        found = json.loads(arguments)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        whole = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        whole = False
+    return Raw(arguments.encode() if whole else b"{}")
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

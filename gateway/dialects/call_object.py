@@ -138,7 +138,14 @@ def _object_text(value: str) -> str | None:
     if value.startswith('"'):
         text: str = json.loads(value)
         try:
-            return text if isinstance(json.loads(text or "{}"), dict) else None
+            if not isinstance(json.loads(text or "{}", parse_constant=_no_json), dict):
+                return None
         except (ValueError, RecursionError):
             return None
+        # half a surrogate pair, which has no UTF-8: in a string of JSON, and that it may stand in, as its escape
+        return text.encode("utf-8", "backslashreplace").decode()
     return None
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")  # NaN and the infinities, which Python would take

@@ -5,6 +5,7 @@ anything of it and closes it before the next; every event has the next number, i
 Pure. Source: the types and the stream accumulator of openai-python.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +36,10 @@ _IGNORED = ("store", "moderation", "max_tool_calls", "prompt_cache_retention", "
 _NAMES = {"max_completion_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort"}
 _FORMAT_NAMES = {"response_format.json_schema": "text.format", "response_format": "text.format"}
 
-    name: str = ""
 
 class TextFormat(Struct):
     type: str = "text"
+    name: str = ""
     schema: dict[str, Any] | bool | None = None
     strict: bool | None = None
 
@@ -109,10 +110,10 @@ def decode(raw: bytes) -> Asked:
     for name, instead in _REFUSED:
         if getattr(body, name):
             raise refuse(name, instead or "leave it out")
-    if body.n not in (None, 1):
     for name in _SCORES:
         if (asked := getattr(body, name)) is not None and asked is not False:
             raise refuse(name, _ELSEWHERE)
+    if body.n not in (None, 1):
         raise refuse("n", "send several requests")
     if "message.output_text.logprobs" in (body.include or ()):
         raise refuse("include of logprobs", _ELSEWHERE)
@@ -176,7 +177,7 @@ def _messages(body: ResponsesRequest) -> list[Message]:
                 open_turn = _turn(messages, open_turn)
                 open_turn.tool_calls = [*(open_turn.tool_calls or ()), {
                     "id": _call_of(item, where), "type": "function",
-                    "function": {"name": item.get("name"), "arguments": item.get("arguments") or ""}}]
+                    "function": {"name": item.get("name"), "arguments": _arguments(item, where)}}]
             case "function_call_output":
                 output = item.get("output")
                 content = output if isinstance(output, str) else _content(output, where)
@@ -197,6 +198,18 @@ def _call_of(item: dict[str, Any], where: str) -> str | None:
     found = item.get("call_id")
     if not isinstance(found, str | None):
         raise BadRequest(f"{where}.call_id must be a string", param=where)
+    return found
+
+
+def _arguments(item: dict[str, Any], where: str) -> Any:
+    """What a function was called with. What templates cannot read is refused here, where its place is known."""
+    found = item.get("arguments") or ""
+    if isinstance(found, str) and found.strip():
+        try:
+            json.loads(found)
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"{where}.arguments is no JSON ({error}): send what the model answered",
+                             param=f"{where}.arguments") from None
     return found
 
 

@@ -56,6 +56,8 @@ def call(name: str, arguments: str) -> list[Part]:
     (HERMES, '<tool_call>{"name": "f", "arguments": {"q": "</tool_call>\\"}{"}}',
      call("f", '{"q": "</tool_call>\\"}{"}')),
     (HERMES, '<tool_call>{"id": 7, "name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', call("f", '{"a": 1}')),
+    (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": \"\ud83d\"}"}</tool_call>',
+     call("f", r'{"a": "\ud83d"}')),
     (HERMES, '<tool_call>{"name": "f"}</tool_call>', call("f", "{}")),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call> so', [*call("f", '{"a": 1}'), Said("so")]),
     (LLAMA, '\n{"name": "f", "parameters": {"a": "b"}}; {"name": "g", "parameters": {}}\n so',
@@ -86,6 +88,7 @@ def test_calls_and_thoughts_are_read_however_the_text_was_cut(
 @pytest.mark.parametrize(("make", "text"), [
     (HERMES, 'a <tool_call> is <tool_call>[1, {"name": "f"}] and </tool_call>'), (HERMES, "<tool_ca"), (HERMES, " \n "),
     (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'), (HERMES, '<tool_call>{"name": "f", "argu'),
+    (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": NaN}"}</tool_call>'),
     (HERMES, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'), (HERMES, '{"name": "f", "arguments": {}}'),
     (LLAMA, '{"name": "f"}'), (LLAMA, '{"name": "Bob", "parameters": {}}'),
     (LLAMA, 'x {"name": "f", "parameters": {}}'),

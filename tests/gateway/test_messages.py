@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import worker.service
+from gateway.anthropic.messages import decode
 from gateway.app import build_app
+from shared.errors import BadRequest
 from shared.messages import Accepted, Generate, Reply, Tokens
 from shared.tokens import pack, unpack
 from shared.vocabulary import Vocabulary
@@ -111,6 +113,32 @@ async def test_what_tools_gave_back_reaches_the_template_as_such() -> None:
         prompt = bytes(unpack(mesh.requests[0].tokens)).decode()
         assert prompt.startswith("<user|Hi||><assistant|Let me look.|hm|[{") and '{"city": "Oslo"}' in prompt
         assert "<tool|rain||><user|So?||>" in prompt
+
+
+async def test_input_of_a_tool_that_is_nested_deeper_than_can_be_read_is_shown_empty_and_no_fault() -> None:
+    deep = b'{"a": ' + b"[" * 1500 + b"]" * 1500 + b"}"
+    async with client_and_mesh(b'<tool_call>{"name": "time", "arguments": ' + deep + b"}</tool_call>") as (client, _):
+        message = await client.messages.create(model="tiny", max_tokens=3500, messages=HELLO, tools=[TIME])
+        assert message.stop_reason == "tool_use" and [block.input for block in message.content] == [{}]
+
+
+async def test_input_of_a_tool_is_shown_as_it_was_written() -> None:
+    written = rb'{"a": "\ud83d", "b": 1.50}'
+    async with client_and_mesh(b'<tool_call>{"name": "time", "arguments": %b}</tool_call>' % written) as (client, _):
+        raw = await client.messages.with_raw_response.create(model="tiny", max_tokens=99, messages=HELLO, tools=[TIME])
+        assert b'"input":' + written in await raw.read()
+
+
+def test_input_that_comes_back_however_deeply_nested_is_taken_or_refused() -> None:
+    refused = 0
+    for depth in range(700, 1000):
+        content = '[{"type": "tool_use", "id": "t", "name": "time", "input": ' + "[" * depth + "]" * depth + "}]"
+        body = '{"max_tokens": 5, "messages": [{"role": "assistant", "content": ' + content + "}]}"
+        try:
+            decode(body.encode())
+        except BadRequest:
+            refused += 1
+    assert 0 < refused < 300
 
 
 @pytest.mark.parametrize(("choice", "names"), [
