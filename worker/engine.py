@@ -173,7 +173,8 @@ class Engine:
         with Alarm(self._fresh.set) as alarm:
             while True:
                 started, tokens = self._clock.now(), self.rate.total
-                held_s = await self._wait_for_drafts(alarm) if self.scheduler.speculates else 0.0
+                waits = self.scheduler.speculates and self._ahead is None
+                held_s = await self._wait_for_drafts(alarm) if waits else 0.0
                 if self._inbox:
                     self._take_inbox()
                 begun, self._ahead = self._ahead, None

@@ -188,10 +188,10 @@ class Scheduler:
         self.verified_steps = 0  # drafts of a stream in a step
         self.saved_s = 0.0  # by accepted drafts, the rows and waits of all drafts taken off
         self.survival = Survival()
-        self.drafter = ""  # whose drafts come
+        self.drafter = ""  # whose drafts come; nobody's at first
         self.drafter_usd_per_hour = 0.0
         self.paying = True  # whether the drafter pays for itself; the owner says so
-        self.speculates = limits.max_draft_tokens > 0  # whether drafts can pay for the streams there are now
+        self.speculates = False  # whether drafts are wanted for the streams there are now
         self.closed_because: str | None = None  # set while draining
         self._live: dict[str, Sequence] = {}
         self._seen: OrderedDict[str, int] = OrderedDict()  # request -> highest attempt registered
@@ -204,6 +204,7 @@ class Scheduler:
         self._works: list[Work] = []
         self._events: list[Event] = []
         self._plain_s = 0.0  # of the step under way, without its drafts
+        self._can_pay = True  # whether drafts could pay when that was last asked
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 
@@ -259,6 +260,13 @@ class Scheduler:
         """End one sequence with an error."""
         if not sequence.ended:
             self._end(sequence, failed(sequence.request, error, retryable))
+
+    def meet_drafter(self, name: str, usd_per_hour: float = 0.0) -> None:
+        """Another one is followed, or none: nothing is known of it."""
+        self.drafter = name
+        self.drafter_usd_per_hour = usd_per_hour
+        self.paying = True
+        self._decide_on_drafts()
 
     def close(self, reason: str) -> None:
         """Admit no more: refuse what comes and hand back what waits. Running sequences go on."""
@@ -329,12 +337,8 @@ class Scheduler:
                 self._admit(budget, computing, now)
         if self.limits.max_forced_tokens:
             self._add_forced()
-        if self.limits.max_draft_tokens:
-            # what is saved now is saved from steps that the waiting ones join, so it is valued at their price
-            streams = min(self.limits.max_running, len(self.running) + len(self.waiting))
-            self.speculates = self.paying and can_pay(streams, self.cost.rows_s, self.speculates)
-            if self.speculates:
-                self._add_drafts(streams, now)
+        if self._decide_on_drafts():
+            self._add_drafts(self._streams, now)
         return Step(works, self.pool.take_copies()) if works else None
 
     def foresee(self, step: Step, now: float) -> Step | None:
@@ -344,7 +348,7 @@ class Scheduler:
         holds. `commit(step)` follows, then the commit of what is returned, with no plan between them; rows of sequences
         that have ended by then were computed in vain.
         """
-        if self.waiting or self.speculates or self.pool.tier is not None or now >= self._next_deadline \
+        if self.waiting or self._decide_on_drafts() or self.pool.tier is not None or now >= self._next_deadline \
                 or len(step.works) < len(self.running):
             return None
         works: list[Work] = []
@@ -426,6 +430,18 @@ class Scheduler:
     def audit(self) -> Audit:
         """Check who holds which block, and mend. Between steps only."""
         return self.pool.audit(sequence.blocks for sequence in self._live.values())
+
+    def _decide_on_drafts(self) -> bool:
+        """Whether a drafter is followed, pays for itself, and can for the streams there are now: `speculates`."""
+        self.speculates = self.limits.max_draft_tokens > 0 and self.drafter != "" and self.paying
+        if self.speculates:
+            self.speculates = self._can_pay = can_pay(self._streams, self.cost.rows_s, self._can_pay)
+        return self.speculates
+
+    @property
+    def _streams(self) -> int:
+        """What drafts save now they save from steps that the waiting ones join, so it is valued at the price of all."""
+        return min(self.limits.max_running, len(self.running) + len(self.waiting))
 
     # --- parts of plan -----------------------------------------------------------------------------------------------
 

@@ -344,9 +344,7 @@ class Worker:
 
     def _meet_drafter(self) -> None:
         """Another one is followed, or none."""
-        self._scheduler.drafter = self._following.name
-        self._scheduler.drafter_usd_per_hour = self._following.usd_per_hour
-        self._scheduler.paying = True
+        self._scheduler.meet_drafter(self._following.name, self._following.usd_per_hour)
         self._engine.payback.new_drafter()
         self._status_wanted.set()
 

@@ -432,6 +432,7 @@ class Engine:
         self._cancels = cancels
         self._taken: list[int] = []
         self._scheduler = Scheduler(sizes._replace(**limits), BlockPool(blocks or decoder.blocks))
+        self._scheduler.meet_drafter("bench")
         self._batch = Batch(limits["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens),
                             decoder.vocabulary_size)
         self._said: Truth = {}

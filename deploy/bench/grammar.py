@@ -158,6 +158,7 @@ def run(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], stre
                     max_waiting=len(requests), max_draft_tokens=8 if truth is not None else 0,
                     max_forced_tokens=8 if truth is not None or forced else 0)
     scheduler = Scheduler(limits, BlockPool(decoder.blocks))
+    scheduler.meet_drafter("bench")
     batch = Batch(streams, -(-scheduler.length_limit // limits.block_size), limits.vocabulary_size)
     said: Said = {request.request_id: [] for request in requests}
     for request in requests:

@@ -155,6 +155,7 @@ class Engine(Bench):
     def __init__(self, place: Place, blocks: int = 64, **limits: int) -> None:
         super().__init__(place.decoder, **({"step_tokens": 64, "max_draft_tokens": 0, "max_forced_tokens": 0} | limits))
         self.scheduler = Scheduler(self.scheduler.limits, BlockPool(blocks))
+        self.scheduler.meet_drafter("d1")
         self.grammars = place.grammars
 
     def add(self, generate: Generate) -> None:

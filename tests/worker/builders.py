@@ -46,6 +46,7 @@ class Bench:
     def __init__(self, decoder: Decoder, **limits: int) -> None:
         self.decoder = decoder
         self.scheduler = make_scheduler(decoder, **limits)
+        self.scheduler.meet_drafter("d1")
         self.batch = make_batch(self.scheduler)
         self.now = 0.0
         self.streams: dict[tuple[str, int], list[int]] = {}

@@ -174,6 +174,44 @@ async def test_a_step_under_way_is_collected_when_what_comes_behind_it_cannot_be
 
 
 @virtual
+async def test_steps_are_planned_ahead_until_a_drafter_comes_whose_drafts_pay() -> None:
+    """A worker that nobody drafted for took itself for one that speculates, and planned nothing ahead."""
+    decoder = queueing()
+    async with Mesh(decoder) as mesh:
+        decoder.calls.clear()
+        await mesh.send(request(max_tokens=20))
+        await mesh.ended("r")
+        assert decoder.calls.count("ahead") == 18
+        await mesh.send(mesh.drafter())
+        await mesh.until(lambda: mesh.statuses[-1].drafter == "d1")
+        decoder.calls.clear()
+        await mesh.send(request("s", max_tokens=20))
+        await mesh.ended("s")
+        assert "ahead" not in decoder.calls
+
+
+def test_whether_drafts_can_pay_is_asked_again_before_each_step_that_is_foreseen() -> None:
+    """With many streams they could not; when most had ended, nobody noticed while steps were planned ahead."""
+    scheduler = make_scheduler(mock_decoder(blocks=256), max_running=32)
+    for _ in range(200):
+        for rows in (1, 8, 32):
+            scheduler.cost.observe(rows, 0, 0.003 + rows * 0.001)
+    scheduler.meet_drafter("d1")
+    for number in range(31):
+        scheduler.add(request(f"r{number}", [number], max_tokens=3 if number else 30), 0.0, 1e9)
+    for _ in range(2):
+        step = scheduler.plan(0.0)
+        assert step is not None
+        scheduler.commit(step, [9] * step.sampled, 0.0)
+    step = scheduler.plan(0.0)
+    assert step is not None and step.streams == 31
+    ahead = scheduler.foresee(step, 0.0)
+    assert ahead is not None and ahead.streams == 1 and not scheduler.speculates
+    scheduler.commit(step, [9] * 31, 0.0)
+    assert scheduler.foresee(ahead, 0.0) is None and scheduler.speculates
+
+
+@virtual
 async def test_what_depends_on_the_tokens_is_waited_for() -> None:
     decoder = queueing()
     async with Mesh(decoder, speculation=False) as mesh:

@@ -38,10 +38,12 @@ def test_the_tokens_of_a_stream_become_one_event_and_nothing_is_lost() -> None:
         event for event in events if not isinstance(event, Advanced)]
 
 
+@pytest.mark.parametrize("speculation", [False, True])
 @pytest.mark.parametrize(("step_s", "longest_s"), [(0.0005, GATHER_S + 0.001), (0.004, 0.0045)])
-def test_tokens_wait_for_others_only_where_steps_are_short(step_s: float, longest_s: float) -> None:
+def test_tokens_wait_for_others_only_where_steps_are_short_and_nobody_drafts(
+        step_s: float, longest_s: float, speculation: bool) -> None:
     async def scenario() -> tuple[Mesh, list[tuple[float, int]]]:
-        mesh = Mesh(mock_step_s=step_s, mock_row_s=0.0, mock_token_s=0.0, speculation=False)
+        mesh = Mesh(mock_step_s=step_s, mock_row_s=0.0, mock_token_s=0.0, speculation=speculation)
         seen: list[tuple[float, int]] = []
         async with mesh:
             await mesh.send(request("r", max_tokens=60, deadline=DEADLINE))
