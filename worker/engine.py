@@ -149,6 +149,7 @@ class Engine:
         self._kept_since = clock.now()
         self._begun: set[Sequence] = set()  # streams whose first token is among them
         self._step_s = float("inf")  # what the last step took
+        self._collected_at = clock.now()  # when it was over: what is queued behind it begins
         self._told_at = clock.now()  # when the drafter last heard of a step
         self._fresh = asyncio.Event()  # drafts made from the newest tokens are in the inbox, or the wait is over
         self._answered = False  # the former
@@ -317,7 +318,7 @@ class Engine:
 
     async def _timed(self, step: Step, rows: int, sampled: int, begun: _Begun | None = None,
                      alone: bool = False) -> Computed | None:
-        started = self._clock.now()
+        started = self._clock.now() if begun is None else self._collected_at
         try:
             if self._runner.queues:
                 begun = self._under_way = begun or await self._begin(step)
@@ -335,7 +336,8 @@ class Engine:
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)
             return None
         self.steps += 1
-        self._step_s = self._clock.now() - started
+        self._collected_at = self._clock.now()
+        self._step_s = self._collected_at - started
         if not step.scores:
             self.scheduler.cost.observe(sampled, rows - sampled, self._step_s)
         return Computed(chosen, inputs.logprobs)

@@ -106,6 +106,7 @@ class TimedRunner:
         self.queues = isinstance(decoder, Ahead)
         self._clock = clock
         self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
+        self._free_at = 0.0  # when what was submitted is computed
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         await self._clock.sleep(self._seconds(inputs))
@@ -113,11 +114,13 @@ class TimedRunner:
         return chosen
 
     async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
-        return _queue_of(self.decoder).submit(inputs, carried), self._seconds(inputs)
+        submitted = _queue_of(self.decoder).submit(inputs, carried)
+        self._free_at = max(self._free_at, self._clock.now()) + self._seconds(inputs)
+        return submitted, self._free_at
 
     async def collect(self, step: Any) -> list[int]:
-        submitted, seconds = step
-        await self._clock.sleep(seconds)
+        submitted, ready_at = step
+        await self._clock.sleep(max(0.0, ready_at - self._clock.now()))
         chosen: list[int] = _queue_of(self.decoder).collect(submitted).tolist()
         return chosen
 

@@ -11,13 +11,17 @@ import pytest
 from numpy.typing import NDArray
 
 from kernels.step import Ahead, StepInputs
+from shared.clock import LoopClock
 from shared.messages import Cancel, Finished, Generate, Sampling
 from tests.virtual_time import run_virtual
 from tests.worker import builders
-from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decoder, plain
+from tests.worker.builders import BLOCK, VOCABULARY, make_batch, make_scheduler, mock_decoder, plain
 from tests.worker.mesh import WALL_S, Mesh
+from worker.engine import Arrival, Engine
 from worker.mock_decoder import MockDecoder
-from worker.scheduler import Scheduler, Step
+from worker.runner import TimedRunner
+from worker.scheduler import Event, Scheduler, Step
+from worker.step_cost import StepCost
 
 request = functools.partial(builders.request, deadline=WALL_S + 1000.0)
 
@@ -209,6 +213,32 @@ def test_whether_drafts_can_pay_is_asked_again_before_each_step_that_is_foreseen
     assert ahead is not None and ahead.streams == 1 and not scheduler.speculates
     scheduler.commit(step, [9] * 31, 0.0)
     assert scheduler.foresee(ahead, 0.0) is None and scheduler.speculates
+
+
+@virtual
+async def test_a_step_that_was_queued_takes_from_the_end_of_the_one_before_it_to_its_own() -> None:
+    """The time in which it ran while what the one before had said was still being published was missing."""
+    clock, decoder = LoopClock(WALL_S), queueing()
+    scheduler = make_scheduler(decoder, max_draft_tokens=0)
+    observed: list[float] = []
+    published = 0
+
+    async def publish(events: list[Event]) -> bool:
+        nonlocal published
+        published += 1
+        await asyncio.sleep(0.005 if published % 3 == 0 else 0.001)
+        return True
+
+    runner = TimedRunner(decoder, clock, step_s=0.004, row_s=0.0, token_s=0.0)
+    engine = Engine(scheduler, make_batch(scheduler), runner, clock, publish)
+    with mock.patch.object(StepCost, "observe", lambda cost, rows, prompt, seconds: observed.append(seconds)):
+        running = asyncio.ensure_future(engine.run())
+        engine.submit(Arrival(request(max_tokens=12), 1e9))
+        await asyncio.sleep(0.001)
+        await engine.idle.wait()
+        running.cancel()
+    assert decoder.calls.count("ahead") == 10
+    assert observed == [pytest.approx(0.004)] * 12
 
 
 @virtual
