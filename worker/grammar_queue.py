@@ -1,8 +1,9 @@
 """Requests whose grammars are still to be compiled, which threads do beside the engine.
 
 Rules: a tenant has one of the threads at a time, the one that was served longest ago goes first, and what is compiled
-already waits for nobody. A grammar that takes too long ends its request with an error and is refused from then on; its
-thread cannot be stopped, so it is left to itself, and while too many are left so nothing new is compiled.
+already waits for nobody. Nobody waits past a deadline. A grammar that takes too long ends its request with an error and
+is refused from then on; its thread cannot be stopped, so it is left to itself, and while too many are left so nothing
+new is compiled.
 
     add(arrival) --> waiting --begin in a thread--> submit(arrival with its state, or with an error)
                         `-- cancelled, late, drained: submit(arrival as it came), and the scheduler says why not
@@ -11,7 +12,7 @@ thread cannot be stopped, so it is left to itself, and while too many are left s
 import asyncio
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container
 
 import structlog
@@ -51,7 +52,8 @@ class GrammarQueue:
         self._pending: dict[Key, Arrival] = {}  # in order
         self._in_hand: dict[Key, str] = {}  # the tenant of each that has a thread
         self._left = 0  # threads that are left to themselves
-        self._turns: dict[str, float] = {}  # of the tenants present, when they were last served
+        self._turns: OrderedDict[str, int] = OrderedDict()  # the turn of tenants served of late; others go first
+        self._served = 0
         self._wanted = asyncio.Event()
 
     def __len__(self) -> int:
@@ -88,23 +90,40 @@ class GrammarQueue:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                await self._wanted.wait()
+                await self._wait()
                 self._wanted.clear()
+                self._expire()
                 while len(self._in_hand) < THREADS and (arrival := self._next()) is not None:
                     request = arrival.request
                     self._in_hand[_key(request)] = request.tenant
-                    self._turns[request.tenant] = self._clock.now()
+                    self._take_turn(request.tenant)
                     tasks.create_task(self._serve(arrival))
 
-    def _next(self) -> Arrival | None:
-        now, busy = self._clock.now(), set(self._in_hand.values())
+    async def _wait(self) -> None:
+        """Until there is something to do, or the next deadline."""
+        first = min((arrival.deadline for arrival in self._pending.values()), default=float("inf"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, first - self._clock.now())):
+                await self._wanted.wait()
+
+    def _expire(self) -> None:
+        now = self._clock.now()
         for arrival in [arrival for arrival in self._pending.values() if now >= arrival.deadline]:
             self._settle(arrival)
-        if not self._pending:
-            self._turns.clear()
+
+    def _next(self) -> Arrival | None:
+        busy = set(self._in_hand.values())
         free = [arrival for key, arrival in self._pending.items() if key not in self._in_hand
                 and (arrival.request.tenant not in busy or self._known(arrival.request))]
-        return min(free, key=lambda arrival: self._turns.get(arrival.request.tenant, 0.0), default=None)
+        return min(free, key=lambda arrival: self._turns.get(arrival.request.tenant, 0), default=None)
+
+    def _take_turn(self, tenant: str) -> None:
+        self._served += 1
+        self._turns[tenant] = self._served
+        self._turns.move_to_end(tenant)
+        # more cannot wait at once, and one that is forgotten was served before all others
+        if len(self._turns) > QUEUE_LIMIT:
+            self._turns.popitem(last=False)
 
     async def _serve(self, arrival: Arrival) -> None:
         request, began = arrival.request, self._clock.now()

@@ -27,7 +27,8 @@ class Door:
         self.told: list[str] = []
         self.begun: list[str] = []
         self.go_on = threading.Event()
-        self.queue = GrammarQueue(self.grammars, LoopClock(0.0), self._take,
+        self.clock = LoopClock(0.0)
+        self.queue = GrammarQueue(self.grammars, self.clock, self._take,
                                   lambda request: self.told.append(request.request_id))
         self._real = self.grammars._compile
         self.grammars._compile = self._compile  # type: ignore[method-assign]
@@ -78,7 +79,7 @@ def test_one_tenants_slow_grammar_holds_up_neither_another_tenant_nor_what_is_kn
         door.add("known", "ab")
         door.add("other", "ef", "two")
         await door.until(lambda: {"known", "other"} <= door.handed.keys())
-        assert door.begun == ["ab", "slow", "ef"] and len(door.queue) == 2
+        assert door.begun == ["ab", "ef", "slow"] and len(door.queue) == 2
         door.go_on.set()
         await door.until(lambda: {"slow", "behind"} <= door.handed.keys())
         assert all(isinstance(arrival.grammar, GrammarState) for arrival in door.handed.values())
@@ -129,6 +130,40 @@ def test_what_is_cancelled_late_or_drained_is_handed_on_without_being_compiled()
         await door.until(lambda: not door.queue._in_hand)
         assert door.begun == ["slow"] and door.grammar("slow") is None
     at_the_door(scenario)
+
+
+def test_a_deadline_is_noticed_when_it_passes_though_all_threads_are_busy() -> None:
+    """Only when a thread was free again did anybody look."""
+    async def scenario(door: Door) -> None:
+        for tenant in range(worker.grammar_queue.THREADS):
+            door.add(f"slow {tenant}", f"slow{tenant}", f"{tenant}")
+        await door.until(lambda: len(door.begun) == worker.grammar_queue.THREADS)
+        soon = door.clock.now() + 0.05
+        door.add("late", "ef", "late", deadline=soon)
+        door.add("in time", "ef", "in time", deadline=soon + 1000.0)
+        await door.until(lambda: "late" in door.handed)
+        assert door.clock.now() >= soon and door.grammar("late") is None
+        assert len(door.queue._in_hand) == worker.grammar_queue.THREADS and list(door.handed) == ["late"]
+    at_the_door(scenario)
+
+
+def test_tenants_take_turns_and_who_was_served_before_all_others_is_forgotten() -> None:
+    """Every tenant of a busy day was kept."""
+    async def scenario(door: Door) -> None:
+        door.add("slow", "slow", "holds one thread")
+        await door.until(lambda: door.begun)
+        for number in range(20):
+            door.add(f"r{number}", "ab", f"{number}")
+            await door.until(lambda number=number: f"r{number}" in door.handed)
+        assert list(door.queue._turns) == [f"{number}" for number in range(12, 20)]
+        with mock.patch("worker.grammar_queue.THREADS", 1):
+            for tenant in ("19", "13", "0"):
+                door.add(tenant, f"{tenant}x", tenant)
+            door.go_on.set()
+            await door.until(lambda: {"19", "13", "0"} <= door.handed.keys())
+        assert door.begun[-3:] == ["0x", "13x", "19x"]
+    with mock.patch("worker.grammar_queue.QUEUE_LIMIT", 8):
+        at_the_door(scenario)
 
 
 def test_what_waits_longer_than_a_moment_is_told_to_be_here() -> None:
