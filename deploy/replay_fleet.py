@@ -150,7 +150,7 @@ class VirtualWorker:
             running=len(scheduler.running), waiting=len(scheduler.waiting) + len(self.inbox),
             queued_tokens=scheduler.queued_tokens, max_running=MAX_RUNNING,
             prefill_tok_s=cost.prefill_tok_s(STEP_TOKENS), step_base_s=cost.base_s, step_row_s=cost.row_s,
-            kv_seq=self.outbox.kv_seq)
+            kv_seq=self.outbox.kv_seq, stream_tokens=scheduler.stream_length.tokens)
 
     def _prolong(self, step: Step) -> int:
         """Make a step that only decodes stand for many; for how many."""

@@ -22,6 +22,7 @@ LEARNED = {
     "prefill_tokens_per_second": "how fast the worker computes prompts.",
     "step_base_seconds": "what a step of the worker costs with nobody in it.",
     "step_row_seconds": "what each stream adds to a step of the worker.",
+    "stream_tokens": "what streams of the worker have said of late.",
 }
 
 
@@ -75,9 +76,9 @@ class Metrics:
 
     def learn(self, status: WorkerStatus) -> None:
         """What a worker told of its rates."""
-        rates = status.prefill_tok_s, status.step_base_s, status.step_row_s
-        for gauge, rate in zip(self.learned.values(), rates, strict=True):
-            gauge.labels(status.id).set(rate)
+        told = status.prefill_tok_s, status.step_base_s, status.step_row_s, status.stream_tokens
+        for gauge, figure in zip(self.learned.values(), told, strict=True):
+            gauge.labels(status.id).set(figure)
 
     def forget(self, worker: str) -> None:
         """It is gone, and with it all that was counted of it alone."""

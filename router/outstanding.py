@@ -19,12 +19,14 @@ class Sent(NamedTuple):
 
     requests: int = 0
     tokens: int = 0  # of their prompts, to be computed
+    output_tokens: int = 0  # that they are expected to say
 
 
 class _Placed(NamedTuple):
     request_id: str
     attempt: int
     tokens: int
+    output_tokens: int
     at: float
 
 
@@ -38,12 +40,13 @@ class Outstanding:
         self._settle_s = settle_s
         self._expiry_s = expiry_s
         self._placed: dict[str, deque[_Placed]] = {}  # per worker, oldest first
-        self._tokens: dict[str, int] = {}
+        self._totals: dict[str, Sent] = {}
 
-    def add(self, worker: str, request_id: str, attempt: int, tokens: int, now: float) -> None:
-        """A request with `tokens` to compute was sent to `worker`."""
-        self._placed.setdefault(worker, deque()).append(_Placed(request_id, attempt, tokens, now))
-        self._tokens[worker] = self._tokens.get(worker, 0) + tokens
+    def add(self, worker: str, request_id: str, attempt: int, tokens: int, output_tokens: int, now: float) -> None:
+        """A request with `tokens` to compute, expected to say `output_tokens`, was sent to `worker`."""
+        placed = _Placed(request_id, attempt, tokens, output_tokens, now)
+        self._placed.setdefault(worker, deque()).append(placed)
+        self._count(worker, placed, 1)
 
     def settle(self, worker: str, now: float) -> None:
         """A status of `worker` arrived: it accounts for what had time to arrive."""
@@ -54,13 +57,13 @@ class Outstanding:
         for placed in self._placed.get(worker, ()):
             if (placed.request_id, placed.attempt) == (request_id, attempt):
                 self._placed[worker].remove(placed)
-                self._tokens[worker] -= placed.tokens
+                self._count(worker, placed, -1)
                 return
 
     def forget(self, worker: str) -> None:
         """The worker is gone."""
         self._placed.pop(worker, None)
-        self._tokens.pop(worker, None)
+        self._totals.pop(worker, None)
 
     def sent(self, worker: str, now: float) -> Sent:
         """What counts for `worker` now."""
@@ -69,9 +72,14 @@ class Outstanding:
             return NOTHING
         if placed[0].at <= now - self._expiry_s:
             self._drop_older(worker, now - self._expiry_s)
-        return Sent(len(placed), self._tokens[worker])
+        return self._totals[worker]
 
     def _drop_older(self, worker: str, until: float) -> None:
         placed = self._placed.get(worker)
         while placed and placed[0].at <= until:
-            self._tokens[worker] -= placed.popleft().tokens
+            self._count(worker, placed.popleft(), -1)
+
+    def _count(self, worker: str, placed: _Placed, times: int) -> None:
+        total = self._totals.get(worker, NOTHING)
+        self._totals[worker] = Sent(total.requests + times, total.tokens + times * placed.tokens,
+                                    total.output_tokens + times * placed.output_tokens)

@@ -11,7 +11,7 @@ Pure: no clock, no bus; the caller passes the wall time, a snapshot and the rand
     estimate = queue + slot + prefill + one step             until the first token; what admission looks at
     cost     = estimate + decode + others + later + evict    what workers are compared by
     queue    = prompt tokens ahead / prefill rate            ahead: by the last status, and sent since
-    slot     = streams ahead that must end first x seconds between two ends
+    slot     = streams ahead that must end first x seconds between two ends, which is as long as they last over slots
     prefill  = (prompt - cached) / prefill rate
     decode   = expected output x step(1 + OVERLAP x rows)
     others   = rows x (prefill + OVERLAP x expected output x seconds per row)
@@ -43,7 +43,8 @@ from shared.tokens import count
 UNMEASURED_PREFILL_TOK_S = 4000.0
 UNMEASURED_STEP_S = 0.01
 UNMEASURED_ROW_S = 0.0001
-# how much a stream is expected to say when it may say more (mean of the Mooncake conversation trace: 343)
+# how much a stream is expected to say when it may say more (mean of the Mooncake conversation trace: 343); slots of a
+# worker whose streams have said less of late are expected to be free sooner
 EXPECTED_OUTPUT_TOKENS = 256
 # of a stream's life, the share that another which runs now lives on: it may be anywhere in its own. With 1, as if all
 # lived on to its end, made up chat (8 workers) waits 22.1 ms for first tokens and is done after 1,982 ms in the mean,
@@ -69,6 +70,7 @@ class Candidate(NamedTuple):
     cached_blocks: int = 0  # leading blocks of this request it holds
     sent_requests: int = 0  # placed there by any router, not yet in its status
     sent_tokens: int = 0  # prompt tokens those have to compute
+    sent_output_tokens: int = 0  # that they are expected to say (`expected_output`)
     turnover: float = 0.0  # how often its cache was written over while its fleet's were once (`router.turnover`)
     certain_blocks: int = 0  # of `cached_blocks`, what it has told of itself
 
@@ -175,18 +177,17 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
     step_row_s = min((status.step_row_s for status in measured), default=UNMEASURED_ROW_S)
     # at least one prompt token is computed: its logits choose the first token
     cacheable_blocks = max(0, prompt_tokens - 1) // block_size_tokens
-    output_tokens = max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
+    output_tokens = expected_output(request)
     weighed = []
     arrivals_per_s = 0.0
-    for status, cached_blocks, sent_requests, sent_tokens, turnover, _ in workers:
+    for status, cached_blocks, sent_requests, sent_tokens, sent_output_tokens, turnover, _ in workers:
         rate = status.prefill_tok_s or prefill_tok_s
         base_s, row_s = (status.step_base_s, status.step_row_s) if status.step_base_s > 0 else (step_base_s, step_row_s)
         streams = status.running + status.waiting + sent_requests
         slots = status.max_running or streams + 1
         rows = min(streams, slots - 1)
         step_s = base_s + (rows + 1) * row_s
-        stream_s = EXPECTED_OUTPUT_TOKENS * step_s
-        arrivals_per_s += rows / stream_s / len(workers)
+        arrivals_per_s += rows / (EXPECTED_OUTPUT_TOKENS * step_s) / len(workers)
         cached_tokens = min(cached_blocks, cacheable_blocks) * block_size_tokens
         queued_tokens = status.queued_tokens + sent_tokens
         prefill_s = (prompt_tokens - cached_tokens) / rate
@@ -194,7 +195,7 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
             status.id,
             cached_tokens,
             queued_tokens / rate,
-            max(0, streams - slots + 1) * stream_s / slots,
+            max(0, streams - slots + 1) * _said(status, sent_requests, sent_output_tokens) * step_s / slots,
             prefill_s,
             step_s,
             output_tokens * (base_s + (1 + OVERLAP * rows) * row_s),
@@ -211,6 +212,19 @@ def weigh(request: Generate, prompt_tokens: int, workers: Sequence[Candidate],
                            evict_s, load, price, queue_s + slot_s + prefill_s + step_s + decode_s + others_s + later_s
                            + evict_s))
     return terms
+
+
+def expected_output(request: Generate) -> int:
+    """Tokens that it is expected to say: what it may, and no more than streams do."""
+    return max(1, min(request.max_tokens - count(request.generated), EXPECTED_OUTPUT_TOKENS))
+
+
+def _said(status: WorkerStatus, sent_requests: int, sent_output_tokens: int) -> float:
+    """What each of the worker's streams is expected to say, in the mean of those it told of and those sent since."""
+    there = status.running + status.waiting
+    each = min(status.stream_tokens or EXPECTED_OUTPUT_TOKENS, EXPECTED_OUTPUT_TOKENS)
+    sent = min(sent_output_tokens, sent_requests * each)
+    return (there * each + sent) / max(1, there + sent_requests)
 
 
 def cheapest(candidates: Sequence[Terms], hint: str, turn: int, rng: random.Random) -> Terms:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from router.block_table import names_of
 from router.expected_blocks import ExpectedBlocks
 from router.outstanding import Outstanding
-from router.placement import Candidate
+from router.placement import Candidate, expected_output
 from router.prefix_index import PrefixIndex
 from router.resync import Action, ApplyEvents, AskSnapshot, Compare, DropBlocks, ReplaceBlocks, Resync
 from router.turnover import Turnover
@@ -95,7 +95,8 @@ class View:
         if placement is None or self.fleet.worker(placement.worker) is None:
             return
         tokens = max(0, prompt_tokens - placement.cached_tokens)
-        self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, now)
+        self._outstanding.add(placement.worker, request.request_id, request.attempt, tokens, expected_output(request),
+                              now)
         self._write(placement.worker, tokens)
         if placement.worker in self.blind:
             return

@@ -378,6 +378,7 @@ class WorkerStatus(Wire, frozen=True, tag="worker"):
     draft_steps_total: int = 0  # verifications, one for each stream and step
     # the fields of Generate that this worker keeps to and older ones ignore: adjust, logprobs, grammar
     abilities: tuple[str, ...] = ()
+    stream_tokens: float = 0.0  # said for each stream that ended, of late; 0: none has
 
 
 class RouterStatus(Wire, frozen=True, tag="router"):

@@ -44,6 +44,7 @@ from worker.kv_blocks import Audit, BlockPool
 from worker.kv_tier import Copy
 from worker.sequence import Sequence, from_request
 from worker.step_cost import StepCost
+from worker.stream_length import StreamLength
 from worker.survival import Survival
 from worker.waiting import WaitingQueue
 
@@ -175,6 +176,7 @@ class Scheduler:
         self.pool = pool
         self.drafts = DraftBook(limits.vocabulary_size)
         self.cost = StepCost()
+        self.stream_length = StreamLength()
         self.length_limit = min(limits.context_length, pool.blocks * limits.block_size)
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingQueue()
@@ -676,6 +678,7 @@ class Scheduler:
                     and (reason := _end_reason(sequence)) is not None:
                 tokens = tokens[:count]
                 break
+        self.stream_length.say(len(tokens))
         sequence.computed = sure + len(tokens) - 1
         if sequence.computed >= (sequence.stored + 1) * self.limits.block_size:
             self._store(sequence)
@@ -732,6 +735,8 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.ended = True
+        if sequence.first_token_at is not None:
+            self.stream_length.end()
         self.drafts.close(sequence.key)
         del self._live[sequence.request.request_id]
         self._events.append(Ended(sequence, reply))

@@ -434,7 +434,7 @@ class Worker:
             draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
             drafter=self._following.name, steps_total=self._engine.steps, kv_digest=self._outbox.kv_digest,
             parity=self._parity, drafting=self._drafting, draft_steps_total=scheduler.verified_steps,
-            abilities=abilities)
+            abilities=abilities, stream_tokens=scheduler.stream_length.tokens)
 
     @property
     def _drafting(self) -> str:

@@ -19,7 +19,7 @@ def weighed(asked: Generate, *workers: Candidate) -> Decision:
 
 def has_room(admission: Admission[int], now: float, sent: int = 0, asked: Generate | None = None, **said: Any) -> bool:
     asked = asked or request(prompt_tokens=16, max_tokens=1000)
-    worker = Candidate(status(**said), 0, sent, 16 * sent)
+    worker = Candidate(status(**said), 0, sent, 16 * sent, 256 * sent)
     return admission.finds_room(asked, weighed(asked, worker), [worker], now)
 
 

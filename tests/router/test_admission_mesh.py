@@ -39,24 +39,26 @@ class Crowd:
         self.ended: list[tuple[str, Tier, str | MillError]] = []  # tenant, tier, request or error, in order
         self.count = 0
 
-    async def ask(self, tenant: str, tier: Tier = "default", timeout_s: float = 500.0, weight: float = 1.0) -> None:
+    async def ask(self, tenant: str, tier: Tier = "default", timeout_s: float = 500.0, weight: float = 1.0,
+                  prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = 4) -> None:
         """One request from its first to its last token."""
-        stream, changed = self.send(tenant, tier, timeout_s, weight)
+        stream, changed = self.send(tenant, tier, timeout_s, weight, prompt_tokens, max_tokens)
         while stream.ended is None:
             await changed.wait()
             changed.clear()
         name = stream.state.request.request_id
         self.ended.append((tenant, tier, name if isinstance(stream.ended, Finished) else stream.ended))
 
-    def send(self, tenant: str, tier: Tier, timeout_s: float, weight: float = 1.0) -> tuple[Stream, asyncio.Event]:
+    def send(self, tenant: str, tier: Tier, timeout_s: float, weight: float = 1.0,
+             prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = 4) -> tuple[Stream, asyncio.Event]:
         self.count += 1
-        tokens = [(self.count * 7919 + place) % VOCABULARY for place in range(PROMPT_TOKENS)]
+        tokens = [(self.count * 7919 + place) % VOCABULARY for place in range(prompt_tokens)]
         salt = tenant_salt(b"secret", tenant)
         changed = asyncio.Event()
         request = Generate(
-            f"{tenant}-{self.count}", 1, "g", "m", pack(tokens), 4, self.clock.wall() + timeout_s, tenant=tenant,
-            cache_salt=salt, block_hashes=join_hashes(hash_chain(tokens, salt)), tier=tier, priority=priority(tier, 0),
-            weight=weight)
+            f"{tenant}-{self.count}", 1, "g", "m", pack(tokens), max_tokens, self.clock.wall() + timeout_s,
+            tenant=tenant, cache_salt=salt, block_hashes=join_hashes(hash_chain(tokens, salt)), tier=tier,
+            priority=priority(tier, 0), weight=weight)
         return self.streams.open(request, {}, changed, self.clock.now() + timeout_s), changed
 
     def finished(self, tenant: str) -> int:
@@ -77,7 +79,8 @@ class World:
         self.statuses: dict[str, WorkerStatus] = {}
 
     @contextlib.asynccontextmanager
-    async def running(self, workers: int = 2, routers: int = 1, **settings: Any) -> AsyncIterator["World"]:
+    async def running(self, workers: int = 2, routers: int = 1, token_s: float = 0.001,
+                      **settings: Any) -> AsyncIterator["World"]:
         fleet = Fleet()
         streams = Streams("g", Limits(), 2.0, self.clock, fleet, Metrics(list))
         self.crowd = Crowd(streams, self.clock)
@@ -119,7 +122,7 @@ class World:
             running = [*self.router_tasks, tasks.create_task(send()), tasks.create_task(tick())]
             for number in range(workers):
                 told = WorkerSettings(id=f"w{number}", engine="mock", model_name="m", mock_step_s=0.005,
-                                      mock_row_s=0.0, mock_token_s=0.001, max_running=8, drain_s=0.0)
+                                      mock_row_s=0.0, mock_token_s=token_s, max_running=8, drain_s=0.0)
                 running.append(tasks.create_task(worker.service.serve(
                     MemoryBus(self.broker), told, self.clock, None,
                     MockDecoder(blocks=512, vocabulary_size=VOCABULARY))))
@@ -244,6 +247,21 @@ def test_a_full_queue_is_503_for_its_only_tenant_and_429_for_the_one_over_its_sh
         assert reasons.labels("full")._value.get() == len(crowd.errors()) - 5
 
     play(scenario, max_held=30)
+
+
+@pytest.mark.parametrize("max_tokens", [2, 4])
+def test_a_thousand_short_requests_within_one_heartbeat_are_all_served(max_tokens: int) -> None:
+    """Each counted for 256 tokens where it was sent, so that the shortest queue seemed to take more than a minute."""
+    async def scenario(world: World) -> None:
+        crowd = world.crowd
+        asking = []
+        for _ in range(1000):
+            asking.append(asyncio.ensure_future(crowd.ask("red", prompt_tokens=2, max_tokens=max_tokens)))
+            await asyncio.sleep(0.0004)
+        await asyncio.gather(*asking)
+        assert crowd.errors() == [] and crowd.finished("red") == 1000
+
+    play(scenario, workers=1, token_s=0.0)
 
 
 def test_what_a_dead_router_held_is_held_by_another_and_ends_well() -> None:

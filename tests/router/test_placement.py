@@ -9,8 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from router.placement import POLICIES, Candidate, Decision, Refused, decide
-from shared.messages import Adjust, Generate, Grammar, Residency
+from router.placement import POLICIES, Candidate, Decision, Refused, decide, expected_output
+from router.view import View
+from shared.messages import Adjust, Generate, Grammar, Placement, Residency
 from tests.router.builders import request, status
 
 
@@ -31,7 +32,7 @@ states = st.sampled_from(["starting", "ready", "draining"])
 candidates = st.builds(
     lambda zone, state, model, running, queued, rate, cached, sent: Candidate(
         status("w", zone=zone, state=state, model=model, running=running, queued_tokens=queued, prefill_tok_s=rate),
-        cached, sent, sent * 50),
+        cached, sent, sent * 50, sent * 100),
     zones, states, st.sampled_from(["m", "other"]), st.integers(0, 20), st.integers(0, 5000),
     st.sampled_from([0.0, 100.0, 5000.0]), st.integers(0, 12), st.integers(0, 5))
 fleets = st.lists(candidates, max_size=6).map(
@@ -107,7 +108,8 @@ def test_a_burst_spreads_over_equal_workers_before_any_status_arrives() -> None:
     sent = Counter[str]()
     rng = random.Random(1)
     for number in range(32):
-        fleet = [Candidate(status(f"w{i}"), 0, sent[f"w{i}"], sent[f"w{i}"] * 160) for i in range(4)]
+        fleet = [Candidate(status(f"w{i}"), 0, sent[f"w{i}"], sent[f"w{i}"] * 160, sent[f"w{i}"] * 100)
+                 for i in range(4)]
         verdict = decide(request(start=number * 1000), fleet, wall_s=0.0, rng=rng)
         assert isinstance(verdict, Decision)
         sent[verdict.chosen.worker] += 1
@@ -127,9 +129,46 @@ def test_a_full_worker_is_passed_over_for_one_with_a_free_slot() -> None:
 
 
 def test_what_was_sent_since_the_last_status_counts_like_what_the_status_says() -> None:
-    told = Candidate(status("w", waiting=3, queued_tokens=480))
-    sent = Candidate(status("w"), 0, 3, 480)
+    told = Candidate(status("w", waiting=30, queued_tokens=480))
+    sent = Candidate(status("w"), 0, 30, 480, 30 * 256)
     assert placed(request(), [told]).chosen == placed(request(), [sent]).chosen
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.lists(st.integers(1, 1000), max_size=80), st.integers(0, 79),
+       st.sampled_from([0.0, 3.5, 90.0, 2000.0]))
+def test_a_slot_is_waited_for_as_long_as_streams_may_speak_and_have_spoken(
+        running: int, waiting: int, may_say: list[int], shorter: int, said: float) -> None:
+    def slot_s(may_say: list[int], stream_tokens: float) -> float:
+        told = status(running=running, waiting=waiting, stream_tokens=stream_tokens)
+        output = sum(expected_output(request(max_tokens=tokens)) for tokens in may_say)
+        return placed(request(), [Candidate(told, 0, len(may_say), 0, output)]).chosen.slot_s
+
+    waits_s, streams = slot_s(may_say, said), running + waiting + len(may_say)
+    each = min(said or 256.0, 256.0)
+    step_s = 0.01 + 0.0001 * min(streams + 1, 8)
+    longest = (running + waiting) * each + sum(min(tokens, each) for tokens in may_say)
+    assert waits_s <= max(0, streams - 7) * 256 * step_s / 8 * 1.000001
+    assert waits_s >= max(0, streams - 7) * longest / max(1, streams) * step_s / 8 * 0.999999
+    assert slot_s(may_say, 0.0) >= waits_s
+    if may_say:
+        fewer = [*may_say]
+        fewer[shorter % len(may_say)] = 1
+        assert slot_s(fewer, said) <= waits_s
+
+
+def test_a_thousand_short_requests_between_two_statuses_find_a_worker() -> None:
+    """Each counted for 256 tokens: behind a few hundred "the shortest queue takes 60 s", and the rest was refused."""
+    view = View(silence_s=2.0)
+    for number in range(2):
+        view.on_status(status(f"w{number}"), 0.0)
+    for number in range(1000):
+        now = number * 0.0005
+        ask = request(prompt_tokens=16, request_id=f"r{number}", max_tokens=4)
+        chosen = placed(ask, view.candidates(ask.block_hashes, now), max_queue_s=60.0).chosen
+        view.on_placed(replace(ask, placement=Placement("r", chosen.worker)), 16, now)
+    # 62 rounds of eight streams, of 4 steps each
+    assert sum(worker.sent_requests for worker in view.candidates(b"", 0.5)) == 1000
+    assert chosen.slot_s == pytest.approx(62 * 4 * 0.0108, rel=0.05)
 
 
 def test_a_cache_hit_weighs_more_where_many_streams_decode() -> None:
