@@ -7,6 +7,9 @@ tokenmill distil  a drafter out of the model it drafts for
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
+tokenmill projects  tenants in a database, and their limits
+tokenmill usage   what was used, what was charged for it and what it cost
+tokenmill ledger  whether that adds up
 tokenmill nats-config  a NATS that knows its clients
 tokenmill doctor  what is missing here, and what to do about it
 """
@@ -31,7 +34,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deploy import keys_command, nats_command
+from deploy import keys_command, ledger_command, nats_command
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id (owner/name, owner/name:Q4_K_M)"
@@ -45,6 +48,9 @@ app = typer.Typer(
     help="An inference mesh for open-weight language models.",
 )
 app.add_typer(keys_command.app, name="keys")
+app.add_typer(ledger_command.projects_app, name="projects")
+app.add_typer(ledger_command.ledger_app, name="ledger")
+app.command(name="usage")(ledger_command.usage)
 app.command(name="nats-config")(nats_command.nats_config)
 
 

@@ -52,6 +52,7 @@ class Row(Struct, omit_defaults=True):
     expires: datetime | None
     key: str = ""
     replaces: str = ""
+    scopes: list[str] | None = None  # None: all
 
 
 def create(path: Path, tenant: str, now: datetime, expires: datetime | None = None) -> Row:

@@ -31,9 +31,9 @@ class Source(Protocol):
     def changed(self) -> bool:
         """Whether it is worth reading again. Must not wait."""
 
-    def read(self) -> Tenants:
-        """Everybody there is. May wait: it is called in a thread. Raises ValueError with a sentence for people,
-        Unsettled to be asked again."""
+    def read(self) -> Tenants | None:
+        """Everybody there is; None: the same as at the last reading. May wait: it is called in a thread. Raises
+        ValueError with a sentence for people, Unsettled to be asked again."""
 
 
 class Everybody:
@@ -82,7 +82,9 @@ class Access:
         self._clock = clock
         self._complaint = ""
         self._meters: dict[str, Meter] = {}
-        self._tenants = source.read()
+        found = source.read()
+        assert found is not None, "nothing was read before"
+        self._tenants = found
 
     @property
     def keyed(self) -> bool:
@@ -123,7 +125,7 @@ class Access:
         try:
             if not self._source.changed():
                 return
-            self._tenants = await asyncio.to_thread(self._source.read)
+            found = await asyncio.to_thread(self._source.read)
         except Unsettled:
             return
         except ValueError as error:
@@ -134,6 +136,9 @@ class Access:
             self._refuse(f"reading the tenants failed with {type(error).__name__}: this is a fault of the gateway")
             return
         self._complaint = ""
+        if found is None:
+            return
+        self._tenants = found
         self._meters = {name: meter for name, meter in self._meters.items()
                         if name in self._tenants.named or meter.streams}
         for name, meter in self._meters.items():

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from datetime import datetime
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from shared.blocks import tenant_salt
 from shared.errors import NotAuthorised, PermissionDenied
@@ -28,6 +29,12 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _KEY = re.compile(r"tm-[0-9a-f]{8}-[0-9A-Za-z_-]{43}")
 _NO_KEY = "0" * 64  # the digest of none
 
+Scope = Literal["generate", "usage"]
+SCOPES: tuple[Scope, ...] = ("generate", "usage")  # ask models; read what was used
+# of people: owner and admin may change who may ask, billing may read and set what is spent, viewer may read
+Role = Literal["owner", "admin", "billing", "viewer"]
+ROLES: tuple[Role, ...] = ("owner", "admin", "billing", "viewer")
+
 
 class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One key, without the key. Times with their zone."""
@@ -37,6 +44,7 @@ class Key(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     created: Annotated[datetime, Meta(tz=True)] | None = None
     expires: Annotated[datetime, Meta(tz=True)] | None = None
     revoked: bool = False
+    scopes: tuple[Scope, ...] | None = None  # None: all
 
     def state(self, wall_s: float) -> str:
         """valid, expired or revoked."""
@@ -51,9 +59,17 @@ class Limits(Struct, frozen=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrency: int | None = None  # streams under way
+    # nano-dollars in a day and a month of UTC, at all gateways of one database
+    spend_per_day: int | None = None
+    spend_per_month: int | None = None
 
     def __bool__(self) -> bool:
-        return not (self.requests_per_minute is self.tokens_per_minute is self.concurrency is None)
+        return any(getattr(self, name) is not None for name in self.__struct_fields__)
+
+    @property
+    def of_money(self) -> bool:
+        """Whether it needs a ledger."""
+        return not (self.spend_per_day is self.spend_per_month is None)
 
 
 class Tenant(Struct, frozen=True):
@@ -67,6 +83,15 @@ class Tenant(Struct, frozen=True):
     tiers: tuple[Tier, ...] = TIERS
     limits: Limits = Limits()
     keys: tuple[Key, ...] = ()
+    organisation: str = ""
+    key: str = ""  # prefix of the one that it came with
+    scopes: tuple[Scope, ...] | None = None  # of that one; None: all
+    role: Role | None = None  # of a person, who is no tenant, in `organisation`, or in all if that is empty
+
+    def need(self, scope: Scope) -> None:
+        """Raises PermissionDenied where this key's scopes do not have it."""
+        if self.scopes is not None and scope not in self.scopes:
+            raise PermissionDenied(f"the API key {self.key}... has not the scope {scope!r}: use another")
 
     def within(self, policy: Residency) -> Residency:
         """A request's policy narrowed to the tenant's zones. Raises PermissionDenied when nothing is left."""
@@ -89,17 +114,23 @@ class Tenant(Struct, frozen=True):
 class Tenants:
     """Everybody who may ask. `keyed`: a key says who it is."""
 
-    def __init__(self, tenants: Iterable[Tenant], everybody: Tenant | None = None) -> None:
-        """`everybody`: who asks without a key. Raises ValueError when two keys have one prefix."""
+    def __init__(self, tenants: Iterable[Tenant], everybody: Tenant | None = None,
+                 people: Iterable[tuple[Key, Role, str]] = ()) -> None:
+        """`everybody`: who asks without a key. `people`: keys with a role in an organisation (empty: in all).
+
+        Raises ValueError when two keys have one prefix.
+        """
         self.named = {tenant.name: tenant for tenant in tenants}
         self.keyed = everybody is None
         self._everybody = everybody
         self._by_prefix: dict[str, tuple[Tenant, Key]] = {}
         for tenant in self.named.values():
             for key in tenant.keys:
-                if key.prefix in self._by_prefix:
-                    raise ValueError(f"two keys have the prefix {key.prefix}: take one out and create another")
-                self._by_prefix[key.prefix] = (tenant, key)
+                self._let_in(tenant, key)
+        for key, role, organisation in people:
+            # '@' is in no tenant's name
+            self._let_in(Tenant(f"@{organisation}", b"", models=(), organisation=organisation, role=role),
+                         replace(key, scopes=("usage",)))
 
     def asking(self, headers: Iterable[tuple[bytes, bytes]], wall_s: float) -> Tenant:
         """Whose key came with a request. Raises NotAuthorised."""
@@ -115,6 +146,12 @@ class Tenants:
         if (state := key.state(wall_s)) != "valid":
             raise NotAuthorised(f"the API key {key.prefix}... is {state}: ask for another")
         return tenant
+
+
+    def _let_in(self, tenant: Tenant, key: Key) -> None:
+        if key.prefix in self._by_prefix:
+            raise ValueError(f"two keys have the prefix {key.prefix}: take one out and create another")
+        self._by_prefix[key.prefix] = (replace(tenant, key=key.prefix, scopes=key.scopes), key)
 
 
 def everybody(secret: str) -> Tenants:
