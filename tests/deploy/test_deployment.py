@@ -162,7 +162,7 @@ def test_the_dockerfile_copies_what_there_is_and_ends_as_nobody() -> None:
         if stage in ("base", "mesh", "worker", "worker-cuda"):
             users = re.findall(r"^USER (.*)$", text, re.MULTILINE)
             assert not users or users[-1] == "10001:10001"
-    packages = re.findall(r"^COPY (\w+) \1$", targets()["build-worker"], re.MULTILINE)
+    packages = re.findall(r"^COPY (\w+) \1$", targets()["sources"], re.MULTILINE)
     assert set(packages) == {"gateway", "router", "worker", "drafter", "shared", "kernels", "deploy"}
 
 
