@@ -1,6 +1,7 @@
 """What `tokenmill nats-config` writes, held against a real nats-server: it lets each role do what it must, no more."""
 
 import asyncio
+import os
 import stat
 import subprocess
 import sys
@@ -199,7 +200,8 @@ async def test_a_mesh_serves_under_credentials_and_tls_and_is_refused_nothing(tm
 def test_seeds_are_kept_readable_by_their_owner_alone_and_the_configuration_has_no_secret(folder):
     for path in folder.glob("*.seed"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert path.read_text().strip() not in (folder / nats_config.CONFIG).read_text()
+        for config in (nats_config.CONFIG, nats_config.USERS):
+            assert path.read_text().strip() not in (folder / config).read_text()
 
 
 def test_writing_again_keeps_the_seeds_and_a_user_more_is_one_more(tmp_path):
@@ -231,11 +233,101 @@ async def test_a_rotated_seed_opens_beside_the_new_one_until_it_is_removed(tmp_p
         await running.close()
 
 
+async def test_who_may_connect_changes_without_a_word_of_how_the_server_was_set_up(tmp_path):
+    folder = tmp_path / "nats"
+    made, key = certificate(tmp_path)
+    first = nats_config.write(folder, ["observer"], Listening("0.0.0.0", 4333, monitor="127.0.0.1:8222",
+                                                              certificate=made, key=key))
+    server = first.config.read_text()
+    again = nats_config.write(folder, ["gateway"], rotate=["observer"])
+    assert first.anew and not again.anew and again.config.read_text() == server
+    with nats_server("-c", str(again.config)) as running:
+        for name in ("observer.seed", "observer.old.seed", "gateway.seed"):
+            shown = credentials(name.split(".")[0], "", "", str(folder / name), str(made))
+            await (await NatsBus.connect(running.url.replace("nats://", "tls://"), credentials=shown)).close()
+    with pytest.raises(NatsConfigFailed, match="has TLS, and written anew it would have none"):
+        nats_config.write(folder, [], Listening(port=4334))
+    assert again.config.read_text() == server
+    again.config.write_text(server.replace("include", "# include"))
+    with pytest.raises(NatsConfigFailed, match=r"does not include users\.conf"):
+        nats_config.write(folder, ["router"])
+    assert not (folder / "router.seed").exists()
+
+
+def test_a_second_rotation_waits_until_the_seed_before_is_gone(tmp_path):
+    nats_config.write(tmp_path, ["gateway"])
+    nats_config.write(tmp_path, [], rotate=["gateway"])
+    before = state(tmp_path)
+    with pytest.raises(NatsConfigFailed, match=r"gateway\.old\.seed still opens since the last rotation"):
+        nats_config.write(tmp_path, [], rotate=["gateway"])
+    assert state(tmp_path) == before
+    (tmp_path / "gateway.old.seed").unlink()
+    assert len(nats_config.write(tmp_path, [], rotate=["gateway"]).users) == 2
+
+
+@pytest.mark.parametrize("stopped_at", range(8))
+def test_a_rotation_that_is_stopped_anywhere_leaves_seeds_that_open_and_can_be_done_again(
+        tmp_path, monkeypatch, stopped_at):
+    nats_config.write(tmp_path, ["gateway", "router"])
+    calls = iter(range(100))
+    write, replace = os.fsync, Path.replace
+
+    def once(kept):
+        def counted(*arguments):
+            if next(calls) == stopped_at:
+                raise KeyboardInterrupt
+            return kept(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", once(write))
+        patched.setattr(Path, "replace", once(replace))
+        nats_config.write(tmp_path, ["worker"], rotate=["gateway"])
+    listed = (tmp_path / nats_config.USERS).read_text()
+    assert all(nats_config.public_key(tmp_path / f"{name}.seed") in listed for name in ("gateway", "router"))
+    nats_config.write(tmp_path, [])
+    if not (tmp_path / "gateway.old.seed").exists() or state(tmp_path, "gateway.old.seed") == state(
+            tmp_path, "gateway.seed"):
+        nats_config.write(tmp_path, ["worker"], rotate=["gateway"])
+    names = [name for name, _ in nats_config.write(tmp_path, ["worker"]).users]
+    assert names == ["gateway", "gateway", "router", "worker@local"]
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_disk_that_takes_no_more_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    nats_config.write(tmp_path, ["gateway"])
+    before = state(tmp_path)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NatsConfigFailed, match="No space left"):
+        nats_config.write(tmp_path, ["router"], Listening(port=4333), rotate=["gateway"])
+    assert state(tmp_path) == before
+
+
+def test_a_seed_named_after_nobody_is_told_by_its_path_and_nothing_is_written(tmp_path):
+    nats_config.write(tmp_path, ["gateway"])
+    (tmp_path / "backup.seed").write_text(nats_config.new_seed())
+    before = state(tmp_path)
+    with pytest.raises(NatsConfigFailed, match=r"backup\.seed is named after nobody .*: move it elsewhere"):
+        nats_config.write(tmp_path, ["router"], rotate=["gateway"])
+    assert state(tmp_path) == before
+
+
+def state(folder: Path, name: str = "*") -> dict[str, str] | list[str]:
+    """What lies there, by name; the texts alone of one name."""
+    found = {path.name: path.read_text() for path in folder.glob(name)}
+    return found if name == "*" else list(found.values())
+
+
 @pytest.mark.parametrize(("users", "listening", "rotate", "what"), [
     (["miller"], Listening(), [], "begins with no role"),
     (["gateway"], Listening(certificate=Path("/no/file"), key=Path("/no/key")), [], "there is no file /no/file"),
     (["gateway"], Listening(certificate=Path("/no/file")), [], "give both, or neither"),
-    (["gateway"], Listening(), ["router"], "nothing to rotate"),
+    (["gateway"], Listening(), ["router"], "nothing to rotate"), (["gateway.old"], None, [], "choose another id"),
 ])
 def test_what_cannot_be_written_is_said_and_nothing_is(tmp_path, users, listening, rotate, what):
     with pytest.raises(NatsConfigFailed, match=what):
