@@ -14,12 +14,14 @@ memory    of each process: the 95 % interval of its slope over the samples behin
 threads   and open files: at the last rest no more than at the fullest of the rests in the first third
 blocks    none held, nothing running or waiting, no stream open at each rest; no repair by the worker's audit
 requests  each ends once, as its kind must, within BOUND_S; the witnesses' texts never change
-logs      no line of level error, no line that is not ours; no process starts a second time
+logs      no line of level error, no line that is not ours; no process starts a second time, or is missing in a sample
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
+import math
 import random
 import sys
 import tempfile
@@ -247,7 +249,10 @@ class Soak:
             await asyncio.sleep(0.05)
         if last:
             await asyncio.sleep(AUDIT_S)
-            await self._http.post(f"{self._mesh.url}/v1/completions", json={"prompt": "The end", "max_tokens": 2})
+            try:
+                await self._http.post(f"{self._mesh.url}/v1/completions", json={"prompt": "The end", "max_tokens": 2})
+            except httpx.HTTPError as error:
+                self._complain(f"the last request of all: {error!r}")
         deadline = time.monotonic() + IDLE_WITHIN_S
         while held := busy(await self._figures()):
             if time.monotonic() > deadline:
@@ -258,13 +263,19 @@ class Soak:
         self._say(await self._sample(rest=True))
 
     async def _sample(self, rest: bool) -> Sample:
-        processes = {child.name: usage(child.pid) for child in self._mesh.children if child.pid}
+        processes = {child.name: held for child in self._mesh.children
+                     if child.pid and (held := usage(child.pid)) is not None}
         sample = Sample(time.monotonic() - self._began, processes, await self._figures(), rest)
         self._record.samples.append(sample)
         return sample
 
     async def _figures(self) -> Figures:
-        return {name: parse((await self._http.get(place)).text) for name, place in self._places.items()}
+        """Of the services that answer: one that has died is started again, and the report says so."""
+        found = {}
+        for name, place in self._places.items():
+            with contextlib.suppress(httpx.HTTPError):
+                found[name] = parse((await self._http.get(place)).text)
+        return found
 
     def _complain(self, what: str) -> None:
         """At once: half an hour is long to wait for what went wrong in its first minute."""
@@ -272,8 +283,8 @@ class Soak:
         print(f"{time.monotonic() - self._began:6.0f} s  {what}", file=sys.stderr, flush=True)
 
     def _say(self, sample: Sample) -> None:
-        worker = sample.figures["worker"]
-        gauges = " ".join(f"{name.rpartition('_')[2]} {worker[name]:.0f}" for name in SHOWN)
+        worker = sample.figures.get("worker", {})
+        gauges = " ".join(f"{name.rpartition('_')[2]} {worker.get(name, math.nan):.0f}" for name in SHOWN)
         memory = " ".join(f"{name} {held.rss_mib:.0f}" for name, held in sample.processes.items())
         print(f"{sample.at_s:6.0f} s  {self._record.requests} requests, {len(self._record.wrong)} wrong | {gauges} | "
               f"MiB: {memory}{'  (at rest)' if sample.rest else ''}", file=sys.stderr, flush=True)
@@ -282,10 +293,16 @@ class Soak:
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def usage(pid: int) -> Usage:
-    """Resident memory, threads and open files of a process, from /proc."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+def usage(pid: int) -> Usage | None:
+    """Resident memory, threads and open files of a process, from /proc; None of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last where nobody has waited for it yet
+        return None
+    status = dict(line.split(":", 1) for line in lines if ":" in line)
+    if "VmRSS" not in status:
+        return None
     return Usage(int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), files)
 
 
@@ -299,9 +316,9 @@ def parse(text: str) -> dict[str, float]:
 
 
 def busy(figures: Figures) -> dict[str, float]:
-    """What is not zero though nothing runs."""
-    return {name: figures[service][name] for service, names in AT_REST.items() for name in names
-            if figures[service][name]}
+    """What is not zero though nothing runs, and is not known of a service that does not answer."""
+    return {name: figures.get(service, {}).get(name, math.nan) for service, names in AT_REST.items() for name in names
+            if figures.get(service, {}).get(name, math.nan)}
 
 
 def log_errors(folder: Path) -> list[str]:
@@ -326,11 +343,13 @@ def log_errors(folder: Path) -> list[str]:
 
 def summary(record: Record, seconds: float) -> dict[str, Any]:
     """The figures of the report, and `complaints`: each rule that was broken."""
-    rows = [row(name, record.samples, seconds) for name in record.samples[-1].processes]
+    rows = [row(name, record.samples, seconds)
+            for name in dict.fromkeys(name for sample in record.samples for name in sample.processes)]
     last = record.samples[-1].figures
     complaints = [*(f"{row['process']}: {why}" for row in rows for why in row.pop("wrong")),
-                  *(f"{name} is {last[service][name]:.0f}" for service, names in NEVER.items() for name in names
-                    if last[service].get(name, 0.0)),
+                  *(f"the {service} did not answer at the end" for service in NEVER if service not in last),
+                  *(f"{name} is {last[service][name]:.0f}" for service, names in NEVER.items() if service in last
+                    for name in names if last[service].get(name, 0.0)),
                   *record.wrong[:MOST_SHOWN], *record.errors[:MOST_SHOWN]]
     return {
         "rule": f"behind the first third, the 95 % interval of the slope must not lie above {RESOLUTION_MIB_PER_HOUR} "
@@ -349,20 +368,25 @@ def summary(record: Record, seconds: float) -> dict[str, Any]:
 
 
 def row(process: str, samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
-    """One process's figures; `wrong` says which rules it broke."""
-    later = [sample for sample in samples if sample.at_s >= seconds / 3]
+    """One process's figures, of the samples in which it lived; `wrong` says which rules it broke."""
+    lived = [sample for sample in samples if process in sample.processes]
+    later = [sample for sample in lived if sample.at_s >= seconds / 3]
     slope = fit([sample.at_s / 3600 for sample in later], [sample.processes[process].rss_mib for sample in later])
-    rests = [sample.processes[process] for sample in samples if sample.rest]
-    early = [sample.processes[process] for sample in samples if sample.rest and sample.at_s < seconds / 3] or rests[:1]
+    rests = [sample for sample in lived if sample.rest] or lived[:1]
+    early = [sample.processes[process] for sample in rests if sample.at_s < seconds / 3 or sample is rests[0]]
+    last = rests[-1].processes[process]
+    missed = len(samples) - len(lived)
+    shown = (lived[0], (later or lived)[0], lived[-1])
     return {
         "process": process,
-        "rss_mib": [round(sample.processes[process].rss_mib, 1) for sample in (samples[0], later[0], later[-1])],
+        "rss_mib": [round(sample.processes[process].rss_mib, 1) for sample in shown],
         "mib_per_hour": round(slope.slope, 2),
         "low": _rounded(slope.low),
         "high": _rounded(slope.high),
-        "threads": [max(held.threads for held in early), rests[-1].threads],
-        "files": [max(held.files for held in early), rests[-1].files],
-        "wrong": broken(slope, early, rests[-1]),
+        "threads": [max(held.threads for held in early), last.threads],
+        "files": [max(held.files for held in early), last.files],
+        "wrong": broken(slope, early, last)
+        + ([f"not there in {missed} of {len(samples)} samples"] if missed else []),
     }
 
 
@@ -389,8 +413,8 @@ def thinned(samples: Sequence[Sample]) -> Sequence[Mapping[str, Any]]:
                 "at_s": round(sample.at_s, 1),
                 "rest": sample.rest,
                 "rss_mib": {name: round(held.rss_mib, 1) for name, held in sample.processes.items()},
-                **{name.removeprefix("mill_worker_"): sample.figures["worker"][name] for name in SHOWN},
-                "open_streams": sample.figures["gateway"]["mill_gateway_active_streams"],
+                **{name.removeprefix("mill_worker_"): sample.figures.get("worker", {}).get(name) for name in SHOWN},
+                "open_streams": sample.figures.get("gateway", {}).get("mill_gateway_active_streams"),
             })
     return kept
 
