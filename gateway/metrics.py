@@ -7,21 +7,15 @@ One registry per gateway, so that several can live in one process. Labels are bo
 can make up is counted under `other` once there are `MAX_TENANTS` of it.
 """
 
-import contextlib
+import asyncio
 import math
+import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
-from prometheus_client import (
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-    start_http_server,
-)
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -29,7 +23,9 @@ from gateway.receipts import Found
 from gateway.speculation import accepted_at
 from shared.errors import CODES
 from shared.messages import Finished, WorkerStatus
+from shared.probes import on_loop
 from shared.receipts import MISSES
+from shared.telemetry import metrics_served
 from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
 MAX_TENANTS = 200  # three series each
@@ -183,23 +179,9 @@ class Metrics:
         self.placements.labels(known.miss).inc()
         self.missed_tokens.labels(known.miss).inc(known.missed_tokens)
 
-    @contextlib.contextmanager
-    def served(self, port: int, host: str) -> Iterator[None]:
-        """A port of its own for these figures while the block runs; 0: none. Raises OSError when it is taken."""
-        if not port:
-            yield
-            return
-        try:
-            server, thread = start_http_server(port, host, self._scraped)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another "
-                                       "--metrics-port, or 0 for none") from None
-        try:
-            yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join(5.0)
+    def served(self, port: int, host: str, ready: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Let Prometheus read these figures on `port` while the block runs, and probes ask; 0: nothing is served."""
+        return metrics_served(_OnLoop(self.registry), port, host, ready)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
@@ -232,6 +214,20 @@ class Tally(Collector):
         bounds = [*map(str, map(float, self._bounds)), "+Inf"]
         buckets = list(zip(bounds, accumulate(map(float, self._counts)), strict=True))
         yield HistogramMetricFamily(self._name, self._text, buckets, self._sum)
+
+
+class _OnLoop(Collector):
+    """Figures of what changes on the running loop, read there by whichever thread asks."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+
+    def collect(self) -> Iterable[Metric]:
+        if threading.get_ident() == self._thread:
+            return self._registry.collect()
+        return on_loop(self._loop, lambda: list(self._registry.collect()))
 
 
 class _Fleet(Collector):

@@ -324,7 +324,7 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
         structlog.contextvars.bind_contextvars(service="gateway", id=gateway.id)
         tracing = telemetry.configure_tracing("gateway", gateway.id, settings.otlp)
         try:
-            with gateway.metrics.served(settings.metrics_port, settings.metrics_host):
+            with gateway.metrics.served(settings.metrics_port, settings.metrics_host, lambda: not gateway.not_ready()):
                 async with gateway.running():
                     await _serve_http(gateway, listener, ready)
         finally:

@@ -31,6 +31,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry
+from prometheus_client.registry import Collector
 
 from shared.probes import Wsgi, probed
 from shared.trace_names import ERROR_TYPE
@@ -272,21 +273,23 @@ class _Quiet(WSGIRequestHandler):
 
 
 @contextlib.contextmanager
-def metrics_served(registry: CollectorRegistry, port: int, host: str = "127.0.0.1",
+def metrics_served(own: Collector, port: int, host: str = "127.0.0.1",
                    ready: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Let Prometheus read `registry` on `port` while the block runs, among the figures of the process; 0: nothing.
+    """Let Prometheus read `own` on `port` while the block runs, among the figures of the process; 0: nothing.
 
-    `/health` and `/ready` beside it say whether the running loop turns, and what `ready` does.
+    `/health` and `/ready` beside it say whether the running loop turns, and what `ready` says on it.
     """
     if port == 0:
         yield
         return
-    app = probed(prometheus_client.make_wsgi_app(), asyncio.get_running_loop(), ready)
+    # a registry for the port, so that several services of a kind can live in one process
+    figures = CollectorRegistry(auto_describe=True)
+    figures.register(own)
+    figures.register(prometheus_client.REGISTRY)
+    app = probed(prometheus_client.make_wsgi_app(figures), asyncio.get_running_loop(), ready)
     server = start_metrics_server(port, host, app)
     assert server is not None
-    prometheus_client.REGISTRY.register(registry)
     try:
         yield
     finally:
-        prometheus_client.REGISTRY.unregister(registry)
         server.close()

@@ -237,3 +237,12 @@ async def test_one_request_is_one_span_and_its_context_travels_to_the_mesh(
         assert told["gen_ai.usage.output_tokens"] == 14 and told["gen_ai.response.finish_reasons"] == ("stop",)
         assert told["gen_ai.operation.name"] == "chat" and told["mill.worker"] == "w1"
         assert not any("Hi" in str(value) or "Hello" in str(value) for value in told.values())
+
+
+async def test_the_port_of_the_figures_has_probes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    async with served(monkeypatch, metrics_port=port), httpx.AsyncClient(trust_env=False) as client:
+        page = f"http://127.0.0.1:{port}"
+        assert [(await client.get(page + path)).status_code for path in ("/health", "/ready")] == [200, 200]
+        text = (await client.get(f"{page}/metrics")).text
+        assert text.count("# HELP mill_gateway_active_streams ") == 1 and text.count("# HELP python_info ") == 1

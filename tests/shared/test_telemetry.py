@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.probes import alive
+from shared.probes import on_loop
 from shared.telemetry import (
     configure_logging,
     configure_tracing,
@@ -291,11 +291,36 @@ async def test_beside_the_figures_a_probe_tells_alive_from_ready():
         assert await asked("/ready") == 200
 
 
-def test_a_loop_that_stands_still_or_is_closed_is_not_alive():
+async def test_several_services_of_a_kind_have_their_figures_each_on_its_own_port():
+    pages = []
+    with contextlib.ExitStack() as served:
+        for number in (1, 2):
+            registry = prometheus_client.CollectorRegistry()
+            prometheus_client.Gauge("mill_test_number", "Of a service.", registry=registry).set(number)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                pages.append(f"http://127.0.0.1:{probe.getsockname()[1]}/metrics")
+            served.enter_context(metrics_served(registry, int(pages[-1].split(":")[2].split("/")[0])))
+        for number, page in enumerate(pages, 1):
+            text = (await asyncio.to_thread(httpx.get, page)).text
+            assert f"mill_test_number {number}.0" in text and text.count("mill_test_number ") == 3
+            assert "python_info" in text
+
+
+def test_a_loop_that_stands_still_or_is_closed_answers_nobody():
     loop = asyncio.new_event_loop()
-    assert not alive(loop, 0.05)  # nobody runs it
+    with pytest.raises(TimeoutError):
+        on_loop(loop, lambda: True, 0.05)  # nobody runs it
     loop.close()
-    assert not alive(loop, 0.05)
+    with pytest.raises(TimeoutError):
+        on_loop(loop, lambda: True, 0.05)
+
+
+async def test_what_is_asked_of_a_loop_is_asked_on_it_and_its_error_comes_back():
+    loop = asyncio.get_running_loop()
+    assert await asyncio.to_thread(on_loop, loop, asyncio.get_running_loop) is loop
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(on_loop, loop, lambda: 1 // 0)
 
 
 def test_port_zero_serves_nothing():
