@@ -143,6 +143,18 @@ class Ahead(Protocol):
 
 
 @runtime_checkable
+class Streaks(Protocol):
+    """A decoder that goes on by itself: several tokens of each stream in one call."""
+
+    def streak(self, inputs: StepInputs, lengths: list[int]) -> list[list[int]]:
+        """`step` of sequences with one row each, again and again: a row's next token is the one it has just chosen.
+
+        `lengths` [S], each 1 or more: so many tokens of each sequence, which are returned. Block tables reach as far as
+        `positions + lengths`; nothing is adjusted and no likelihood asked for. Blocking; one call at a time.
+        """
+
+
+@runtime_checkable
 class BlockStore(Protocol):
     """A decoder whose KV blocks can be copied out and in again, between steps. Bytes mean nothing to anyone else."""
 

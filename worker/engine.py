@@ -41,6 +41,10 @@ RATE_WINDOW_S = 5.0
 # tokens, would cost several times what the tokens do
 SHORT_STEP_S = 0.0015  # between two ticks of the event loop's clock
 GATHER_S = 0.004
+# where nothing comes between steps a device that can may decode so many tokens of each stream by itself, if that takes no
+# longer than this: who arrives meanwhile waits for it
+STREAK_TOKENS, STREAK_S = 16, 0.0005
+SHORTEST_STEP_S = STREAK_S / STREAK_TOKENS
 # an alarm is set for this share of a wait before its end, so that with its being late the wait is no longer
 ALARM_LATE = 0.2
 
@@ -184,6 +188,8 @@ class Engine:
                 if step is None:
                     await self._rest()
                     continue
+                if self._runner.goes_on and (tokens_each := int(STREAK_S / max(self._step_s, SHORTEST_STEP_S))) > 1:
+                    step = self.scheduler.go_on(step, tokens_each)
                 if step.copies and not await self._copy(step):
                     continue
                 computed = await self._execute(step, begun)
@@ -327,7 +333,8 @@ class Engine:
                 inputs, chosen = begun.inputs, await self._runner.collect(begun.ticket)
             else:
                 inputs = self._batch.build(step)
-                chosen = await self._runner.execute(inputs)
+                chosen = await (self._runner.execute(inputs) if step.longest == 1
+                                else self._runner.streak(inputs, step.lengths))
         except RankLost:
             raise
         except Exception as error:
@@ -335,10 +342,12 @@ class Engine:
             self.failed_steps += 1
             _log.error("step_failed", error=repr(error), sequences=len(step.works), rows=rows)
             return None
-        self.steps += 1
+        self.steps += step.longest
         self._collected_at = self._clock.now()
-        self._step_s = self._collected_at - started
-        if not step.scores:
+        self._step_s = (self._collected_at - started) / step.longest
+        if step.longest > 1:
+            self.scheduler.cost.observe(round(len(chosen) / step.longest), 0, self._step_s)
+        elif not step.scores:
             self.scheduler.cost.observe(sampled, rows - sampled, self._step_s)
         return Computed(chosen, inputs.logprobs)
 
@@ -371,6 +380,7 @@ class Engine:
         """After a step that raised: find who is to blame. When everyone seems to be, it is the device."""
         broken: list[Work] = []
         for work in step.works:
+            work.more = 0
             alone = Step([work])
             computed = await self._timed(alone, alone.rows, alone.sampled, alone=True)
             if computed is None:

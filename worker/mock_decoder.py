@@ -29,11 +29,11 @@ Hashes = NDArray[np.uint64]
 
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_MASK, _ODD = (1 << 64) - 1, int(ODD)
+_MASK, _ODD, _PHRASE, _DRAW = (1 << 64) - 1, int(ODD), int(IN_PHRASE), int(DRAW)
 
 
 class MockDecoder:
-    """Implements `kernels.step.Decoder` and `BlockStore`."""
+    """Implements `kernels.step.Decoder`, `Streaks` and `BlockStore`."""
 
     def __init__(self, *, blocks: int, block_size_tokens: int = 16, vocabulary_size: int = 49152,
                  context_length: int = 32768) -> None:
@@ -134,10 +134,47 @@ class MockDecoder:
             if temperature > 0:
                 state ^= _mix_one(seed + _ODD)
             state = _mix_one(state)
-            word = (follows[(token - self._first) % self._words] if state & int(IN_PHRASE)
-                    else (state >> int(DRAW)) % self._words)
+            word = (follows[(token - self._first) % self._words] if state & _PHRASE
+                    else (state >> _DRAW) % self._words)
             chosen.append(word + self._first)
         return np.array(chosen, np.int32)
+
+    def streak(self, inputs: StepInputs, lengths: list[int]) -> list[list[int]]:
+        """As `kernels.step.Streaks`: what `step` says, with what stands before each row read once."""
+        size, first, words, sampled = self.block_size_tokens, self._first, self._words, inputs.temperature > 0
+        kv, mixed, powers, follows = self._numbers
+        chosen = []
+        for table, token, position, length, draws, seed in zip(
+                inputs.block_tables.tolist(), inputs.tokens.tolist(), inputs.positions.tolist(), lengths,
+                sampled.tolist(), inputs.seeds.tolist(), strict=True):
+            # 1. what the cache says of the tokens before the row
+            block, place = divmod(position, size)
+            last = position + length - 1
+            needed = table[:max(last // size, 0) + 1]
+            if not 0 <= token < self.vocabulary_size or not 0 <= position <= last < self.context_length \
+                    or last // size >= len(table) or min(needed) < 0 or max(needed) >= self.blocks:
+                raise ValueError("a token, a position or a block outside what there is")
+            total = ends = 0
+            if position:
+                behind, end = divmod(position - 1, size)
+                total = kv[table[behind] * size + end]
+            for full in table[:block]:
+                ends ^= kv[full * size + size - 1]
+            noise = _mix_one(seed + _ODD) if draws else 0
+            # 2. one token after the other, each written before the next is computed
+            stream = []
+            for here in range(position, last + 1):
+                total = total + mixed[token] * powers[here] & _MASK
+                kv[table[block] * size + place] = total
+                place += 1
+                if place == size:
+                    ends ^= total
+                    block, place = block + 1, 0
+                state = _mix_one(total + ends * _ODD & _MASK ^ noise)
+                token = first + (follows[(token - first) % words] if state & _PHRASE else (state >> _DRAW) % words)
+                stream.append(token)
+            chosen.append(stream)
+        return chosen
 
     def _flat(self, seeded: Hashes, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits [n, V] between 0 and 4 whose largest is 4.5, of the chosen one."""

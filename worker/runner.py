@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from kernels.checkpoint import open_checkpoint
 from kernels.checkpoint_config import HEAD_IDS
 from kernels.ranks import DistributedRanks, Ranks
 from kernels.shards import cuts
-from kernels.step import Ahead, BlockStore, Decoder, StepInputs
+from kernels.step import Ahead, BlockStore, Decoder, StepInputs, Streaks
 from shared.clock import Clock
 from shared.settings import WorkerSettings
 from shared.timeline import Timeline
@@ -45,9 +46,13 @@ class Runner(Protocol):
     decoder: Decoder
     tier: TierMemory | None
     queues: bool  # whether `submit` and `collect` work: the device takes a step while it runs one
+    goes_on: bool  # whether `streak` works
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         """The chosen token of each sampled row. Raises what the decoder raises."""
+
+    async def streak(self, inputs: StepInputs, lengths: list[int]) -> list[int]:
+        """As `kernels.step.Streaks`: all tokens of the first sequence, then those of the second, ..."""
 
     async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
         """As `kernels.step.Ahead`."""
@@ -69,12 +74,19 @@ class ThreadRunner:
         self.decoder = decoder
         self.tier = tier
         self.queues = isinstance(decoder, Ahead)
+        self._streaks = decoder if isinstance(decoder, Streaks) else None
+        self.goes_on = self._streaks is not None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         loop = asyncio.get_running_loop()
         chosen: list[int] = await loop.run_in_executor(self._thread, lambda: self.decoder.step(inputs).tolist())
         return chosen
+
+    async def streak(self, inputs: StepInputs, lengths: list[int]) -> list[int]:
+        assert self._streaks is not None
+        loop = asyncio.get_running_loop()
+        return _flat(await loop.run_in_executor(self._thread, self._streaks.streak, inputs, lengths))
 
     async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
         loop = asyncio.get_running_loop()
@@ -104,6 +116,8 @@ class TimedRunner:
         self.decoder = decoder
         self.tier = tier
         self.queues = isinstance(decoder, Ahead)
+        self._streaks = decoder if isinstance(decoder, Streaks) else None
+        self.goes_on = self._streaks is not None
         self._clock = clock
         self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
         self._free_at = 0.0  # when what was submitted is computed
@@ -112,6 +126,11 @@ class TimedRunner:
         await self._clock.sleep(self._seconds(inputs))
         chosen: list[int] = self.decoder.step(inputs).tolist()
         return chosen
+
+    async def streak(self, inputs: StepInputs, lengths: list[int]) -> list[int]:
+        await self._clock.sleep(max(lengths) * self._step_s + sum(lengths) * self._row_s)
+        assert self._streaks is not None
+        return _flat(self._streaks.streak(inputs, lengths))
 
     async def submit(self, inputs: StepInputs, carried: NDArray[np.int32] | None) -> Any:
         submitted = _queue_of(self.decoder).submit(inputs, carried)
@@ -141,6 +160,10 @@ class TimedRunner:
 def _queue_of(decoder: Decoder) -> Ahead:
     assert isinstance(decoder, Ahead)
     return decoder
+
+
+def _flat(streaks: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(streaks))
 
 
 def engine_of(settings: WorkerSettings) -> str:

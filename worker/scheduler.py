@@ -17,6 +17,7 @@ Rules
 Pure: no clock, no bus, no tensor. Not re-entrant: nothing may change between `plan` and its `commit`.
 
     foresee(step)   -> Step: the one after it, while its tokens are not known yet      for devices that queue steps
+    go_on(step, n)  each of its rows decodes up to n tokens, one after the other       for devices that can go on alone
 """
 
 from bisect import insort
@@ -71,7 +72,8 @@ class Limits(NamedTuple):
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("carries", "drafts", "forced", "lease", "rows", "samples", "scored", "sequence", "start", "stated")
+    __slots__ = ("carries", "drafts", "forced", "lease", "more", "rows", "samples", "scored", "sequence", "start",
+                 "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
@@ -82,15 +84,17 @@ class Work:
         self.drafts: list[int] = []
         self.forced = False  # whether a grammar demands the drafts: nobody guessed them
         self.stated: list[int] = []  # of each of them, what its drafter says of it
+        self.more = 0  # tokens that the device decodes by itself behind the one of the row
         self.carries = -1  # foreseen: the row's token is what the step before chooses for its sample of this number
         self.lease = sequence.lease  # of the slot, when it was planned
 
 
 class Step(NamedTuple):
-    """`copies` come before everything else, in this order."""
+    """`copies` come before everything else, in this order. `longest`: the most tokens that a row decodes."""
 
     works: list[Work]
     copies: tuple[Copy, ...] = ()
+    longest: int = 1
 
     @property
     def rows(self) -> int:
@@ -110,6 +114,11 @@ class Step(NamedTuple):
     def streams(self) -> int:
         """Sequences whose next token is wanted."""
         return sum(work.samples for work in self.works)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of a step of plain rows: how many tokens each decodes."""
+        return [1 + work.more for work in self.works]
 
 
 class Registered(NamedTuple):
@@ -371,6 +380,28 @@ class Scheduler:
             works.append(ahead)
         return Step(works) if works else None
 
+    def go_on(self, step: Step, most_tokens: int) -> Step:
+        """`step`, just planned, with rows that decode up to `most_tokens` each.
+
+        None does where prompts are computed too or somebody waits to be, where drafts may come, or where what is
+        chosen depends on more than the tokens before it. Blocks are only taken from those that nobody holds. Tokens
+        behind a stop token are computed in vain.
+        """
+        if self.waiting or self.drafter or len(step.works) < len(self.running):
+            return step
+        for work in step.works:
+            sequence = work.sequence
+            if work.rows != 1 or not work.samples or work.scored or sequence.adjuster is not None \
+                    or sequence.request.logprobs >= 0:
+                return step
+        longest = 1
+        for work in step.works:
+            sequence = work.sequence
+            wanted = min(most_tokens, sequence.end_length - len(sequence.tokens)) - 1
+            work.more = self._draft_room(sequence, wanted) if wanted > 0 else 0
+            longest = max(longest, 1 + work.more)
+        return step._replace(longest=longest)
+
     def offer(self, proposal: Proposal, seconds: float = 0.0) -> None:
         """Keep a drafter's proposal, on which it spent `seconds`."""
         sequence = self._live.get(proposal.request_id)
@@ -397,7 +428,7 @@ class Scheduler:
             if work.carries >= 0 and _is_over(work):
                 offset += 1
                 continue
-            sequence.steps += 1
+            sequence.steps += 1 + work.more
             if work.scored and logprobs is not None:
                 first, count = sequence.scored + 1, len(work.scored)
                 most = sequence.request.prompt_logprobs
@@ -409,7 +440,7 @@ class Scheduler:
                 sequence.computed += work.rows
                 self._store(sequence)
                 continue
-            count = 1 + len(work.drafts)
+            count = 1 + len(work.drafts) + work.more
             tokens = chosen[offset:offset + count]
             offset += count
             records = b""

@@ -104,3 +104,37 @@ def test_logits_point_at_the_chosen_token() -> None:
 def test_what_would_corrupt_memory_is_an_error(step: StepInputs, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decoder().step(step)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_streak_says_what_steps_say_one_by_one_and_leaves_the_same_cache(temperature: float) -> None:
+    prompts = [list(range(100 + number, 109 + 2 * number)) for number in range(3)]
+    tables, lengths = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]], [1, 4, 7]
+    by_step, at_once = decoder(), decoder()
+    stepped = []
+    for prompt, table, length in zip(prompts, tables, lengths, strict=True):
+        at_once.step(inputs(prompt, table))
+        tokens, start = list(prompt), 0
+        for _ in range(length + 1):
+            tokens.append(int(by_step.step(inputs(tokens[start:], table, start, 1, temperature, 7))[0]))
+            start = len(tokens) - 1
+        stepped.append(tokens[len(prompt):])
+    firsts = [tokens[0] for tokens in stepped]
+    together = StepInputs(
+        np.array(firsts, np.int32), np.array([len(prompt) for prompt in prompts], np.int32),
+        np.arange(4, dtype=np.int32), np.array(tables, np.int32), np.arange(3, dtype=np.int32),
+        np.full(3, temperature, np.float32), np.zeros(3, np.int32), np.ones(3, np.float32),
+        np.zeros(3, np.float32), np.full(3, 7, np.uint64))
+    assert at_once.streak(together, lengths) == [tokens[1:] for tokens in stepped]
+    for block in range(15):
+        told, known = np.zeros(at_once.block_bytes, np.uint8), np.zeros(by_step.block_bytes, np.uint8)
+        at_once.read_block(block, told)
+        by_step.read_block(block, known)
+        assert (told == known).all()
+
+
+def test_a_streak_stays_in_its_blocks_and_its_context() -> None:
+    for start, table, length in ((11, [0, 1, 2], 2), (3, [0, -1, 2], 2), (62, list(range(16)), 3)):
+        mock = decoder()
+        with pytest.raises(ValueError, match=r"position or a block"):
+            mock.streak(inputs([500], table, start), [length])
