@@ -48,3 +48,9 @@ class LoopClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+class SystemClock(LoopClock):
+    """The same where uvloop is known to run. A request asks for the time a hundred times, and looking costs 0.5 us."""
+
+    now = staticmethod(time.monotonic)

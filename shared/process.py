@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from shared import telemetry
 from shared.bus import Bus, BusRefused, BusUnavailable
 from shared.bus_metrics import BusMetrics
-from shared.clock import Clock, LoopClock
+from shared.clock import Clock, SystemClock
 from shared.credentials import Credentials, credentials
 from shared.errors import MillError
 from shared.ids import new_id
@@ -90,7 +90,7 @@ async def _serve(settings: S, serve: Serve[S], timeline: Timeline, shown: Creden
     figures = BusMetrics(bus)
     bus.watched = figures.observe
     prometheus_client.REGISTRY.register(figures.registry)
-    serving = asyncio.create_task(serve(bus, settings, LoopClock()))
+    serving = asyncio.create_task(serve(bus, settings, SystemClock()))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     try:
