@@ -3,7 +3,8 @@
 Rule: what happens to a request is decided here and carried out by `router.outgoing`; every request that comes leaves
 once, to a worker or with a reason.
 
-    arrived -> weigh -> settle -> worker.<id>.generate, placed.<router>      or -> replies.<gateway> with the reason
+    arrived -> weigh -> settle -> worker.<id>.generate, and where others listen placed.<router>
+                               or -> replies.<gateway> with the reason
                      -> hold, while no worker has room                       -> replies.<gateway>, with each heartbeat
 """
 
@@ -70,6 +71,7 @@ class Desk:
     def __init__(self, settings: RouterSettings, clock: Clock, view: View, outbox: Outbox, metrics: Metrics) -> None:
         self.placed_total = 0
         self.refused_total = 0
+        self.has_peers = False  # whether other routers listen to what is placed here
         self.admission: Admission[Arrived] = Admission(
             settings.max_held, settings.max_queue_s, weights_of(settings.tenant_weights))
         self._settings = settings
@@ -180,8 +182,9 @@ class Desk:
             too_large=lambda: self._refuse(request, Refused(
                 TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),
         ))
-        told = replace(request, tokens=b"", generated=b"", prediction=b"", cache_salt=b"", placement=placement)
-        self._outbox.hand_over(Outgoing(subjects.placed(router), encode(told), headers))
+        if self.has_peers:
+            told = replace(request, tokens=b"", generated=b"", prediction=b"", cache_salt=b"", placement=placement)
+            self._outbox.hand_over(Outgoing(subjects.placed(router), encode(told), headers))
         self.placed_total += 1
         self._metrics.placed.labels(chosen.worker).inc()
         self._metrics.prompt_tokens.inc(prompt_tokens)

@@ -97,6 +97,7 @@ class Router:
         self._started_at = clock.now()
         self._intake: Subscription | None = None
         self._others: dict[str, float] = {}  # routers that are ready, and when they said so
+        self._peers: dict[str, float] = {}  # routers that listen, ready or not
         self._caught_up = asyncio.Event()  # since the last heartbeat
 
     # --- what arrives
@@ -138,8 +139,12 @@ class Router:
         status = self._decoded(delivery, Status)
         if isinstance(status, RouterStatus) and delivery.subject == subjects.status("router", status.id):
             self._others.pop(status.id, None)
-            if status.state == "ready" and status.id != self.id:
-                self._others[status.id] = self._clock.now()
+            self._peers.pop(status.id, None)
+            if status.state != "draining" and status.id != self.id:
+                self._peers[status.id] = self._clock.now()
+                if status.state == "ready":
+                    self._others[status.id] = self._clock.now()
+            self.desk.has_peers = bool(self._peers)
 
     def on_kv(self, delivery: Delivery) -> None:
         message = self._decoded(delivery, KvMessage)
@@ -192,7 +197,10 @@ class Router:
                 self.metrics.forget(worker)
                 self.desk.admission.forget(worker)
             self._ask_snapshots(self.view.snapshots_due(now))
-            self._others = {router: at for router, at in self._others.items() if now - at <= self._settings.silence_s}
+            self._others, self._peers = (
+                {router: at for router, at in heard.items() if now - at <= self._settings.silence_s}
+                for heard in (self._others, self._peers))
+            self.desk.has_peers = bool(self._peers)
             if self.state == "starting":
                 self._catch_up(now - self._started_at)
             if self._intake is None and self._is_wanted(now):

@@ -43,10 +43,35 @@ def test_a_request_reaches_a_worker_with_its_placement_and_nothing_else_changed(
         assert got.placement is not None
         assert (got.placement.router, got.placement.worker, got.placement.cached_tokens) == ("r0", "w0", 0)
         assert got.tokens == request().tokens
+        assert router.router.desk.placed_total == 1
+
+    play(scenario)
+
+
+def test_other_routers_are_told_what_is_placed_without_its_tokens_and_only_while_there_are_some() -> None:
+    async def scenario(mesh: Mesh) -> None:
+        await mesh.router()
+        worker, gateway = await mesh.worker(), await mesh.gateway()
+        await asyncio.sleep(1)
+        await gateway.ask(request(request_id="alone"))
+        await asyncio.sleep(0.1)
+        assert gateway.placed == []
+        other = await mesh.router("r1")
+        await asyncio.sleep(0.1)  # it has said that it starts, and does not take requests yet
+        assert other.router.state == "starting"
+        await gateway.ask(request(request_id="beside another"))
+        await asyncio.sleep(0.1)
         (told,) = gateway.placed
+        got = worker.requests[-1]
+        assert told.request_id == got.request_id == "beside another"
         assert told.tokens == b"" and told.cache_salt == b""
         assert told.block_hashes == got.block_hashes
-        assert router.router.desk.placed_total == 1
+        await other.leave()
+        await asyncio.sleep(0.1)
+        await gateway.ask(request(request_id="alone again"))
+        await asyncio.sleep(0.1)
+        assert [told.request_id for told in gateway.placed] == ["beside another"]
+        assert len(worker.requests) == 3
 
     play(scenario)
 
