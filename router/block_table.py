@@ -82,6 +82,20 @@ class BlockTable:
             held[found] = self._bits[word].take(slots)
         return held
 
+    def leading(self, names: Names, word: int = 0) -> list[int]:
+        """Name by name, the bits of those who hold all names up to there, as far as anybody does. For few names."""
+        if word >= len(self._bits):
+            return []
+        table, directory, bits = self._names.reshape(-1).data, self._directory.data, self._bits[word].reshape(-1).data
+        shift, held, found = WORD - self._depth, -1, []
+        for name in names.tolist():
+            first = directory[name >> shift] << _SLOT_BITS
+            bucket = table[first:first + SLOTS].tolist()
+            if name not in bucket or not (held := held & bits[first + bucket.index(name)]):
+                break
+            found.append(held)
+        return found
+
     def add(self, names: Names, worker: int) -> tuple[Indices, int]:
         """`worker` holds these names. Which of them (indices) are new at it, and how many had no room."""
         while len(self._bits) <= worker // WORD:

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from router.block_table import WORD, Bits, BlockTable, Indices, Names, names_in
+from router.block_table import FEW, WORD, Bits, BlockTable, Indices, Names, names_in
 from shared.blocks import HASH_BYTES
 
 MAX_BYTES = 1 << 30
@@ -34,8 +34,12 @@ class PrefixIndex:
     def longest_prefix(self, chain: Names) -> dict[str, int]:
         """How many leading blocks of the chain each worker holds; workers that hold none are left out."""
         depths: dict[str, int] = {}
+        few = chain[:FEW]
         for word in range(self._table.words) if len(chain) else ():
-            for bits, depth in _depths(self._table.holders(chain, word)):
+            # most chains are held by nobody, or not far, or are short
+            leading = self._table.leading(few, word)
+            whole = len(leading) == len(few) < len(chain)
+            for bits, depth in _depths(self._table.holders(chain, word)) if whole else _ends(leading):
                 while bits:
                     low = bits & -bits
                     depths[self._workers[word * WORD + low.bit_length() - 1]] = depth
@@ -121,6 +125,16 @@ class PrefixIndex:
 
 def _words(hashes: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(hashes, "<u8").reshape(-1, HASH_BYTES // 8)
+
+
+def _ends(leading: list[int]) -> list[tuple[int, int]]:
+    """`_depths` of bit sets that are AND-ed already, up to where nobody holds all."""
+    found = []
+    for depth, held in enumerate(leading, 1):
+        after = leading[depth] if depth < len(leading) else 0
+        if held != after:
+            found.append((held ^ after, depth))
+    return found
 
 
 def _depths(held: Bits) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ Pure: the caller passes `now` and sends the snapshot requests that methods retur
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
-from router.block_table import names_of
+from router.block_table import Names, names_of
 from router.expected_blocks import ExpectedBlocks
 from router.outstanding import Outstanding
 from router.placement import Candidate, expected_output
@@ -58,6 +58,7 @@ class View:
         self._expected = ExpectedBlocks()
         self._turnover = Turnover()
         self._models: dict[str, float] = {}  # model -> last heard of
+        self._chain = b"", names_of(b"")  # what was looked up last, and its names
         self.blind: dict[str, str] = {}  # worker -> why its cache is not looked at
         self.alarms: list[Alarm] = []
         self._rooms: dict[str, int] = {}  # model -> blocks of its workers, until one comes or goes
@@ -100,7 +101,7 @@ class View:
         self._write(placement.worker, tokens)
         if placement.worker in self.blind:
             return
-        self._expected.expect(self.index.slot(placement.worker), names_of(request.block_hashes),
+        self._expected.expect(self.index.slot(placement.worker), self._names_of(request.block_hashes),
                               placement.cached_tokens // self._block_size_tokens, now)
 
     def on_unheard(self, request: Generate, worker: str) -> None:
@@ -113,7 +114,7 @@ class View:
 
     def candidates(self, hashes: bytes, now: float) -> list[Candidate]:
         """Every worker that is alive, with what it holds of this chain (packed hashes), by name."""
-        chain = names_of(hashes)
+        chain = self._names_of(hashes)
         self._expected.expire(now)
         certain = self.index.longest_prefix(chain)
         cached = certain.copy()
@@ -151,6 +152,12 @@ class View:
     def complete(self) -> bool:
         """Whether somebody was heard and nobody's snapshot is missing."""
         return bool(self.fleet.workers()) and not any(True for _ in self.resync.awaiting())
+
+    def _names_of(self, hashes: bytes) -> Names:
+        """Who is placed has just been looked up."""
+        if hashes != self._chain[0]:
+            self._chain = hashes, names_of(hashes)
+        return self._chain[1]
 
     def _write(self, worker: str, tokens: int) -> None:
         """So many tokens are about to be computed there, and pushed out."""

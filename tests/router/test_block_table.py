@@ -23,6 +23,14 @@ def check(table: BlockTable, truth: dict[int, set[int]], workers: range) -> None
         held = table.holders(names(known), word).tolist()
         assert held == [sum(1 << worker - 64 * word for worker in truth.get(name, ()) if worker // 64 == word)
                         for name in known]
+        for start in range(0, len(known), 3):
+            held, alive = [], -1
+            for name in known[start:start + 5]:
+                alive &= sum(1 << worker - 64 * word for worker in truth.get(name, ()) if worker // 64 == word)
+                if not alive:
+                    break
+                held.append(alive)
+            assert table.leading(names(known[start:start + 5]), word) == held
     assert table.count == len(truth)
     for worker in workers:
         assert sorted(table.names(worker).tolist()) == sorted(name for name, by in truth.items() if worker in by)

@@ -2,10 +2,11 @@
 
 from hashlib import blake2b
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.block_table import WORD, names_of
+from router.block_table import FEW, WORD, names_of
 from router.prefix_index import PrefixIndex
 from shared.blocks import HASH_BYTES, fold, join_hashes
 from tests.router.builders import blocks, named
@@ -150,3 +151,14 @@ def test_the_index_equals_one_set_per_worker(history: list[tuple[str, str, list[
         assert index.digest(worker) == fold(join_hashes(sorted(held)))
     assert prefixes(index, POOL) == expected
     assert len(index) == len(set().union(*truth.values()))
+
+
+@pytest.mark.parametrize("length", [1, 3, FEW - 1, FEW, FEW + 1, 3 * FEW])
+def test_long_and_short_chains_are_credited_alike(length: int) -> None:
+    index = PrefixIndex()
+    chain = blocks(length)
+    depths = {f"w{number}": number * length // 70 for number in range(71)}  # of more workers than one word has bits
+    for worker, depth in depths.items():
+        store(index, worker, chain[:depth])
+        store(index, worker, chain[depth + 1:])
+    assert prefixes(index, chain) == {worker: depth for worker, depth in depths.items() if depth}
