@@ -8,7 +8,8 @@ once; whoever reads too slowly is taken for gone. Every stream opened here is en
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from gateway.openai.logprobs import Spelling, Told
 from gateway.openai.parameters import Options, prompt_likeliest
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
-from gateway.receipts import Kept, Outcome, found, header, outcome_of
+from gateway.receipts import Found, Kept, Outcome, found, header, outcome_of
 from gateway.replies import ReadChoice
 from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics, metrics_of
@@ -112,7 +113,8 @@ class Answer:
         self._streams: list[Stream] = []
         self._id = secrets.token_hex(12)
         self._reply = reply(Head(
-            self._id, int(gateway.clock.wall()), model.name, fingerprint(model, gateway.recipe(model)),
+            self._id, int(gateway.clock.wall()), model.name,
+            fingerprint(model.name, model.card.vocabulary, gateway.recipe(model)),
             options.include_usage, options.tier if options.show_tier else None,
             Spelling(model.tokenizer.token_bytes, model.tokenizer.special_ids if options.skip_special else ()),
             model.dialect.id_length))
@@ -266,6 +268,8 @@ class Answer:
 
     async def _last_words(self) -> None:
         """Until workers have said what drafts brought the streams that stop strings ended, or for a moment."""
+        if not any(stream.parting for stream in self._streams):
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORD_S):
                 while any(stream.parting for stream in self._streams):
@@ -488,6 +492,8 @@ class Answer:
         options, sampling = self._options, self._options.sampling
         carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._scope["headers"]
                    if name in (b"traceparent", b"tracestate")}
+        if not telemetry.traces():
+            return telemetry.open_span("", 0.0, telemetry.extract(carried))
         attributes: dict[str, telemetry.Attribute] = {
             names.OPERATION_NAME: self._operation, names.PROVIDER_NAME: names.PROVIDER,
             names.REQUEST_MODEL: self._model.name, names.REQUEST_ID: self._scope["state"]["request_id"],
@@ -516,23 +522,38 @@ class Answer:
             metrics.drafted(model, end)
         metrics.prompt_tokens.inc(prompt)
         metrics.cached_tokens.inc(found_cached)
-        attributes: dict[str, telemetry.Attribute] = {
-            names.RESPONSE_ID: self._reply.id, names.RESPONSE_MODEL: model, names.WORKER: mill.worker,
-            names.RESPONSE_FINISH_REASONS: [reason or "error" for reason in self._reasons],
-            names.USAGE_INPUT_TOKENS: usage.prompt_tokens, names.USAGE_OUTPUT_TOKENS: usage.completion_tokens,
-            names.USAGE_CACHE_READ_TOKENS: cached, names.DRAFT_TOKENS: mill.draft_tokens,
-            names.DRAFT_ACCEPTED_TOKENS: mill.accepted_draft_tokens, names.ATTEMPT: mill.attempts,
-            names.LATENCY_END_TO_END: now_s - self._began_s}
-        firsts = [stream.first_token_s for stream in self._streams if stream.first_token_s is not None]
-        if firsts:
-            last_s = max(stream.last_token_s for stream in self._streams)
-            attributes[names.LATENCY_FIRST_TOKEN] = min(firsts) - self._began_s
-            span.event("first_token", self._unix(min(firsts)))
-            span.event("last_token", self._unix(last_s))
         for stream, choice in zip(self._streams, self._choices, strict=False):
             if stream.first_token_s is not None and not error:
                 metrics.stream_ended(operation, model, stream.first_token_s - self._began_s,
                                      stream.last_token_s - self._began_s, choice.completion_tokens)
+        outcomes = self._outcomes()
+        gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
+                                   self._unix(self._began_s), tuple(outcomes), self._tenant.name))
+        known = [truth for truth in map(found, outcomes) if truth is not None]
+        for truth in known:
+            metrics.placed(truth)
+        if span.recorded:
+            self._close_span(span, usage, mill, known, now_s, error)
+        # routers and workers log `request=` the response's number and that of the choice
+        gateway.log.info("request_ended", response=self._reply.id, operation=operation,
+                         prompt_tokens=usage.prompt_tokens, cached_tokens=cached,
+                         completion_tokens=usage.completion_tokens, worker=mill.worker, attempts=mill.attempts,
+                         seconds=round(now_s - self._began_s, 4), error=error or None)
+
+    def _close_span(self, span: telemetry.OpenSpan, usage: common.Usage, mill: common.MillUsage,
+                    known: Sequence[Found], now_s: float, error: str) -> None:
+        attributes: dict[str, telemetry.Attribute] = {
+            names.RESPONSE_ID: self._reply.id, names.RESPONSE_MODEL: self._model.name, names.WORKER: mill.worker,
+            names.RESPONSE_FINISH_REASONS: [reason or "error" for reason in self._reasons],
+            names.USAGE_INPUT_TOKENS: usage.prompt_tokens, names.USAGE_OUTPUT_TOKENS: usage.completion_tokens,
+            names.USAGE_CACHE_READ_TOKENS: usage.prompt_tokens_details.cached_tokens,
+            names.DRAFT_TOKENS: mill.draft_tokens, names.DRAFT_ACCEPTED_TOKENS: mill.accepted_draft_tokens,
+            names.ATTEMPT: mill.attempts, names.LATENCY_END_TO_END: now_s - self._began_s}
+        firsts = [stream.first_token_s for stream in self._streams if stream.first_token_s is not None]
+        if firsts:
+            attributes[names.LATENCY_FIRST_TOKEN] = min(firsts) - self._began_s
+            span.event("first_token", self._unix(min(firsts)))
+            span.event("last_token", self._unix(max(stream.last_token_s for stream in self._streams)))
         if ends := self._ends():
             if mill.drafter:
                 attributes |= {names.DRAFTER: mill.drafter,
@@ -542,26 +563,17 @@ class Answer:
                                names.DRAFTER_USD: sum(end.drafter_usd for end in ends)}
             attributes |= {names.LATENCY_IN_QUEUE: ends[0].queue_s, names.LATENCY_PREFILL: ends[0].prefill_s,
                            names.LATENCY_DECODE: ends[0].decode_s}
-        outcomes = self._outcomes()
-        gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
-                                   self._unix(self._began_s), tuple(outcomes), self._tenant.name))
-        known = [truth for truth in map(found, outcomes) if truth is not None]
-        for truth in known:
-            metrics.placed(truth)
         if known:
             attributes |= {names.PLACEMENT_CACHED_TOKENS: known[0].predicted_tokens,
                            names.CACHED_TOKENS: known[0].cached_tokens, names.CACHE_MISS: known[0].miss}
         span.end(self._unix(now_s), attributes, error)
-        # routers and workers log `request=` the response's number and that of the choice
-        log.info("request_ended", response=self._reply.id, operation=operation, prompt_tokens=usage.prompt_tokens,
-                 cached_tokens=cached, completion_tokens=usage.completion_tokens, worker=mill.worker,
-                 attempts=mill.attempts, seconds=round(now_s - self._began_s, 4), error=error or None)
 
     def _unix(self, monotonic_s: float) -> float:
         return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)
 
 
-def fingerprint(model: ServedModel, recipe: str) -> str:
+@lru_cache(1024)
+def fingerprint(model: str, vocabulary: str, recipe: str) -> str:
     """Equal for two answers exactly when the same seed gives the same tokens: model, vocabulary and numeric recipe."""
-    digest = blake2b("\0".join((model.name, model.card.vocabulary, recipe)).encode(), digest_size=6)
+    digest = blake2b("\0".join((model, vocabulary, recipe)).encode(), digest_size=6)
     return f"fp_{digest.hexdigest()}"

@@ -217,31 +217,31 @@ class _Envelope:
                                       *(access.headers(tenant) if tenant is not None else ())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            try:
-                if scope["path"] not in _OPEN:
-                    tenant = scope["state"]["tenant"] = access.asking(scope["headers"])
-                    if access.keyed:
-                        structlog.contextvars.bind_contextvars(tenant=tenant.name)
-                    if scope["method"] == "POST":
-                        access.count(tenant)
-                await self._app(scope, receive, send_on)
-            except MillError as error:
-                self._gateway.metrics.refused.labels(error.code).inc()
-                log.info("request_refused", path=scope["path"], code=error.code, reason=error.reason)
-                await _send_error(send_on, error, scope)
-            except ClientLeft:
-                status = _CLIENT_LEFT
-                log.info("client_left", path=scope["path"])
-            except Exception:
-                log.exception("request_broke", path=scope["path"])
-                if status:
-                    raise  # the answer has begun: all that can be done is to cut it off
-                await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"), scope)
-            finally:
-                structlog.contextvars.unbind_contextvars("tenant")
-                route = scope.get("route")
-                self._gateway.metrics.requests.labels(getattr(route, "path", _UNKNOWN_ROUTE), str(status)).inc()
+        bound = dict(structlog.contextvars.bind_contextvars(request_id=request_id))
+        try:
+            if scope["path"] not in _OPEN:
+                tenant = scope["state"]["tenant"] = access.asking(scope["headers"])
+                if access.keyed:
+                    bound |= structlog.contextvars.bind_contextvars(tenant=tenant.name)
+                if scope["method"] == "POST":
+                    access.count(tenant)
+            await self._app(scope, receive, send_on)
+        except MillError as error:
+            self._gateway.metrics.refused.labels(error.code).inc()
+            log.info("request_refused", path=scope["path"], code=error.code, reason=error.reason)
+            await _send_error(send_on, error, scope)
+        except ClientLeft:
+            status = _CLIENT_LEFT
+            log.info("client_left", path=scope["path"])
+        except Exception:
+            log.exception("request_broke", path=scope["path"])
+            if status:
+                raise  # the answer has begun: all that can be done is to cut it off
+            await _send_error(send_on, MillError("this is a fault of the gateway: its log knows more"), scope)
+        finally:
+            structlog.contextvars.reset_contextvars(**bound)
+            route = scope.get("route")
+            self._gateway.metrics.answered(getattr(route, "path", _UNKNOWN_ROUTE), status)
 
 
 async def _send_error(send: Send, error: MillError, scope: Scope) -> None:

@@ -8,9 +8,11 @@ here: `write` says no, and the usual way deals with it. That a client hung up is
 Rule: an extension of ASGI, absent under any other server (and in tests without a socket); nothing may depend on it.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 EXTENSION = "tokenmill.direct"
@@ -24,6 +26,11 @@ class DirectBody:
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._left: Callable[[], None] | None = None
+
+    @property
+    def asked_in_full(self) -> bool:
+        """Whether all of the request's body is here."""
+        return not self._cycle.more_body
 
     def when_left(self, call: Callable[[], None] | None) -> bool:
         """Have `call` made when the client hangs up before its answer is complete. False when it has already."""
@@ -46,7 +53,14 @@ class DirectBody:
 
 
 class DirectProtocol(HttpToolsProtocol):
-    """uvicorn's connection; every request finds its `DirectBody` among the extensions of its scope."""
+    """uvicorn's connection; every request finds its `DirectBody` among the extensions of its scope.
+
+    The addresses of both ends are not in it: nobody here reads them, and to learn them uvloop makes a socket object.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.connections.add(self)
+        self.transport, self.flow, self.scheme = transport, FlowControl(transport), "http"
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()

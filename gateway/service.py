@@ -87,6 +87,7 @@ class Gateway:
         self.receipts = Receipts()
         self.draining = False
         self.url = ""
+        self.log = structlog.get_logger("gateway.answer").bind()  # once: it takes longer than a line nobody hears
         self._began_s = clock.now()
         self._turns = asyncio.Semaphore(PROMPTS_PER_TURN)
         self._idle = asyncio.Event()
@@ -197,8 +198,8 @@ class Gateway:
 
     def recipe(self, model: ServedModel) -> str:
         """The numeric recipe that answers of this model come from, as its workers say it."""
-        servers = self._servers(model.name)
-        return servers[0].recipe if servers else ""
+        alive = self.fleet.workers_heard_since(self.clock.now() - self.settings.silence_s)
+        return next((worker.recipe for worker in alive if worker.model == model.name and worker.state == "ready"), "")
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

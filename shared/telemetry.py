@@ -151,6 +151,11 @@ def traces_url(endpoint: str) -> str:
     return endpoint if endpoint.endswith("/v1/traces") else f"{endpoint}/v1/traces"
 
 
+def traces() -> bool:
+    """Whether spans of this task go anywhere: where not, nobody needs to gather what they would tell."""
+    return _current.get().tracer is not None
+
+
 def inject(context: Context | None = None) -> dict[str, str]:
     """Headers that carry `context` (default: the current one) on: `traceparent`, or nothing when nothing is traced."""
     headers: dict[str, str] = {}
@@ -177,6 +182,11 @@ class OpenSpan:
     def __init__(self, span: Span | None, context: Context) -> None:
         self._span = span
         self.context = context
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it goes anywhere, and has not ended."""
+        return self._span is not None
 
     def event(self, name: str, unix_s: float, attributes: Mapping[str, Attribute] | None = None) -> None:
         """Mark a moment within the span, such as the first token."""

@@ -41,7 +41,7 @@ RATE_WINDOW_S = 5.0
 # tokens, would cost several times what the tokens do
 SHORT_STEP_S = 0.0015  # between two ticks of the event loop's clock
 GATHER_S = 0.004
-# where nothing comes between steps a device that can may decode so many tokens of each stream by itself, if that takes no
+# where nothing comes between steps a device that can may decode so many tokens of each stream by itself, if it takes no
 # longer than this: who arrives meanwhile waits for it
 STREAK_TOKENS, STREAK_S = 16, 0.0005
 SHORTEST_STEP_S = STREAK_S / STREAK_TOKENS

@@ -27,6 +27,7 @@ MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_SCORES = 500_000  # some 50 MB of JSON
 MAX_GRAMMAR_CHARACTERS = 1 << 17
+_AS_IT_IS, _NOTHING_ASKED = Adjust(), (None,) * 6
 JSON_OBJECT = Grammar("json", '{"type":"object"}')
 
 
@@ -167,7 +168,7 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
         cache_hint=(body.prompt_cache_key or "")[:256],
         tier=_tier(body.service_tier),
         show_tier=body.service_tier is not None,
-        adjust=None if adjust == Adjust() else adjust,
+        adjust=None if adjust == _AS_IT_IS else adjust,
         bad_words=_bad_words(body.bad_words),
         prompt_logprobs=_prompt_logprobs(body),
         grammar=_grammar(body),
@@ -289,6 +290,10 @@ def _check_min_tokens(min_tokens: int | None, max_tokens: int | None) -> None:
 
 def _adjust(body: Parameters) -> Adjust:
     """What shifts or masks logits; ids are still to be compared with a vocabulary."""
+    asked = (body.presence_penalty, body.frequency_penalty, body.repetition_penalty, body.logit_bias, body.min_tokens,
+             body.allowed_token_ids)
+    if asked == _NOTHING_ASKED:
+        return _AS_IT_IS
     within("presence_penalty", body.presence_penalty, -2, 2)
     within("frequency_penalty", body.frequency_penalty, -2, 2)
     within("repetition_penalty", body.repetition_penalty, 0.01, 100)
