@@ -23,10 +23,12 @@ from router.view import View
 from shared.blocks import split_hashes
 from shared.messages import Finished, Generate, KvEvents, Placement, WorkerStatus
 from worker.calibrate import DECODE_ROWS, PREFILL_TOKENS, REPEATS
+from worker.events import Ended, Event
+from worker.events import Refused as TurnedAway
 from worker.kv_blocks import BlockPool
 from worker.outbox import Outbox
-from worker.scheduler import Ended, Event, Limits, Scheduler, Step
-from worker.scheduler import Refused as TurnedAway
+from worker.scheduler import Limits, Scheduler
+from worker.step import Step
 
 HOP_S = 0.001
 HEARTBEAT_S = 0.5
@@ -90,7 +92,7 @@ class VirtualWorker:
                         max_draft_tokens=0)
         self.scheduler = Scheduler(limits, self.pool)
         # a stretch is committed as drafts that were right, though nobody drafts here
-        self.scheduler.accepted_by_place = [0] * STRETCH
+        self.scheduler.speculation.accepted_by_place = [0] * STRETCH
         self.outbox = Outbox(name, 1)
         self.inbox: list[Generate] = []
         self.busy_s = 0.0

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from kernels.step import Logprobs, StepInputs
 from worker.adjust import Builder, Fills, fill_all
-from worker.scheduler import Step
 from worker.sequence import Sequence
+from worker.step import Step
 
 SEED_MASK = (1 << 64) - 1
 

@@ -27,11 +27,13 @@ from shared.messages import Cancel, Drafts, Generate
 from worker.alarm import Alarm
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
+from worker.events import Advanced, Event, Heard, Refused, Started
 from worker.grammar import GrammarState
 from worker.payback import Payback
 from worker.runner import Runner
-from worker.scheduler import Advanced, Event, Heard, Refused, Scheduler, Started, Step, Work
+from worker.scheduler import Scheduler
 from worker.sequence import Sequence
+from worker.step import Step, Work
 
 # what may wait between two steps; a Generate beyond is refused, advice beyond is dropped
 INBOX_LIMIT = 4096
@@ -178,7 +180,7 @@ class Engine:
         with Alarm(self._fresh.set) as alarm:
             while True:
                 started, tokens = self._clock.now(), self.rate.total
-                waits = self.scheduler.speculates and self._ahead is None
+                waits = self.scheduler.speculation.wanted and self._ahead is None
                 held_s = await self._wait_for_drafts(alarm) if waits else 0.0
                 if self._inbox:
                     self._take_inbox()
@@ -211,21 +213,21 @@ class Engine:
 
     def _learn(self, step: Step, tokens: int, seconds: float) -> None:
         """What waiting and drafts bring: from steps that are not in the way of a prompt."""
-        scheduler, streams = self.scheduler, step.streams
+        scheduler, speculation, streams = self.scheduler, self.scheduler.speculation, step.streams
         if not scheduler.limits.max_draft_tokens:
             return
         if not streams or not any(self.heard_of(work.sequence) for work in step.works):
             return
-        if scheduler.speculates:
+        if speculation.wanted:
             self.draft_wait.observe(streams, tokens, seconds)
-        if step.rows == step.sampled and (scheduler.speculates or not scheduler.paying):
+        if step.rows == step.sampled and (speculation.wanted or not speculation.paying):
             before = self.payback.state
             self.payback.observe(streams, tokens, seconds, scheduler.cost.rows_s(streams), self.usd_per_hour)
             after = self.payback.state
             if (before, after) in (("following", "left"), ("trial without", "left"), ("trial with", "following")):
                 _log.info("drafter_left_alone" if after == "left" else "drafter_followed_again",
-                          drafter=scheduler.drafter, gain=round(self.payback.gain, 3), why=self.payback.why)
-            scheduler.paying = self.payback.following
+                          drafter=speculation.drafter, gain=round(self.payback.gain, 3), why=self.payback.why)
+            speculation.paying = self.payback.following
 
     async def _wait_for_drafts(self, alarm: Alarm) -> float:
         """Hold the next step back where that has paid so far; for how many seconds it was."""
@@ -311,7 +313,7 @@ class Engine:
 
         That is first tokens, with all about their streams, and everything where a drafter listens. None: nothing is.
         """
-        gathers = not self.scheduler.speculates and step_s < SHORT_STEP_S
+        gathers = not self.scheduler.speculation.wanted and step_s < SHORT_STEP_S
         if not gathers or self._clock.now() - self._kept_since >= GATHER_S:
             return self._take_kept()
         if not self._begun:

@@ -18,8 +18,8 @@ from shared.messages import Close, Commit, DrafterStatus, Drafts, Follow, Open, 
 from shared.residency import allows
 from shared.tokens import count, digest, pack
 from worker.drafts import PROPOSALS_PER_STREAM
+from worker.events import Advanced, Ended, Event, Started
 from worker.outbox import Outgoing
-from worker.scheduler import Advanced, Ended, Event, Started
 from worker.sequence import Key, Sequence
 
 Line = Open | Commit | Close

@@ -27,9 +27,9 @@ from shared.messages import (
     Wire,
 )
 from shared.tokens import pack
+from worker.events import Advanced, Ended, Event, Heard, PromptScored, Refused, Registered
 from worker.kv_blocks import BlockPool
 from worker.misses import MOST_REMEMBERED, Departed, miss_of, remembered
-from worker.scheduler import Advanced, Ended, Event, Heard, PromptScored, Refused, Registered
 from worker.sequence import Sequence
 
 # half a megabyte: a broker takes one, unless told otherwise

@@ -39,14 +39,15 @@ from shared.logprobs import pack_likely, record_bytes
 from shared.messages import Cancel, Failed, Finished, Generate, Proposal
 from shared.tokens import unpack
 from worker import adjust
-from worker.drafts import DraftBook, Found, can_pay, rows_worth_verifying
+from worker.block_tables import BlockTables
+from worker.events import Advanced, Ended, Event, PromptScored, Refused, Registered, Started, failed, finished
 from worker.grammar import GrammarState
 from worker.kv_blocks import Audit, BlockPool
-from worker.kv_tier import Copy
 from worker.sequence import Sequence, from_request
+from worker.speculation import Speculation
+from worker.step import Step, Work
 from worker.step_cost import StepCost
 from worker.stream_length import StreamLength
-from worker.survival import Survival
 from worker.waiting import WaitingQueue
 
 # while streams run, prompts get at most this share of a step, and no more than makes it this long (or takes as long as
@@ -69,111 +70,6 @@ class Limits(NamedTuple):
     max_forced_tokens: int = 8  # of one step, that a grammar leaves no choice about; nobody has to guess them
 
 
-class Work:
-    """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
-
-    __slots__ = ("carries", "drafts", "forced", "lease", "more", "rows", "samples", "scored", "sequence", "start",
-                 "stated")
-
-    def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
-        self.sequence = sequence
-        self.start = start
-        self.rows = rows
-        self.samples = samples  # the next token is wanted: of the last committed row and of every draft
-        self.scored = range(0)  # rows that say how likely the next prompt token is
-        self.drafts: list[int] = []
-        self.forced = False  # whether a grammar demands the drafts: nobody guessed them
-        self.stated: list[int] = []  # of each of them, what its drafter says of it
-        self.more = 0  # tokens that the device decodes by itself behind the one of the row
-        self.carries = -1  # foreseen: the row's token is what the step before chooses for its sample of this number
-        self.lease = sequence.lease  # of the slot, when it was planned
-
-
-class Step(NamedTuple):
-    """`copies` come before everything else, in this order. `longest`: the most tokens that a row decodes."""
-
-    works: list[Work]
-    copies: tuple[Copy, ...] = ()
-    longest: int = 1
-
-    @property
-    def rows(self) -> int:
-        return sum([work.rows for work in self.works])
-
-    @property
-    def sampled(self) -> int:
-        """Rows whose next token is wanted."""
-        return sum([1 + len(work.drafts) for work in self.works if work.samples])
-
-    @property
-    def scores(self) -> bool:
-        """Whether rows of prompts meet the head, which no plan has counted on."""
-        return any(work.scored for work in self.works)
-
-    @property
-    def streams(self) -> int:
-        """Sequences whose next token is wanted."""
-        return sum(work.samples for work in self.works)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Of a step of plain rows: how many tokens each decodes."""
-        return [1 + work.more for work in self.works]
-
-
-class Registered(NamedTuple):
-    """A request became a sequence; so many of its tokens lie in the cache now."""
-
-    sequence: Sequence
-    cached_tokens: int
-
-
-class Started(NamedTuple):
-    """A sequence was admitted for the first time."""
-
-    sequence: Sequence
-
-
-class Advanced(NamedTuple):
-    """Committed: the stream's tokens number `first`, `first + 1`, ..."""
-
-    sequence: Sequence
-    first: int
-    tokens: list[int]
-    logprobs: bytes = b""  # packed records, where asked for
-
-
-class PromptScored(NamedTuple):
-    """How likely the prompt's tokens number `first`, `first + 1`, ... were."""
-
-    sequence: Sequence
-    first: int
-    logprobs: bytes
-
-
-class Ended(NamedTuple):
-    """The last word on a sequence."""
-
-    sequence: Sequence
-    reply: Finished | Failed
-
-
-class Refused(NamedTuple):
-    """The last word on a request that never became a sequence."""
-
-    request: Generate
-    reply: Finished | Failed
-
-
-class Heard(NamedTuple):
-    """A request that is to become a sequence, but not soon."""
-
-    request: Generate
-
-
-Event = Registered | Started | Advanced | PromptScored | Ended | Refused | Heard
-
-
 class Scheduler:
     """All sequences of one decoder."""
 
@@ -183,27 +79,17 @@ class Scheduler:
                              "each running stream needs a row of every step; raise one or lower the other")
         self.limits = limits
         self.pool = pool
-        self.drafts = DraftBook(limits.vocabulary_size)
         self.cost = StepCost()
+        self.speculation = Speculation(limits.max_draft_tokens, limits.max_forced_tokens, limits.vocabulary_size,
+                                       self.cost)
         self.stream_length = StreamLength()
         self.length_limit = min(limits.context_length, pool.blocks * limits.block_size)
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingQueue()
         self.preemptions = 0
-        self.draft_tokens = 0
-        self.accepted_draft_tokens = 0
         self.broken_grammars = 0  # streams that theirs ended with an error
-        self.forced_tokens = 0  # that came with others, because a grammar left no choice
-        self.late_draft_tokens = 0  # proposed for places that were taken when they came
-        self.accepted_by_place = [0] * limits.max_draft_tokens
-        self.verified_steps = 0  # drafts of a stream in a step
-        self.saved_s = 0.0  # by accepted drafts, the rows and waits of all drafts taken off
-        self.survival = Survival()
-        self.drafter = ""  # whose drafts come; nobody's at first
-        self.drafter_usd_per_hour = 0.0
-        self.paying = True  # whether the drafter pays for itself; the owner says so
-        self.speculates = False  # whether drafts are wanted for the streams there are now
         self.closed_because: str | None = None  # set while draining
+        self._tables = BlockTables(pool, limits.block_size)
         self._live: dict[str, Sequence] = {}
         self._seen: OrderedDict[str, int] = OrderedDict()  # request -> highest attempt registered
         self._cancelled: OrderedDict[str, int] = OrderedDict()  # request -> attempts up to this are not wanted
@@ -214,8 +100,6 @@ class Scheduler:
         self._blocked: tuple[Sequence, int] | None = None  # who did not fit, and the blocks that were not enough
         self._works: list[Work] = []
         self._events: list[Event] = []
-        self._plain_s = 0.0  # of the step under way, without its drafts
-        self._can_pay = True  # whether drafts could pay when that was last asked
 
     # --- requests come and go ----------------------------------------------------------------------------------------
 
@@ -245,7 +129,7 @@ class Scheduler:
         sequence = from_request(request, self._arrivals, now, deadline, self.length_limit,
                                 self.limits.vocabulary_size, grammar if isinstance(grammar, GrammarState) else None)
         self._live[request.request_id] = sequence
-        self._events.append(Registered(sequence, self._lookup(sequence)))
+        self._events.append(Registered(sequence, self._tables.reusable(sequence)))
         if (reason := _end_reason(sequence)) is not None:
             self._end(sequence, self._finished(sequence, reason, now))
             return None
@@ -274,10 +158,7 @@ class Scheduler:
 
     def meet_drafter(self, name: str, usd_per_hour: float = 0.0) -> None:
         """Another one is followed, or none: nothing is known of it."""
-        self.drafter = name
-        self.drafter_usd_per_hour = usd_per_hour
-        self.paying = True
-        self._decide_on_drafts()
+        self.speculation.meet(name, usd_per_hour, self._streams)
 
     def close(self, reason: str) -> None:
         """Admit no more: refuse what comes and hand back what waits. Running sequences go on."""
@@ -347,9 +228,9 @@ class Scheduler:
             if self.preemptions == preempted:
                 self._admit(budget, computing, now)
         if self.limits.max_forced_tokens:
-            self._add_forced()
-        if self._decide_on_drafts():
-            self._add_drafts(self._streams, now)
+            self.speculation.add_forced(works, self._rows_left, self._tables.room_for_drafts)
+        if self.speculation.decide(self._streams):
+            self.speculation.add_drafts(works, self._rows_left, self._streams, self._tables.room_for_drafts, now)
         return Step(works, self.pool.take_copies()) if works else None
 
     def foresee(self, step: Step, now: float) -> Step | None:
@@ -359,8 +240,8 @@ class Scheduler:
         holds. `commit(step)` follows, then the commit of what is returned, with no plan between them; rows of sequences
         that have ended by then were computed in vain.
         """
-        if self.waiting or self._decide_on_drafts() or self.pool.tier is not None or now >= self._next_deadline \
-                or len(step.works) < len(self.running):
+        if self.waiting or self.speculation.decide(self._streams) or self.pool.tier is not None \
+                or now >= self._next_deadline or len(step.works) < len(self.running):
             return None
         works: list[Work] = []
         for sample, work in enumerate(step.works):
@@ -369,7 +250,7 @@ class Scheduler:
                     or sequence.request.logprobs >= 0:
                 return None
             length = len(sequence.tokens) + 1  # when the tokens of `step` are committed
-            if _is_over(work) or length >= sequence.end_length:
+            if work.is_over or length >= sequence.end_length:
                 continue
             if length > len(sequence.blocks) * self.limits.block_size:
                 if not self.pool.available or (blocks := self.pool.allocate(1)) is None:
@@ -387,7 +268,7 @@ class Scheduler:
         chosen depends on more than the tokens before it. Blocks are only taken from those that nobody holds. Tokens
         behind a stop token are computed in vain.
         """
-        if self.waiting or self.drafter or len(step.works) < len(self.running):
+        if self.waiting or self.speculation.drafter or len(step.works) < len(self.running):
             return step
         for work in step.works:
             sequence = work.sequence
@@ -398,22 +279,15 @@ class Scheduler:
         for work in step.works:
             sequence = work.sequence
             wanted = min(most_tokens, sequence.end_length - len(sequence.tokens)) - 1
-            work.more = self._draft_room(sequence, wanted) if wanted > 0 else 0
+            work.more = self._tables.room_for_drafts(sequence, wanted) if wanted > 0 else 0
             longest = max(longest, 1 + work.more)
         return step._replace(longest=longest)
 
     def offer(self, proposal: Proposal, seconds: float = 0.0) -> None:
         """Keep a drafter's proposal, on which it spent `seconds`."""
         sequence = self._live.get(proposal.request_id)
-        if sequence is None or sequence.key.attempt != proposal.attempt:
-            return
-        sequence.drafter = self.drafter
-        sequence.drafter_s += seconds
-        sequence.drafter_usd += seconds * self.drafter_usd_per_hour / 3600
-        if self.drafts.offer(proposal) and not proposal.assumed:
-            late = min(len(proposal.tokens) // 4, max(0, len(sequence.tokens) - proposal.base_length))
-            sequence.late_drafts += late
-            self.late_draft_tokens += late
+        if sequence is not None and sequence.key.attempt == proposal.attempt:
+            self.speculation.offer(sequence, proposal, seconds)
 
     def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0,
                logprobs: Logprobs | None = None) -> list[Event]:
@@ -421,11 +295,11 @@ class Scheduler:
 
         `held_s`: so long was the step held back for drafts. `logprobs`: what was asked of the step, filled.
         """
-        self._count_savings(step, held_s)
+        self.speculation.count_costs(step, held_s)
         offset = told = 0
         for work in step.works:
             sequence = work.sequence
-            if work.carries >= 0 and _is_over(work):
+            if work.carries >= 0 and work.is_over:
                 offset += 1
                 continue
             sequence.steps += 1 + work.more
@@ -438,7 +312,7 @@ class Scheduler:
                 offset += count
             if not work.samples:
                 sequence.computed += work.rows
-                self._store(sequence)
+                self._tables.store(sequence)
                 continue
             count = 1 + len(work.drafts) + work.more
             tokens = chosen[offset:offset + count]
@@ -448,7 +322,7 @@ class Scheduler:
                 records = _records(logprobs, told, count, sequence.request.logprobs)
                 told += count
             if work.drafts:
-                tokens = tokens[:self._judge(work, tokens) + 1]
+                tokens = tokens[:self.speculation.judge(work, tokens) + 1]
                 if not work.forced:
                     sequence.verified_until = now
             if sequence.adjuster is not None and not sequence.adjuster.dead.isdisjoint(range(len(tokens))):
@@ -464,12 +338,10 @@ class Scheduler:
         """Check who holds which block, and mend. Between steps only."""
         return self.pool.audit(sequence.blocks for sequence in self._live.values())
 
-    def _decide_on_drafts(self) -> bool:
-        """Whether a drafter is followed, pays for itself, and can for the streams there are now: `speculates`."""
-        self.speculates = self.limits.max_draft_tokens > 0 and self.drafter != "" and self.paying
-        if self.speculates:
-            self.speculates = self._can_pay = can_pay(self._streams, self.cost.rows_s, self._can_pay)
-        return self.speculates
+    @property
+    def _rows_left(self) -> int:
+        """Of the step under way."""
+        return self.limits.step_tokens - sum(work.rows for work in self._works)
 
     @property
     def _streams(self) -> int:
@@ -490,7 +362,7 @@ class Scheduler:
         """Plan a chunk of missing tokens; how many. Skips a block that another sequence computes in this very step."""
         size = self.limits.block_size
         before = sequence.computed
-        self._reuse(sequence)
+        self._tables.reuse(sequence)
         start, length = sequence.computed, len(sequence.tokens)
         if not sequence.preemptions:
             sequence.cached_tokens = min(sequence.cached_tokens + start - before, sequence.prompt_length)
@@ -522,7 +394,7 @@ class Scheduler:
             if sequence.admitted_at is None:
                 sequence.admitted_at = now
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
-                self.drafts.open(sequence.key)
+                self.speculation.drafts.open(sequence.key)
                 self._events.append(Started(sequence))
             budget -= self._prefill(sequence, budget, computing)
             if sequence.slot < 0:
@@ -538,47 +410,19 @@ class Scheduler:
         if self.running and self._blocked is not None and self._blocked[0] is sequence \
                 and available <= self._blocked[1]:
             return False
-        self._reuse(sequence, restore=False)
-        promised = sum(self._blocks_for(len(other.tokens)) - len(other.blocks) + 1 for other in self.running)
-        wanted = self._blocks_for(len(sequence.tokens)) - len(sequence.blocks) + promised
+        self._tables.reuse(sequence, restore=False)
+        promised = sum(self._tables.wanted(other, len(other.tokens)) + 1 for other in self.running)
+        wanted = self._tables.wanted(sequence, len(sequence.tokens)) + promised
         if self.running and wanted > self.pool.available:
-            self._give_up_blocks(sequence)
+            self._tables.give_up(sequence)
             self._blocked = (sequence, available)
             return False
         self._blocked = None
         return True
 
-    def _reuse(self, sequence: Sequence, restore: bool = True) -> None:
-        """Continue a block table with named blocks as far as they go; `restore`: also with those in the tier.
-
-        Not while rows of the prompt are still wanted for what they say of it.
-        """
-        if sequence.scores:
-            return
-        size = self.limits.block_size
-        most = (len(sequence.tokens) - 1) // size
-        while (index := len(sequence.blocks)) < most and sequence.computed == index * size:
-            name, content = sequence.name(index, size), sequence.content(index, size)
-            if (block := self.pool.find(name, content)) is not None:
-                self.pool.hold(block)
-            elif not restore or (block := self.pool.restore(name, content)) is None:
-                return
-            sequence.blocks.append(block)
-            sequence.stored = index + 1
-            sequence.computed += size
-
-    def _lookup(self, sequence: Sequence) -> int:
-        """How many tokens `_reuse` would find now, room provided."""
-        size = self.limits.block_size
-        most = 0 if sequence.scores else (len(sequence.tokens) - 1) // size
-        index = 0
-        while index < most and self.pool.knows(sequence.name(index, size), sequence.content(index, size)):
-            index += 1
-        return index * size
-
     def _make_room(self, sequence: Sequence, length: int) -> bool:
         """Blocks for `length` tokens, if need be taken from the lowest in rank. False when that was `sequence`."""
-        wanted = self._blocks_for(length) - len(sequence.blocks)
+        wanted = self._tables.wanted(sequence, length)
         if wanted <= 0:
             return True
         while (blocks := self.pool.allocate(wanted)) is None:
@@ -596,96 +440,7 @@ class Scheduler:
         self._leave(victim)
         self.waiting.push_back(victim)
 
-    def _add_drafts(self, streams: int, now: float) -> None:
-        """Fill what is left of the budget with the drafts that are worth it to so many streams."""
-        budget = self.limits.step_tokens - sum(work.rows for work in self._works)
-        drafted: list[tuple[Work, Found]] = []
-        for work in self._works:
-            if not work.samples:
-                continue
-            sequence = work.sequence
-            most = min(self.limits.max_draft_tokens, sequence.end_length - len(sequence.tokens) - 1)
-            found = self.drafts.best(sequence.key, sequence.tokens, most) if most > 0 and not work.forced else None
-            if found is not None and sequence.adjuster is not None and sequence.adjuster.grammar is not None:
-                admitted = sequence.adjuster.grammar.admitted(found.tokens)
-                found = Found(found.tokens[:admitted], found.stated[:admitted]) if admitted else None
-            if found is not None:
-                drafted.append((work, found))
-        if not drafted or budget <= 0:
-            return
-        reach = [self.survival.reach(self.drafter, found.stated, work.sequence.luck) for work, found in drafted]
-        worth = rows_worth_verifying(reach, streams, lambda drafts: self.cost.rows_s(streams + drafts) or 1.0, budget)
-        for (work, found), taken in zip(drafted, worth, strict=True):
-            sequence = work.sequence
-            taken = self._draft_room(sequence, taken)
-            if taken:
-                work.drafts, work.stated = found.tokens[:taken], found.stated[:taken]
-                work.rows += taken
-                sequence.verifying_steps += 1
-                sequence.verified_from = now if sequence.verified_from is None else sequence.verified_from
-            sequence.luck = self.survival.pass_by(self.drafter, found.stated, taken, sequence.luck)
-
-    def _add_forced(self) -> None:
-        """Drafts that a grammar leaves no choice about: they are right, so each saves a step; nobody has to draft."""
-        budget = self.limits.step_tokens - sum(work.rows for work in self._works)
-        for work in self._works:
-            sequence = work.sequence
-            if not work.samples or sequence.adjuster is None or sequence.adjuster.grammar is None:
-                continue
-            most = min(budget, self.limits.max_forced_tokens, sequence.end_length - len(sequence.tokens) - 1)
-            forced = sequence.adjuster.grammar.forced(most)
-            forced = forced[:self._draft_room(sequence, len(forced))]
-            if forced:
-                work.drafts, work.forced = forced, True
-                work.rows += len(forced)
-                budget -= len(forced)
-
-    def _draft_room(self, sequence: Sequence, drafts: int) -> int:
-        """How many of `drafts` rows have a block. Drafts take only blocks that nobody holds."""
-        length = len(sequence.tokens) + drafts
-        wanted = self._blocks_for(length) - len(sequence.blocks)
-        if drafts and wanted > 0:
-            if (blocks := self.pool.allocate(min(wanted, self.pool.available))) is not None:
-                sequence.blocks += blocks
-            length = min(length, len(sequence.blocks) * self.limits.block_size)
-        return length - len(sequence.tokens)
-
     # --- parts of commit ---------------------------------------------------------------------------------------------
-
-    def _count_savings(self, step: Step, held_s: float) -> None:
-        """What the step cost beyond a plain one falls on all its streams; what drafts save is added when they agree."""
-        drafts = sum(len(work.drafts) for work in step.works if not work.forced)
-        if not drafts and not held_s:
-            return
-        streams = step.streams
-        extra_s = held_s + self.cost.rows_s(streams + drafts) - self.cost.rows_s(streams)
-        for work in step.works:
-            if work.samples:
-                work.sequence.saved_s -= extra_s
-        self.saved_s -= extra_s * streams
-        self._plain_s = self.cost.rows_s(streams)
-
-    def _judge(self, work: Work, chosen: list[int]) -> int:
-        """How many drafts agree with what was chosen in their place."""
-        sequence, drafts = work.sequence, work.drafts
-        agreed = 0
-        while agreed < len(drafts) and drafts[agreed] == chosen[agreed]:
-            agreed += 1
-        if work.forced:
-            self.forced_tokens += agreed
-            return agreed
-        for place in range(agreed):
-            self.accepted_by_place[place] += 1
-        sequence.luck = self.survival.learn(self.drafter, work.stated, agreed, sequence.luck)
-        sequence.drafted += len(drafts)
-        sequence.accepted_drafts += agreed
-        sequence.accepted_counts[agreed] = sequence.accepted_counts.get(agreed, 0) + 1
-        sequence.saved_s += agreed * self._plain_s
-        self.saved_s += agreed * self._plain_s
-        self.verified_steps += 1
-        self.draft_tokens += len(drafts)
-        self.accepted_draft_tokens += agreed
-        return agreed
 
     def _append(self, sequence: Sequence, sure: int, tokens: list[int], now: float, records: bytes) -> None:
         """Commit `tokens`; positions below `sure`, and those of all tokens but the last, are computed.
@@ -712,7 +467,7 @@ class Scheduler:
         self.stream_length.say(len(tokens))
         sequence.computed = sure + len(tokens) - 1
         if sequence.computed >= (sequence.stored + 1) * self.limits.block_size:
-            self._store(sequence)
+            self._tables.store(sequence)
         told = len(tokens) * record_bytes(sequence.request.logprobs) if records else 0
         self._events.append(Advanced(sequence, index, tokens, records[:told]))
         if grammar is not None and broken:
@@ -721,14 +476,6 @@ class Scheduler:
                 grammar.broken or "the grammar does not permit what was chosen")))
         elif reason is not None:
             self._end(sequence, self._finished(sequence, reason, now))
-
-    def _store(self, sequence: Sequence) -> None:
-        """Name the blocks that became full."""
-        size = self.limits.block_size
-        while (sequence.stored + 1) * size <= sequence.computed:
-            index = sequence.stored
-            self.pool.store(sequence.blocks[index], sequence.name(index, size), sequence.content(index, size))
-            sequence.stored = index + 1
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
@@ -768,7 +515,7 @@ class Scheduler:
         sequence.ended = True
         if sequence.first_token_at is not None:
             self.stream_length.end()
-        self.drafts.close(sequence.key)
+        self.speculation.drafts.close(sequence.key)
         del self._live[sequence.request.request_id]
         self._events.append(Ended(sequence, reply))
 
@@ -777,29 +524,10 @@ class Scheduler:
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.slot = -1
-        self._give_up_blocks(sequence)
-
-    def _give_up_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.computed = sequence.stored = 0
+        self._tables.give_up(sequence)
 
     def _finished(self, sequence: Sequence, reason: Literal["stop", "length", "cancelled"], now: float) -> Finished:
-        admitted = now if sequence.admitted_at is None else sequence.admitted_at
-        first = now if sequence.first_token_at is None else sequence.first_token_at
-        return Finished(
-            sequence.key.request_id, sequence.key.attempt, reason,
-            prompt_tokens=sequence.prompt_length, cached_tokens=sequence.cached_tokens,
-            completion_tokens=sequence.delivered, draft_tokens=sequence.drafted,
-            accepted_draft_tokens=sequence.accepted_drafts, queue_s=admitted - sequence.arrived_at,
-            prefill_s=first - admitted, decode_s=now - first, draft_steps=sequence.verifying_steps,
-            accepted_counts=tuple(sequence.accepted_counts.get(count, 0)
-                                  for count in range(self.limits.max_draft_tokens + 1)) if sequence.drafter else (),
-            late_draft_tokens=sequence.late_drafts, draft_saved_s=sequence.saved_s, drafter=sequence.drafter,
-            drafter_s=sequence.drafter_s, drafter_usd=sequence.drafter_usd)
-
-    def _blocks_for(self, length: int) -> int:
-        return -(-length // self.limits.block_size)
+        return finished(sequence, reason, now, self.limits.max_draft_tokens)
 
     @staticmethod
     def _remember(table: OrderedDict[str, int], request_id: str, attempt: int) -> None:
@@ -809,22 +537,11 @@ class Scheduler:
             table.popitem(last=False)
 
 
-def failed(request: Generate, error: MillError, retryable: bool | None = None) -> Failed:
-    """The message that an error is; `retryable` where it differs from the error's kind."""
-    return Failed(request.request_id, request.attempt, error.code, error.message,
-                  error.retryable if retryable is None else retryable, error.retry_after_s or 0.0)
-
-
 def _records(logprobs: Logprobs, first: int, count: int, most: int) -> bytes:
     """What was told of `count` rows from `first` on, with the `most` likeliest of each."""
     here = slice(first, first + count)
     return pack_likely(logprobs.of_target[here], logprobs.ranks[here], logprobs.top_ids[here, :most],
                        logprobs.top[here, :most])
-
-
-def _is_over(work: Work) -> bool:
-    """Whether its sequence has left the slot that it had."""
-    return work.sequence.slot < 0 or work.sequence.lease != work.lease
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -47,6 +47,7 @@ from shared.timeline import Timeline
 from worker.batch import Batch
 from worker.calibrate import calibrate
 from worker.engine import Arrival, CloseDoors, DropGateways, Engine, HandBack, Lose
+from worker.events import Advanced, Ended, Event, Heard, Refused, Started, failed
 from worker.following import Following
 from worker.grammar import Grammars
 from worker.grammar_queue import GrammarQueue
@@ -59,7 +60,7 @@ from worker.pace import Pace
 from worker.probe import probe_answer
 from worker.ranks import RankedDecoder
 from worker.runner import Runner, engine_of, load_decoder, runner_for, vocabulary_file, vocabulary_of
-from worker.scheduler import Advanced, Ended, Event, Heard, Limits, Refused, Scheduler, Started, failed
+from worker.scheduler import Limits, Scheduler
 from worker.trace import record_stream
 
 # a gateway unheard for so many times the usual silence has lost its clients long ago
@@ -361,8 +362,9 @@ class Worker:
         tells = False
         if self._speculates:
             tokens = sum(len(event.tokens) for event in events if isinstance(event, Advanced))
-            tells = self._scheduler.speculates and bool(events) and self._pace.tell(
-                tokens, self._scheduler.accepted_draft_tokens, any(isinstance(event, Started) for event in events))
+            speculation = self._scheduler.speculation
+            tells = speculation.wanted and bool(events) and self._pace.tell(
+                tokens, speculation.accepted_draft_tokens, any(isinstance(event, Started) for event in events))
             told = self._following.follow(events, self._scheduler.live, tells)
         await self._sender.send(replies + told)
         now = self._clock.now()
@@ -418,7 +420,7 @@ class Worker:
     def status(self) -> WorkerStatus:
         """This worker as others see it now."""
         scheduler, decoder, settings = self._scheduler, self._decoder, self._settings
-        cost = scheduler.cost
+        cost, speculation = scheduler.cost, scheduler.speculation
         abilities = ("adjust", "logprobs", "grammar") if self._grammars.ready else ("adjust", "logprobs")
         return WorkerStatus(
             self.name, self._outbox.epoch, settings.model_name, self.state, engine=self._engine_name,
@@ -431,9 +433,9 @@ class Worker:
             prefill_tok_s=cost.prefill_tok_s(settings.step_tokens), step_base_s=cost.base_s, step_row_s=cost.row_s,
             decode_tok_s=self._engine.rate.per_second(self._clock.now()), kv_seq=self._outbox.kv_seq,
             replies_sent=dict(self._outbox.replies_sent), tokens_total=self._engine.rate.total,
-            draft_tokens_total=scheduler.draft_tokens, accepted_draft_tokens_total=scheduler.accepted_draft_tokens,
+            draft_tokens_total=speculation.draft_tokens, accepted_draft_tokens_total=speculation.accepted_draft_tokens,
             drafter=self._following.name, steps_total=self._engine.steps, kv_digest=self._outbox.kv_digest,
-            parity=self._parity, drafting=self._drafting, draft_steps_total=scheduler.verified_steps,
+            parity=self._parity, drafting=self._drafting, draft_steps_total=speculation.verified_steps,
             abilities=abilities, stream_tokens=scheduler.stream_length.tokens)
 
     @property
@@ -444,19 +446,21 @@ class Worker:
         if self._engine.payback.state in ("left", "trial with"):
             return self._engine.payback.why
         # a short trial without drafts is part of following one
-        return "on" if self._scheduler.speculates or not self._scheduler.paying else "full"
+        speculation = self._scheduler.speculation
+        return "on" if speculation.wanted or not speculation.paying else "full"
 
     def figures(self) -> Figures:
         """What Prometheus reads."""
         scheduler, engine, pool = self._scheduler, self._engine, self._pool
+        speculation, drafts = scheduler.speculation, scheduler.speculation.drafts
         return {
             "tokens": engine.rate.total, "steps": engine.steps, "failed_steps": engine.failed_steps,
-            "draft_tokens": scheduler.draft_tokens, "accepted_draft_tokens": scheduler.accepted_draft_tokens,
-            "drafts_wanted": scheduler.drafts.wanted, "drafts_ready": scheduler.drafts.used,
-            "drafts_foreseen": scheduler.drafts.foreseen, "outcomes_prepared": scheduler.drafts.prepared,
-            "outcomes_hit": scheduler.drafts.hits, "late_draft_tokens": scheduler.late_draft_tokens,
-            "forced_tokens": scheduler.forced_tokens,
-            "verified_drafts": scheduler.verified_steps, "draft_saved_seconds": scheduler.saved_s,
+            "draft_tokens": speculation.draft_tokens, "accepted_draft_tokens": speculation.accepted_draft_tokens,
+            "drafts_wanted": drafts.wanted, "drafts_ready": drafts.used,
+            "drafts_foreseen": drafts.foreseen, "outcomes_prepared": drafts.prepared,
+            "outcomes_hit": drafts.hits, "late_draft_tokens": speculation.late_draft_tokens,
+            "forced_tokens": speculation.forced_tokens,
+            "verified_drafts": speculation.verified_steps, "draft_saved_seconds": speculation.saved_s,
             "draft_holds": engine.holds, "draft_hold_seconds": engine.held_s,
             "draft_latency_seconds": engine.draft_wait.latency_s, "drafter_seconds": self._drafter_s,
             "drafter_left": engine.payback.times_left, "drafter_left_alone": float(engine.payback.state == "left"),

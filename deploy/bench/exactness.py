@@ -51,8 +51,9 @@ from kernels.step import Decoder
 from shared.messages import Adjust, Cancel, Failed, Generate, Proposal, Sampling
 from shared.tokens import pack, unpack
 from worker.batch import Batch
+from worker.events import Advanced, Ended, Event, Refused
 from worker.kv_blocks import BlockPool
-from worker.scheduler import Advanced, Ended, Event, Limits, Refused, Scheduler
+from worker.scheduler import Limits, Scheduler
 from worker.sequence import Sequence as Stream
 
 EXACT_RECIPES = "int8"  # the recipes that begin so promise equal tokens
@@ -440,8 +441,8 @@ class Engine:
 
     def run(self, requests: Sequence[Generate]) -> Truth:
         """The output of each request. Raises RuntimeError when one fails."""
-        scheduler = self._scheduler
-        before = (scheduler.preemptions, scheduler.draft_tokens, scheduler.accepted_draft_tokens)
+        scheduler, speculation = self._scheduler, self._scheduler.speculation
+        before = (scheduler.preemptions, speculation.draft_tokens, speculation.accepted_draft_tokens)
         waiting = deque(requests)
         wanted = 0
         while waiting or self._open:
@@ -455,8 +456,8 @@ class Engine:
                 self._cancel(self._chooser)
             self._step()
         self.cover.preemptions += scheduler.preemptions - before[0]
-        self.cover.draft_tokens += scheduler.draft_tokens - before[1]
-        self.cover.accepted_drafts += scheduler.accepted_draft_tokens - before[2]
+        self.cover.draft_tokens += speculation.draft_tokens - before[1]
+        self.cover.accepted_drafts += speculation.accepted_draft_tokens - before[2]
         return {request.request_id: self._said.pop(request.request_id) for request in requests}
 
     def _add(self, request: Generate) -> None:
@@ -492,7 +493,7 @@ class Engine:
             for stream in self._scheduler.running:
                 if tokens := self._draft(stream):
                     proposal = Proposal(*stream.key, base_length=len(stream.tokens), tokens=pack(tokens))
-                    self._scheduler.drafts.offer(proposal)
+                    self._scheduler.speculation.drafts.offer(proposal)
         before = list(self._scheduler.running)
         step = self._scheduler.plan(0.0)
         self.cover.priority_preemptions += sum(stream.slot < 0 and self._overtaken(stream) for stream in before)

@@ -40,9 +40,10 @@ from shared.messages import Generate, Grammar, Proposal, Sampling
 from shared.tokens import pack, unpack
 from shared.vocabulary import FILE, load_vocabulary
 from worker.batch import Batch
+from worker.events import Advanced
 from worker.grammar import Grammars
 from worker.kv_blocks import BlockPool
-from worker.scheduler import Advanced, Limits, Scheduler
+from worker.scheduler import Limits, Scheduler
 
 MOST_TOKENS = 300
 # so many schemas at a time, after which what was found is written down
@@ -159,6 +160,7 @@ def run(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], stre
                     max_forced_tokens=8 if truth is not None or forced else 0)
     scheduler = Scheduler(limits, BlockPool(decoder.blocks))
     scheduler.meet_drafter("bench")
+    speculation = scheduler.speculation
     batch = Batch(streams, -(-scheduler.length_limit // limits.block_size), limits.vocabulary_size)
     said: Said = {request.request_id: [] for request in requests}
     for request in requests:
@@ -170,7 +172,7 @@ def run(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], stre
         if truth is not None:
             for stream in scheduler.running:
                 if draft := _draft(truth[stream.request.request_id][stream.delivered:][:8], chooser):
-                    scheduler.drafts.offer(Proposal(*stream.key, base_length=len(stream.tokens), tokens=pack(draft)))
+                    speculation.drafts.offer(Proposal(*stream.key, base_length=len(stream.tokens), tokens=pack(draft)))
         began = time.perf_counter()
         step = scheduler.plan(0.0)
         if step is None:
@@ -187,7 +189,8 @@ def run(decoder: Decoder, grammars: Grammars, requests: Sequence[Generate], stre
         if step.rows == step.sampled and step.streams == streams:
             seconds += took_s
             tokens += made
-    return Run(said, seconds, tokens, scheduler.draft_tokens, scheduler.accepted_draft_tokens, scheduler.forced_tokens)
+    return Run(said, seconds, tokens, speculation.draft_tokens, speculation.accepted_draft_tokens,
+               speculation.forced_tokens)
 
 
 def _draft(right: list[int], chooser: random.Random) -> list[int]:

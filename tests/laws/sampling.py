@@ -173,7 +173,7 @@ class Engine(Bench):
                 if draft and chooser.random() < 0.5:
                     draft[chooser.randrange(len(draft))] = chooser.choice(FEW)
                 if draft:
-                    self.scheduler.drafts.offer(Proposal(name, 1, len(sequence.tokens), pack(draft)))
+                    self.scheduler.speculation.drafts.offer(Proposal(name, 1, len(sequence.tokens), pack(draft)))
             self.scheduler.cost.observe(1, 0, 1.0)  # a step so long that every draft pays
             if not self.step():
                 return
@@ -254,8 +254,8 @@ def check(requests: Sequence[Generate], place: Place, chooser: random.Random
     rest = {name: Answered(truth[name][at:], all_of.records[len(all_of.records) // len(truth[name]) * at:], b"")
             for name, at, all_of in ((name, at, alone[name]) for name, at in first.items())}
     _all_equal("begun anew", requests, answered(again, requests), rest)
-    drafts = drafted.scheduler.draft_tokens + again.scheduler.draft_tokens
-    accepted = drafted.scheduler.accepted_draft_tokens + again.scheduler.accepted_draft_tokens
+    drafts = drafted.scheduler.speculation.draft_tokens + again.scheduler.speculation.draft_tokens
+    accepted = drafted.scheduler.speculation.accepted_draft_tokens + again.scheduler.speculation.accepted_draft_tokens
     return plain, Covered(sum(map(len, truth.values())), together.scheduler.preemptions, drafts, accepted,
                           sum(first.values()))
 

@@ -563,7 +563,7 @@ class _Mesh:
                     "waiting": len(scheduler.waiting),
                     "slots": service._settings.max_running - len(scheduler._slots),
                     "blocks": scheduler.pool.blocks - scheduler.pool.available,
-                    "drafts": len(scheduler.drafts._streams),
+                    "drafts": len(scheduler.speculation.drafts._streams),
                     "inbox": len(engine._inbox),
                     "unsaid": len(engine._kept) + len(service._said),
                     "open at its drafter": len(service._following._open),

@@ -6,9 +6,10 @@ from kernels.step import Decoder
 from shared.messages import Generate, Sampling
 from shared.tokens import pack
 from worker.batch import Batch
+from worker.events import Advanced, Ended, Event, PromptScored, Refused
 from worker.kv_blocks import BlockPool
 from worker.mock_decoder import MockDecoder
-from worker.scheduler import Advanced, Ended, Event, Limits, PromptScored, Refused, Scheduler
+from worker.scheduler import Limits, Scheduler
 
 BLOCK = 4
 VOCABULARY = 200

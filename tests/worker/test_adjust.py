@@ -79,10 +79,10 @@ def drafted(wanted: Generate, truth: list[int], chooser: random.Random, **limits
         if draft and chooser.random() < 0.5:
             draft[chooser.randrange(len(draft))] = chooser.randrange(VOCABULARY)
         if draft:
-            bench.scheduler.drafts.offer(Proposal(wanted.request_id, 1, length, pack(draft)))
+            bench.scheduler.speculation.drafts.offer(Proposal(wanted.request_id, 1, length, pack(draft)))
         bench.scheduler.cost.observe(1, 0, 1.0)  # a step so long that every draft pays
         bench.step()
-    assert bench.scheduler.accepted_draft_tokens > 0
+    assert bench.scheduler.speculation.accepted_draft_tokens > 0
     return bench.streams[wanted.request_id, 1]
 
 

@@ -18,9 +18,11 @@ from tests.worker import builders
 from tests.worker.builders import BLOCK, VOCABULARY, make_batch, make_scheduler, mock_decoder, plain
 from tests.worker.mesh import WALL_S, Mesh
 from worker.engine import Arrival, Engine
+from worker.events import Event
 from worker.mock_decoder import MockDecoder
 from worker.runner import TimedRunner
-from worker.scheduler import Event, Scheduler, Step
+from worker.scheduler import Scheduler
+from worker.step import Step
 from worker.step_cost import StepCost
 
 request = functools.partial(builders.request, deadline=WALL_S + 1000.0)
@@ -210,9 +212,9 @@ def test_whether_drafts_can_pay_is_asked_again_before_each_step_that_is_foreseen
     step = scheduler.plan(0.0)
     assert step is not None and step.streams == 31
     ahead = scheduler.foresee(step, 0.0)
-    assert ahead is not None and ahead.streams == 1 and not scheduler.speculates
+    assert ahead is not None and ahead.streams == 1 and not scheduler.speculation.wanted
     scheduler.commit(step, [9] * 31, 0.0)
-    assert scheduler.foresee(ahead, 0.0) is None and scheduler.speculates
+    assert scheduler.foresee(ahead, 0.0) is None and scheduler.speculation.wanted
 
 
 @virtual

@@ -12,9 +12,10 @@ from shared.messages import Commit, DrafterStatus, Drafts, Open, Proposal
 from shared.tokens import digest, pack
 from tests.worker.builders import make_scheduler, mock_decoder, request
 from worker.drafts import PROPOSALS_PER_STREAM
+from worker.events import Advanced, Started
 from worker.following import REMEMBERED_COMMITS, Following, nearness
 from worker.outbox import Outgoing
-from worker.scheduler import Advanced, Scheduler, Started
+from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
 FAR = 1e9

@@ -9,8 +9,8 @@ from tests.virtual_time import run_virtual
 from tests.worker.builders import Bench, mock_decoder, request
 from tests.worker.mesh import WALL_S, Mesh
 from worker.engine import GATHER_S
+from worker.events import Advanced, Ended, Event
 from worker.outbox import together
-from worker.scheduler import Advanced, Ended, Event
 
 DEADLINE = WALL_S + 1000.0
 

@@ -85,7 +85,7 @@ def drafted(generate: Generate, truth: list[int], chooser: random.Random) -> tup
         if draft and chooser.random() < 0.5:
             draft[chooser.randrange(len(draft))] = chooser.randrange(SIZE)
         if draft:
-            bench.scheduler.drafts.offer(Proposal(generate.request_id, 1, length, pack(draft)))
+            bench.scheduler.speculation.drafts.offer(Proposal(generate.request_id, 1, length, pack(draft)))
         bench.scheduler.cost.observe(1, 0, 1.0)
         bench.step()
     return bench.streams[generate.request_id, 1], bench
@@ -102,8 +102,8 @@ def test_answers_fit_their_schemas_with_and_without_drafts(part: int) -> None:
             jsonschema.validate(json.loads(spell(tokens)), made)
         again, bench = drafted(generate, tokens, random.Random(number))
         assert again == tokens, made
-        accepted += bench.scheduler.accepted_draft_tokens
-        forced += bench.scheduler.forced_tokens
+        accepted += bench.scheduler.speculation.accepted_draft_tokens
+        forced += bench.scheduler.speculation.forced_tokens
         assert len(tokens) < 400, (number, spell(tokens)[-80:])
     assert accepted > 20 and forced > 20
 
@@ -176,7 +176,7 @@ def test_tokens_that_a_grammar_demands_are_computed_together_also_where_nobody_d
         assert json.loads(spell(bench.streams["r", 1])) == "abcdefghijklmnop"
         (end,) = bench.ends["r", 1]
         assert isinstance(end, Finished) and end.draft_tokens == 0
-        assert bench.scheduler.forced_tokens == (0 if most == 0 else 18 - steps[8])
+        assert bench.scheduler.speculation.forced_tokens == (0 if most == 0 else 18 - steps[8])
     assert steps[0] == 18 and steps[8] < 5
 
 

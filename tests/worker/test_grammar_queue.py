@@ -12,10 +12,10 @@ from shared.messages import Accepted, Cancel, Generate, Grammar, StepReplies
 from tests.worker.builders import request
 from tests.worker.test_grammar import SIZE, VOCABULARY
 from worker.engine import Arrival
+from worker.events import Heard
 from worker.grammar import Grammars, GrammarState
 from worker.grammar_queue import GrammarQueue
 from worker.outbox import Outbox
-from worker.scheduler import Heard
 
 
 class Door:

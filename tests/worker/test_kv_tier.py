@@ -22,11 +22,12 @@ from tests.virtual_time import run_virtual
 from tests.worker.builders import BLOCK, FAR, VOCABULARY, make_batch, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S, Mesh
 from tests.worker.test_kv_blocks import apply, name
+from worker.events import Advanced
 from worker.kv_blocks import BlockPool
 from worker.kv_tier import HostTier, Load, Save, TierMemory
 from worker.mock_decoder import MockDecoder
 from worker.runner import tier_for
-from worker.scheduler import Advanced, Limits, Scheduler
+from worker.scheduler import Limits, Scheduler
 
 
 class Marks:

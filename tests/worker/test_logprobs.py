@@ -73,10 +73,10 @@ def test_drafts_change_no_record() -> None:
         if draft and chooser.random() < 0.5:
             draft[chooser.randrange(len(draft))] = chooser.randrange(200)
         if draft:
-            bench.scheduler.drafts.offer(Proposal("r", 1, length, pack(draft)))
+            bench.scheduler.speculation.drafts.offer(Proposal("r", 1, length, pack(draft)))
         bench.scheduler.cost.observe(1, 0, 1.0)
         bench.step()
-    assert bench.scheduler.accepted_draft_tokens > 0
+    assert bench.scheduler.speculation.accepted_draft_tokens > 0
     assert of(bench, wanted) == truth
 
 

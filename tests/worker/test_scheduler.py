@@ -84,7 +84,7 @@ def offer_drafts(bench: Bench, key: tuple[str, int], stream: list[int], rng: obj
         tokens[rng.randrange(len(tokens))] = rng.randrange(VOCABULARY)  # type: ignore[attr-defined]
     if tokens:
         cut = rng.randint(0, len(tokens) - 1)  # type: ignore[attr-defined]
-        bench.scheduler.drafts.offer(Proposal(*key, sequence.prompt_length + done, pack(tokens[cut:]),
+        bench.scheduler.speculation.drafts.offer(Proposal(*key, sequence.prompt_length + done, pack(tokens[cut:]),
                                               pack(tokens[:cut])))
 
 
@@ -118,7 +118,7 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
     while bench.step():
         steps += 1
         for base in range(len(stream)):
-            bench.scheduler.drafts.offer(Proposal("r", 1, 3 + base, pack(stream[base:base + 5])))
+            bench.scheduler.speculation.drafts.offer(Proposal("r", 1, 3 + base, pack(stream[base:base + 5])))
     assert bench.streams["r", 1] == stream
     assert steps < len(stream) / 2
     (end,) = bench.ends["r", 1]
@@ -139,10 +139,10 @@ def test_drafts_are_verified_only_where_the_streams_that_run_or_wait_leave_somet
     bench.step()
     for number in range(others):
         bench.add(request(f"other{number}", [number] * 40))
-    bench.scheduler.drafts.offer(Proposal("r", 1, 4, pack(stream[1:6])))
+    bench.scheduler.speculation.drafts.offer(Proposal("r", 1, 4, pack(stream[1:6])))
     step = bench.scheduler.plan(bench.now)
     assert step is not None
-    assert bool(step.works[0].drafts) is bench.scheduler.speculates is drafted
+    assert bool(step.works[0].drafts) is bench.scheduler.speculation.wanted is drafted
 
 
 @pytest.mark.parametrize(("token_s", "chunk"), [(0.00001, 128), (0.001, 52), (0.05, BLOCK)])

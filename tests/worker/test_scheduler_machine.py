@@ -19,8 +19,9 @@ from shared.tokens import pack, unpack
 from tests.worker.builders import BLOCK, FAR, Bench, mock_decoder, plain, request
 from tests.worker.test_scheduler import offer_drafts
 from worker.kv_blocks import Ownership
-from worker.scheduler import PREFILL_SHARE, Step
+from worker.scheduler import PREFILL_SHARE
 from worker.sequence import Key, Sequence
+from worker.step import Step
 
 prompts = st.one_of(
     st.lists(st.integers(0, 3), min_size=1, max_size=30),
@@ -43,7 +44,7 @@ def test_no_step_exceeds_the_budget_when_long_prompts_come_to_streams_that_fill_
     for number in range(streams):
         stream = plain(request(f"stream{number}", [number], 40))
         done = len(bench.streams.get((f"stream{number}", 1), []))
-        bench.scheduler.drafts.offer(Proposal(f"stream{number}", 1, 1 + done, pack(stream[done:done + 4])))
+        bench.scheduler.speculation.drafts.offer(Proposal(f"stream{number}", 1, 1 + done, pack(stream[done:done + 4])))
     bench.finish()
     assert bench.largest_step <= streams + late + extra
 

@@ -40,9 +40,9 @@ from tests.worker.builders import BLOCK, VOCABULARY, make_scheduler, mock_decode
 from tests.worker.mesh import WALL_S, Mesh, PoisonedDecoder
 from worker.draft_wait import DraftWait
 from worker.engine import Engine
+from worker.events import Advanced, Ended, Started
 from worker.following import Following
 from worker.outbox import Outgoing
-from worker.scheduler import Advanced, Ended, Started
 from worker.service import serve
 
 DEADLINE = WALL_S + 1000.0

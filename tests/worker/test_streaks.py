@@ -13,7 +13,8 @@ from tests.worker.builders import BLOCK, VOCABULARY, Bench, make_scheduler, mock
 from tests.worker.mesh import WALL_S, Mesh
 from worker.engine import STREAK_S, STREAK_TOKENS
 from worker.mock_decoder import MockDecoder
-from worker.scheduler import Scheduler, Step
+from worker.scheduler import Scheduler
+from worker.step import Step
 
 request = functools.partial(builders.request, deadline=WALL_S + 1000.0)
 

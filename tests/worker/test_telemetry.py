@@ -8,8 +8,8 @@ from shared.telemetry import configure_tracing
 from shared.tokens import pack
 from tests.worker.builders import Bench, mock_decoder, plain, request
 from tests.worker.mesh import WALL_S
+from worker.events import Ended
 from worker.metrics import COUNTERS, GAUGES, Metrics
-from worker.scheduler import Ended
 from worker.trace import record_stream
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -58,7 +58,7 @@ def test_a_stream_that_verified_drafts_shows_for_how_long_and_with_what_luck() -
     sequence = next(iter(bench.scheduler.live))
     bench.step()
     start = sequence.prompt_length
-    assert bench.scheduler.drafts.offer(Proposal("r", 1, start + 1, pack([*truth[1:3], truth[3] ^ 1])))
+    assert bench.scheduler.speculation.drafts.offer(Proposal("r", 1, start + 1, pack([*truth[1:3], truth[3] ^ 1])))
     bench.finish()
     (end,) = bench.ends["r", 1]
     assert isinstance(end, Finished)
