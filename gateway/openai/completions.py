@@ -11,14 +11,24 @@ from msgspec import UNSET, Struct, UnsetType, structs
 from gateway.dialects.parts import Part, Said
 from gateway.openai.common import Echo, Usage, UsageNow, WholeChoice, WithText, encode
 from gateway.openai.logprobs import PromptLogprob, TextLogprobs, Told, prompt_logprobs, text_logprobs
-from gateway.openai.parameters import MAX_CHOICES, MAX_LOGPROBS, Options, Parameters, options, refuse, within
+from gateway.openai.parameters import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    Options,
+    Parameters,
+    Texts,
+    options,
+    refuse,
+    texts_or_ids,
+    within,
+)
 from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics
 from shared.errors import BadRequest
 
 
 class CompletionRequest(Parameters, kw_only=True):
-    prompt: str | list[str | int | list[int]] | None = None
+    prompt: Texts | None = None
     echo: bool | None = None
     # not supported
     suffix: str | None = None
@@ -49,22 +59,11 @@ def _logprobs(body: CompletionRequest) -> int:
 
 
 def prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
-    """The prompts as texts, or as token ids. Raises BadRequest when there are none, or both kinds."""
-    prompt = body.prompt
-    if prompt is None or prompt == []:
-        raise BadRequest("prompt is missing: send a string, strings, token ids, or lists of token ids", param="prompt")
-    if isinstance(prompt, str):
-        return [prompt]
-    texts = [item for item in prompt if isinstance(item, str)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    if len(prompt) not in (len(texts), len(ids), len(lists)):
-        raise BadRequest("prompt mixes strings and token ids: send one kind", param="prompt")
-    if ids:
-        lists = [ids]
-    if max(len(texts), len(lists)) * (body.n or 1) > MAX_CHOICES:
+    """The prompts as texts, or as token ids. Raises BadRequest when there are none, too many, or both kinds."""
+    found = texts_or_ids("prompt", body.prompt)
+    if len(found) * (body.n or 1) > MAX_CHOICES:
         raise BadRequest(f"prompts times n must not exceed {MAX_CHOICES}: send several requests", param="prompt")
-    return texts or lists
+    return found
 
 
 class CompletionChoice(Struct):

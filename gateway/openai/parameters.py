@@ -32,6 +32,9 @@ JSON_OBJECT = Grammar("json", '{"type":"object"}')
 
 
 class StreamOptions(Struct):
+Texts = str | list[str | int | list[int]]  # or token ids, of one text or of several
+
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -181,6 +184,20 @@ def prompt_likeliest(options: Options) -> int:
 
 
 def check_scored(options: Options, prompt_tokens: int) -> None:
+def texts_or_ids(param: str, given: Texts | None) -> list[str] | list[list[int]]:
+    """Texts, or the token ids of each. Raises BadRequest when there are none, or both kinds."""
+    if given is None or given == []:
+        raise BadRequest(f"{param} is missing: send a string, strings, token ids, or lists of token ids", param=param)
+    if isinstance(given, str):
+        return [given]
+    texts = [item for item in given if isinstance(item, str)]
+    ids = [item for item in given if isinstance(item, int)]
+    lists = [item for item in given if isinstance(item, list)]
+    if len(given) not in (len(texts), len(ids), len(lists)):
+        raise BadRequest(f"{param} mixes strings and token ids: send one kind", param=param)
+    return texts or lists or [ids]
+
+
     """Raise BadRequest where more would be told of prompts, of so many tokens together, than an answer can hold."""
     entries = prompt_tokens * (prompt_likeliest(options) + 1) * options.choices
     if entries > MAX_SCORES:
