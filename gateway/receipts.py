@@ -219,7 +219,7 @@ def _ms(microseconds: int) -> float:
 
 def _bare(name: str) -> str:
     """The number behind `chatcmpl-` and `cmpl-`."""
-    for prefix in ("chatcmpl-", "cmpl-", "resp_"):
+    for prefix in ("chatcmpl-", "cmpl-", "resp_", "msg_", "embd-"):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name

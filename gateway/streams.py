@@ -35,6 +35,7 @@ from shared.messages import (
     StepReplies,
     Tokens,
     WorkerStatus,
+    demands,
     encode,
 )
 from shared.residency import allows
@@ -357,8 +358,10 @@ class Streams:
 
     def _judged(self, error: MillError, request: Generate) -> MillError:
         """A router that has just started knows of nobody; whoever was heard here a moment ago may be back soon."""
-        heard = (worker.zone for worker in self._fleet.workers(request.model))
-        if isinstance(error, NoEligibleWorker) and any(allows(request.residency, zone) for zone in heard):
+        demanded = {*demands(request)}
+        if isinstance(error, NoEligibleWorker) and any(
+                allows(request.residency, worker.zone) and demanded <= {*worker.abilities}
+                for worker in self._fleet.workers(request.model)):
             return Overloaded(f"{error.message}, but one did lately: retry", retry_after_s=_BACK_SOON_S)
         return error
 

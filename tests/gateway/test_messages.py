@@ -57,6 +57,8 @@ async def test_a_message_has_its_text_stop_reason_and_counts() -> None:
         assert usage.output_tokens == 14
         counted = await client.messages.count_tokens(model="tiny", messages=HELLO, system="Be brief.")
         assert counted.input_tokens == len(unpack(request.tokens))
+        told = await client.get(f"/v1/requests/{message.id}/receipt", cast_to=httpx2.Response)
+        assert told.json()["response_id"] == message.id
 
 
 @pytest.mark.parametrize(("more", "reason", "stopped"), [
