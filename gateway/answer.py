@@ -24,7 +24,7 @@ from gateway.dialects.parts import Part, Said, joined
 from gateway.direct import DirectBody, direct_body
 from gateway.openai import common
 from gateway.openai.logprobs import Spelling, Told
-from gateway.openai.parameters import Options, prompt_likeliest
+from gateway.openai.parameters import MAX_CHOICES, Options, prompt_likeliest
 from gateway.prediction import PredictedText, PredictionMatch
 from gateway.prompt import Prompt, ServedModel
 from gateway.receipts import Found, Kept, Outcome, found, header, outcome_of
@@ -35,7 +35,7 @@ from gateway.streams import Stream
 from gateway.tenants import Tenant
 from shared import telemetry
 from shared import trace_names as names
-from shared.errors import MillError
+from shared.errors import MillError, WorkerFailed
 from shared.logprobs import unpack_likely
 from shared.messages import Adjust, Finished, Generate, Residency
 from shared.noise import choice_seed
@@ -110,7 +110,8 @@ class Answer:
         self._reasons: list[str | None] = [None] * choices
         self._shown = [0] * choices  # tokens taken of each choice
         self._error: MillError | None = None
-        self._streams: list[Stream] = []
+        self._streams: list[Stream] = []  # of the first choices, until others have ended
+        self._headers: dict[str, str] = {}  # that go with each request
         self._id = secrets.token_hex(12)
         self._reply = reply(Head(
             self._id, int(gateway.clock.wall()), model.name,
@@ -128,7 +129,8 @@ class Answer:
         self._task = asyncio.current_task()
         self._gateway.answers.add(self)
         try:
-            self._open_streams(telemetry.inject(span.context))
+            self._headers = telemetry.inject(span.context)
+            self._open_streams(self._options.at_once(len(self._choices)))
             if self._direct is None:
                 watching = asyncio.create_task(self._watch(receive))
             elif not self._direct.when_left(self._stop):
@@ -165,23 +167,28 @@ class Answer:
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
-    def _open_streams(self, headers: dict[str, str]) -> None:
+    def _open_streams(self, count: int) -> None:
+        """The next so many."""
         gateway, options = self._gateway, self._options
         timeout_s = gateway.settings.request_timeout_s
         seed = self._seed()
-        for index in range(len(self._choices)):
+        for index in range(len(self._streams), min(len(self._streams) + count, len(self._choices))):
             prompt = self._prompts[index // options.choices]
             request = Generate(
                 request_id=f"{self._id}-{index}", attempt=1, gateway=gateway.id, model=self._model.name,
-                tokens=prompt.packed, max_tokens=prompt.max_tokens, deadline=gateway.clock.wall() + timeout_s,
+                # a vector has no tokens, and none of none would be all of them
+                tokens=prompt.packed, max_tokens=max(1, prompt.max_tokens), deadline=gateway.clock.wall() + timeout_s,
                 sampling=msgspec.structs.replace(options.sampling, seed=choice_seed(seed, index)),
                 tenant=self._tenant.name, weight=self._tenant.weight, cache_salt=self._tenant.salt,
-                block_hashes=prompt.block_hashes, stop_token_ids=self._model.end_tokens(options),
+                # a mean is of what the cache would save computing
+                block_hashes=b"" if options.pooling == "mean" else prompt.block_hashes,
+                stop_token_ids=self._model.end_tokens(options),
                 priority=priority(options.tier, options.priority), cache_hint=options.cache_hint,
                 vocabulary=self._model.card.vocabulary, tier=options.tier, residency=self._residency,
                 prediction=self._prediction, adjust=self._adjust, logprobs=options.logprobs,
-                prompt_logprobs=self._prompt_likeliest(index), grammar=options.grammar)
-            self._streams.append(gateway.streams.open(request, headers, self,
+                prompt_logprobs=self._prompt_likeliest(index), grammar=options.grammar,
+                pooling=options.pooling)
+            self._streams.append(gateway.streams.open(request, self._headers, self,
                                                       gateway.clock.now() + timeout_s))
 
     def _prompt_likeliest(self, index: int) -> int:
@@ -301,6 +308,8 @@ class Answer:
                 reason = "tool_calls"
             self._reasons[index] = reason
             pieces.append(Piece(index, parts, added.tokens, reason, told))
+        if len(self._streams) < len(self._choices) and self._error is None:
+            self._open_streams(sum(piece.reason is not None for piece in pieces))
         return pieces
 
     def _parts(self, added: replies.Piece) -> list[Part]:
@@ -323,6 +332,14 @@ class Answer:
             likely = unpack_likely(records[number]) if number in records else None
             told.append(Told(token, likely and likely._replace(top=likely.top[:most])))
         return told
+
+    def _embedding(self, index: int) -> bytes:
+        ended = self._streams[index].ended
+        if not self._options.pooling or not isinstance(ended, Finished):
+            return b""
+        if not ended.embedding:
+            raise WorkerFailed("a worker ended a request for a vector without one: retry")
+        return ended.embedding
 
     def _echo(self, index: int) -> common.Echo | None:
         if not self._options.echo:
@@ -353,7 +370,7 @@ class Answer:
                 joined(parts[i]), self._reasons[i] or "stop", tokens[i] if ids else None,
                 self._prompt_of(i).tokens if ids else None, told[i] if scores else None,
                 self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i),
-                self._choices[i].stopped)
+                self._choices[i].stopped, self._embedding(i))
             for i in range(len(self._choices))], self._usage(), self._metrics())
         await self._start(send, 200, [(b"content-type", b"application/json"),
                                       (b"content-length", str(len(document)).encode())])
@@ -528,7 +545,7 @@ class Answer:
                                      stream.last_token_s - self._began_s, choice.completion_tokens)
         outcomes = self._outcomes()
         gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
-                                   self._unix(self._began_s), tuple(outcomes), self._tenant.name))
+                                   self._unix(self._began_s), tuple(outcomes[:MAX_CHOICES]), self._tenant.name))
         known = [truth for truth in map(found, outcomes) if truth is not None]
         for truth in known:
             metrics.placed(truth)

@@ -4,7 +4,7 @@ Rules: every error is `{"error": {message, type, param, code}}`, or has Anthropi
 carries `x-request-id`, and what is left of its tenant's limits. Where keys are needed everything needs one but what
 `_OPEN` lists.
 
-    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens
+    POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens, /v1/embeddings
     GET /v1/models, /v1/models/{id}     POST /v1/tokenize, /v1/detokenize
     GET /v1/requests/{id}/receipt: why it went where it went
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
@@ -30,7 +30,7 @@ from gateway import receipts
 from gateway.answer import ClientLeft
 from gateway.anthropic import messages
 from gateway.detokenize import Detokenizer
-from gateway.endpoints import Chat, Generation, Messages, Responses, TextCompletion, read_body
+from gateway.endpoints import Chat, Embeddings, Generation, Messages, Responses, TextCompletion, read_body
 from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
@@ -60,6 +60,7 @@ def build_app(gateway: "Gateway") -> ASGIApp:
         Route("/v1/completions", Generation(gateway, TextCompletion()), methods=["POST"]),
         Route("/v1/responses", Generation(gateway, Responses()), methods=["POST"]),
         Route(MESSAGES, Generation(gateway, Messages()), methods=["POST"]),
+        Route("/v1/embeddings", Generation(gateway, Embeddings()), methods=["POST"]),
     ]
     routes = [
         *generating,

@@ -20,7 +20,7 @@ from gateway.anthropic import messages
 from gateway.dialects.dialect import Reading
 from gateway.dialects.grammars import enforced
 from gateway.direct import direct_body
-from gateway.openai import chat, common, completions, responses
+from gateway.openai import chat, common, completions, embeddings, responses
 from gateway.openai.parameters import Options, check_length, check_scored, names_tier
 from gateway.prompt import Prompt, ServedModel
 from gateway.reply import Head, Reply
@@ -146,6 +146,21 @@ class TextCompletion(Endpoint):
         return [partial(_tokens, prompt, model) for prompt in completions.prompts(body)]
 
 
+class Embeddings(Endpoint):
+    operation, source = "embeddings", "input"
+    decode = staticmethod(common.BodyDecoder(embeddings.EmbeddingRequest))
+
+    def reply(self, body: embeddings.EmbeddingRequest, head: Head) -> Reply:
+        return embeddings.EmbeddingReply(head, body.encoding_format or "float")
+
+    def options(self, body: embeddings.EmbeddingRequest) -> Options:
+        return embeddings.embedding_options(body)
+
+    def prompts(self, body: embeddings.EmbeddingRequest, options: Options, model: ServedModel,
+                now_s: float) -> list[Callable[[], list[int]]]:
+        return [partial(_tokens, text, model) for text in embeddings.inputs(body)]
+
+
 def _tokens(prompt: str | list[int], model: ServedModel) -> list[int]:
     return model.text(prompt) if isinstance(prompt, str) else prompt
 
@@ -171,7 +186,7 @@ class Generation:
         if (tier := tenant.tier_of(options.tier, names_tier(body))) != options.tier:
             options = msgspec.structs.replace(options, tier=tier)
         texts = endpoint.prompts(body, options, model, gateway.clock.wall())
-        streams = len(texts) * options.choices
+        streams = options.at_once(len(texts) * options.choices)
         with gateway.access.under_way(tenant, streams) as use, gateway.places(streams):
             prompts, prediction, adjust = await gateway.aside(len(raw), lambda: ([
                 model.prompt(tokens(), options.max_tokens, gateway.settings.default_max_tokens, tenant.salt,

@@ -86,15 +86,18 @@ class ServedModel:
                param: str = "prompt") -> Prompt:
         """Tokens made ready to travel; `param` is the field they came in.
 
-        `max_tokens` None: the default, or what is left of the context. Raises BadRequest for ids the model does not
-        have and ContextTooLong when prompt and answer do not fit.
+        `max_tokens` None: the default, or what is left of the context; 0: no answer is wanted. Raises BadRequest for
+        ids the model does not have and ContextTooLong when prompt and answer do not fit.
         """
         context = self.card.context_length
         if not tokens:
             raise BadRequest("the prompt is empty: send at least one token", param=param)
         if max(tokens) >= self.card.vocabulary_size or min(tokens) < 0:
             raise BadRequest(f"prompt holds a token id outside 0..{self.card.vocabulary_size - 1}", param=param)
-        if len(tokens) >= context or len(tokens) + (max_tokens or 1) > context:
+        if max_tokens == 0 and len(tokens) > context:
+            raise ContextTooLong(f"this model's maximum context length is {context} tokens, and one text of {param} "
+                                 f"has {len(tokens)}: shorten it, or cut it in several", param=param)
+        if max_tokens != 0 and len(tokens) + (max_tokens or 1) > context:
             raise ContextTooLong(f"this model's maximum context length is {context} tokens: the prompt has "
                                  f"{len(tokens)} and {max_tokens or 'at least 1'} more were asked for; shorten the "
                                  "prompt or ask for fewer", param=param)

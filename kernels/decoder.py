@@ -27,7 +27,7 @@ from kernels.ops import Ops, table
 from kernels.ranks import Ranks, gathered
 from kernels.reference import clamped_swiglu, fill_logprobs, race, rotary_tables, routed, widened
 from kernels.shards import Cut, Shard, shard_config
-from kernels.step import Race, StepInputs, check_places
+from kernels.step import Hidden, Race, StepInputs, check_hidden, check_places
 
 KV_BYTES = 512 << 20
 
@@ -111,6 +111,7 @@ class TorchDecoder:
         # the library rounds products of other widths differently
         self.recipe += "" if size == 1 else f"-tp{size}"
         self.vocabulary_size = config.vocabulary
+        self.hidden_size = config.hidden
         self.context_length = config.context_length
         self.block_size_tokens = block_size_tokens
         needed = sum(each.kv_bytes_per_token(dtype.itemsize) for each in every) * block_size_tokens
@@ -227,11 +228,15 @@ class TorchDecoder:
         return self.ops.mask_logits(logits, temperatures, top_k, top_p, min_p), temperatures, seeds, new_positions
 
     def _logits(self, inputs: StepInputs) -> Tensor:
-        return self._head_of(self._rows(inputs))
+        return self._head_of(self._rows(inputs), inputs.hidden)
 
-    def _head_of(self, rows: StepTensors) -> Tensor:
-        """The logits [L, H] of the sample rows."""
+    def _head_of(self, rows: StepTensors, told: Hidden | None = None) -> Tensor:
+        """The logits [L, H] of the sample rows. Fills `told`."""
         hidden, residual = self._forward(rows)
+        if told is not None:
+            asked = torch.from_numpy(told.rows).to(self.device).long()
+            last, _ = self._add_norm(hidden[asked], residual[asked], self.norm)
+            told.values[:] = last.float().cpu().numpy()
         sampled = rows.sample_rows
         normed, _ = self._add_norm(hidden[sampled], residual[sampled], self.norm)
         return self._whole(self.ops.linear(normed, self.head), self.shard and self.shard.cuts.head)
@@ -401,6 +406,8 @@ def check_step(inputs: StepInputs, decoder: TorchDecoder) -> None:
         check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
     if inputs.logprobs is not None:
         check_logprobs(inputs.logprobs, len(wanted), decoder.vocabulary_size)
+    if inputs.hidden is not None:
+        check_hidden(inputs.hidden, rows, decoder.hidden_size)
     if ((inputs.tokens < 0) | (inputs.tokens >= decoder.vocabulary_size)).any():
         raise ValueError(f"a token id lies outside 0..{decoder.vocabulary_size - 1}")
     if ((inputs.positions < 0) | (inputs.positions >= decoder.context_length)).any():

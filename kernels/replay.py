@@ -6,7 +6,7 @@
 Rules: a recording depends on its size alone: how many rows, and how far back the furthest of them sees, both padded up.
 What else a step says lies in memory that never moves. Padded rows stand at position -1, which every operator passes
 over. A size is recorded when it is first needed, never at start. Steps that no recording fits (many rows, masks,
-adjustments, logprobs) run launch by launch, to the same numbers.
+adjustments, logprobs, hidden rows) run launch by launch, to the same numbers.
 
 Tokens stay on the device: a row may stand for what the step before it chose (`carried`), so a step can be submitted
 before anybody has seen the tokens of the one before it, and the device never waits for the host.
@@ -235,7 +235,7 @@ class ReplayingDecoder(TorchDecoder):
         if carried is not None:
             which = torch.from_numpy(carried.astype(np.int64)).to(self.device)
             rows = rows._replace(tokens=_carried(rows.tokens, which, self._fixed.before))
-        raw = self._head_of(rows)
+        raw = self._head_of(rows, inputs.hidden)
         chosen = self.ops.sample(*self._masked(inputs, raw))
         self._fixed.chosen[: len(chosen)] = chosen
         if inputs.logprobs is not None:
@@ -249,6 +249,6 @@ def _carried(tokens: Tensor, carried: Tensor, before: Tensor) -> Tensor:
 
 def _is_plain(inputs: StepInputs) -> bool:
     """Whether nothing but temperature stands between logits and choices."""
-    if inputs.adjustments is not None or inputs.logprobs is not None:
+    if inputs.adjustments is not None or inputs.logprobs is not None or inputs.hidden is not None:
         return False
     return bool(((inputs.top_k == 0) & (inputs.top_p >= 1) & (inputs.min_p == 0)).all())

@@ -72,6 +72,19 @@ class Logprobs:
 
 
 @dataclass(slots=True)
+class Hidden:
+    """What a decoder makes of some rows before the head: asked with a step, filled by it. E rows."""
+
+    rows: NDArray[np.int32]  # [E] ascending; which of the R rows these are
+    values: NDArray[np.float32]  # [E, hidden] filled: the last layer's output behind the final norm
+
+    @classmethod
+    def asked(cls, rows: list[int], size: int) -> "Hidden":
+        """A question without its answer. `size`: the decoder's `hidden_size`."""
+        return cls(np.array(rows, np.int32), np.zeros((len(rows), size), np.float32))
+
+
+@dataclass(slots=True)
 class StepInputs:
     tokens: NDArray[np.int32]  # [R] token ids
     positions: NDArray[np.int32]  # [R] absolute positions, from 0
@@ -85,6 +98,7 @@ class StepInputs:
     seeds: NDArray[np.uint64]  # [L]
     adjustments: Adjustments | None = None  # None: no row has any
     logprobs: Logprobs | None = None  # filled by `step`
+    hidden: Hidden | None = None  # filled by `step`
 
     # The noise of a sampled token is keyed by the position it will have: positions[sample_rows] + 1.
 
@@ -126,6 +140,26 @@ class Racing(Protocol):
 
     def race(self, inputs: StepInputs, places: int) -> Race:
         """Run one step; the best `places` of each sample row. Blocking; one call at a time."""
+
+
+@runtime_checkable
+class Embedding(Protocol):
+    """A decoder that fills `StepInputs.hidden`."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a row."""
+
+
+def check_hidden(hidden: Hidden, rows: int, size: int) -> None:
+    """Raise ValueError, which says what does not fit a step of so many rows."""
+    asked, values = hidden.rows, hidden.values
+    for name, array, kind, shape in (("rows", asked, np.int32, (len(asked),)),
+                                     ("values", values, np.float32, (len(asked), size))):
+        if array.shape != shape or array.dtype != kind or not array.flags.c_contiguous:
+            raise ValueError(f"{name} of hidden must be {shape} of {np.dtype(kind)}, contiguous")
+    if (np.diff(asked) <= 0).any() or ((asked < 0) | (asked >= rows)).any():
+        raise ValueError(f"hidden rows must be ascending numbers below {rows}")
 
 
 @runtime_checkable

@@ -277,7 +277,7 @@ def _wall(request: Generate, prompt_tokens: int, demanded: Sequence[str], recipe
         return f"vocabulary {status.vocabulary}, not {request.vocabulary}"
     if recipe and status.recipe != recipe:
         return f"recipe {status.recipe or 'unknown'}, not {recipe}"
-    if 0 < status.context_length <= prompt_tokens:
+    if 0 < status.context_length < prompt_tokens + (request.pooling == ""):  # and a token of the answer
         return f"context of {status.context_length} tokens"
     if status.state != "ready":
         return status.state

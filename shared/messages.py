@@ -111,12 +111,14 @@ class Generate(Wire, frozen=True, tag="generate"):
     logprobs: int = -1  # tell how likely each token is, and so many of the likeliest; -1: do not
     prompt_logprobs: int = -1  # the same of the prompt
     grammar: Grammar | None = None
+    # wanted instead of tokens: one vector for the prompt, the mean of its rows or the last; empty: tokens are wanted
+    pooling: Literal["", "mean", "last"] = ""
 
 
 def demands(request: Generate) -> tuple[str, ...]:
     """The abilities that a worker must name to be given `request`."""
     asked = (("adjust", request.adjust is not None), ("grammar", request.grammar is not None),
-             ("logprobs", max(request.logprobs, request.prompt_logprobs) >= 0))
+             ("logprobs", max(request.logprobs, request.prompt_logprobs) >= 0), ("embeddings", request.pooling != ""))
     return tuple(name for name, needed in asked if needed)
 
 
@@ -192,6 +194,7 @@ class Finished(Wire, frozen=True, tag="finished"):
     draft_saved_s: float = 0.0  # by drafts, the cost of verifying and waiting taken off; below 0: lost
     drafter_s: float = 0.0  # of the drafter's time
     drafter_usd: float = 0.0  # what that costs
+    embedding: bytes = b""  # of length 1, in little-endian float32, where `pooling` asked for it
 
 
 class Failed(Wire, frozen=True, tag="failed"):
@@ -376,7 +379,7 @@ class WorkerStatus(Wire, frozen=True, tag="worker"):
     # alone for a while; empty: there is no drafter
     drafting: str = ""
     draft_steps_total: int = 0  # verifications, one for each stream and step
-    # the fields of Generate that this worker keeps to and older ones ignore: adjust, logprobs, grammar
+    # the fields of Generate that this worker keeps to and older ones ignore: adjust, logprobs, grammar, embeddings
     abilities: tuple[str, ...] = ()
     stream_tokens: float = 0.0  # said for each stream that ended, of late; 0: none has
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.step import Logprobs, StepInputs
+from kernels.step import Hidden, Logprobs, StepInputs
 from worker.adjust import Builder, Fills, fill_all
 from worker.sequence import Sequence
 from worker.step import Step
@@ -35,8 +35,10 @@ class Batch:
     """The device tables of `slots` sequences with up to `blocks_per_sequence` blocks each."""
 
     def __init__(self, slots: int, blocks_per_sequence: int, vocabulary_size: int,
-                 fill_masks: Callable[[Fills], None] = fill_all) -> None:
-        """`fill_masks`: called while a step is computed, to write the masks of its streams."""
+                 fill_masks: Callable[[Fills], None] = fill_all, hidden_size: int = 0) -> None:
+        """`fill_masks`: called while a step is computed, to write the masks of its streams. `hidden_size`: as
+        `kernels.step.Embedding` has it."""
+        self._hidden_size = hidden_size
         self._fill_masks = fill_masks
         self._vocabulary_size = vocabulary_size
         self._tables = np.full((slots, blocks_per_sequence), -1, np.int32)
@@ -64,6 +66,7 @@ class Batch:
         scored: list[int] = []  # sample rows of which only is told how likely the next token is
         told: list[int] = []
         targets: list[int] = []
+        pooled: list[int] = []
         most = 0
         for work in step.works:
             sequence = work.sequence
@@ -81,6 +84,9 @@ class Batch:
                 tokens += sequence.tokens[work.start:end - len(work.drafts)]
                 tokens += work.drafts
                 positions += range(work.start, end)
+            if work.pooled:
+                first = len(tokens) - work.rows
+                pooled += [first + row for row in work.pooled]
             if work.scored:
                 first = len(tokens) - work.rows
                 asked = range(len(sample_rows), len(sample_rows) + len(work.scored))
@@ -121,6 +127,7 @@ class Batch:
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds,
             adjustments=adjusted.build(self._fill_masks) if adjusted is not None else None,
             logprobs=Logprobs.asked(told, targets, most) if told else None,
+            hidden=Hidden.asked(pooled, self._hidden_size) if pooled else None,
         )
 
     @staticmethod

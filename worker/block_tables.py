@@ -28,7 +28,7 @@ class BlockTables:
 
         Not while rows of the prompt are still wanted for what they say of it.
         """
-        if sequence.scores:
+        if sequence.wants_rows:
             return
         size = self._size
         most = (len(sequence.tokens) - 1) // size
@@ -45,7 +45,7 @@ class BlockTables:
     def reusable(self, sequence: Sequence) -> int:
         """How many tokens `reuse` would find now, room provided."""
         size = self._size
-        most = 0 if sequence.scores else (len(sequence.tokens) - 1) // size
+        most = 0 if sequence.wants_rows else (len(sequence.tokens) - 1) // size
         index = 0
         while index < most and self._pool.knows(sequence.name(index, size), sequence.content(index, size)):
             index += 1

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from kernels.ranks import RankLost
-from kernels.step import Logprobs, StepInputs
+from kernels.step import Hidden, Logprobs, StepInputs
 from shared.clock import Clock
 from shared.errors import MillError, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
@@ -92,6 +92,7 @@ class Computed(NamedTuple):
 
     chosen: list[int]
     logprobs: Logprobs | None
+    hidden: Hidden | None
 
 
 class _Begun(NamedTuple):
@@ -198,7 +199,8 @@ class Engine:
                 if computed is None:
                     await self._run_one_by_one(step)
                     continue
-                self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs))
+                self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs,
+                                                 computed.hidden))
                 self._learn(step, self.rate.total - tokens, self._clock.now() - started)
 
     async def give_up(self, why: str) -> None:
@@ -351,7 +353,7 @@ class Engine:
             self.scheduler.cost.observe(round(len(chosen) / step.longest), 0, self._step_s)
         elif not step.scores:
             self.scheduler.cost.observe(sampled, rows - sampled, self._step_s)
-        return Computed(chosen, inputs.logprobs)
+        return Computed(chosen, inputs.logprobs, inputs.hidden)
 
     async def _begin(self, step: Step) -> _Begun:
         inputs = self._batch.build(step)
@@ -388,7 +390,8 @@ class Engine:
             if computed is None:
                 broken.append(work)
             else:
-                self._keep(self.scheduler.commit(alone, computed.chosen, self._clock.now(), 0.0, computed.logprobs))
+                self._keep(self.scheduler.commit(alone, computed.chosen, self._clock.now(), 0.0, computed.logprobs,
+                                                 computed.hidden))
         device = len(broken) == len(step.works) > 1
         for work in broken:
             reason = "the device fails on every request" if device else "the device fails on this request"

@@ -176,8 +176,10 @@ class Following:
         return replace(drafts, proposals=proposals, seconds=seconds)
 
     def may_hear(self, sequence: Sequence) -> bool:
-        """Whether the drafter that is followed may be told of this stream."""
-        return self.chosen is not None and allows(sequence.request.residency, self.chosen.zone)
+        """Whether the drafter that is followed may be told of this stream, and could help it."""
+        if self.chosen is None or sequence.pooling is not None:
+            return False
+        return allows(sequence.request.residency, self.chosen.zone)
 
     def _is_ours(self, proposal: Proposal, length_of: Callable[[str], int | None]) -> bool:
         told = self._open.get(Key(proposal.request_id, proposal.attempt))

@@ -21,6 +21,7 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 # one token of eight depends on the whole stream; the others follow from the token before, as words in a phrase
 IN_PHRASE, DRAW = np.uint64(7), np.uint64(16)
 WORDS = 96
+HIDDEN = 64
 FEW = 8  # rows; one takes 4.5 us, a pass of numpy 43
 # byte-level vocabularies have whole words from about here on, so that a mock mesh streams text and not broken bytes
 FIRST_WORD = 1024
@@ -38,6 +39,7 @@ class MockDecoder:
     def __init__(self, *, blocks: int, block_size_tokens: int = 16, vocabulary_size: int = 49152,
                  context_length: int = 32768) -> None:
         self.vocabulary_size = vocabulary_size
+        self.hidden_size = min(HIDDEN, vocabulary_size)
         self.context_length = context_length
         self.block_size_tokens = block_size_tokens
         self._size = np.int64(block_size_tokens)
@@ -60,7 +62,8 @@ class MockDecoder:
     def step(self, inputs: StepInputs) -> NDArray[np.int32]:
         size, starts, tokens, rows = self._size, inputs.sequence_starts, inputs.tokens, inputs.sample_rows
         one_each = len(tokens) == len(starts) - 1
-        if one_each and len(tokens) == len(rows) <= FEW and inputs.adjustments is None and inputs.logprobs is None:
+        if one_each and len(tokens) == len(rows) <= FEW and inputs.adjustments is None and inputs.logprobs is None \
+                and inputs.hidden is None:
             return self._step_few(inputs)
         positions = inputs.positions.astype(np.int64)
         blocks, places = np.divmod(positions, size)
@@ -83,6 +86,8 @@ class MockDecoder:
             hashes = np.repeat(before - running.take(starts[:-1]), np.diff(starts)) + running[1:]
         # 2. keys and values
         self._kv[slots] = hashes
+        if inputs.hidden is not None:
+            inputs.hidden.values[:] = self._hidden(hashes.take(inputs.hidden.rows))
         # 3. attention: the row's own slot and the last slot of every full block up to it
         own = inputs.block_tables
         if not one_each or len(rows) != len(positions):
@@ -181,6 +186,11 @@ class MockDecoder:
         logits = (mix(seeded[:, None] ^ self._mixed) >> np.uint64(40)).astype(np.float32) * np.float32(2**-22)
         logits[np.arange(len(chosen)), chosen] = 4.5
         return logits
+
+    def _hidden(self, hashes: Hashes) -> NDArray[np.float32]:
+        """Numbers [n, HIDDEN] between -1 and 1 that depend on all tokens up to a row."""
+        mixed = mix(hashes[:, None] ^ self._mixed[:HIDDEN]) >> np.uint64(40)
+        return mixed.astype(np.float32) * np.float32(2**-23) - np.float32(1)
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """One where the chosen token is, zero elsewhere."""

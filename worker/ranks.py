@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from kernels.native.inputs import checked
 from kernels.ranks import DistributedRanks, RankLost
-from kernels.step import Decoder, StepInputs
+from kernels.step import Decoder, Embedding, StepInputs
 from shared.settings import WorkerSettings, to_flags
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ class RankedDecoder:
         self.block_size_tokens = own.block_size_tokens
         self.blocks = own.blocks
         self.recipe = own.recipe
+        if isinstance(own, Embedding):
+            self.hidden_size = own.hidden_size
         self.others = others
         self._own = own
         self._ranks = ranks

@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
-from kernels.step import Logprobs
+from kernels.step import Hidden, Logprobs
 from shared.errors import (
     BadRequest,
     ContextTooLong,
@@ -68,6 +68,7 @@ class Limits(NamedTuple):
     max_waiting: int = 256
     max_draft_tokens: int = 8  # 0: no speculation
     max_forced_tokens: int = 8  # of one step, that a grammar leaves no choice about; nobody has to guess them
+    embeds: bool = False  # whether the decoder fills `StepInputs.hidden`
 
 
 class Scheduler:
@@ -130,7 +131,7 @@ class Scheduler:
                                 self.limits.vocabulary_size, grammar if isinstance(grammar, GrammarState) else None)
         self._live[request.request_id] = sequence
         self._events.append(Registered(sequence, self._tables.reusable(sequence)))
-        if (reason := _end_reason(sequence)) is not None:
+        if sequence.pooling is None and (reason := _end_reason(sequence)) is not None:
             self._end(sequence, self._finished(sequence, reason, now))
             return None
         self.waiting.push(sequence)
@@ -214,7 +215,7 @@ class Scheduler:
         for sequence in list(self.running):
             computed, length = sequence.computed, len(sequence.tokens)
             # a slot of -1: an older one has just taken its blocks
-            if length - computed == 1 and sequence.slot >= 0 \
+            if length - computed == 1 and sequence.slot >= 0 and sequence.pooling is None \
                     and (length <= len(sequence.blocks) * size or self._make_room(sequence, length)):
                 works.append(Work(sequence, computed, 1, True))
         if len(works) < len(self.running) or self.waiting:
@@ -223,7 +224,7 @@ class Scheduler:
                 budget = min(budget, self._bearable_prompt(len(works)))
             computing: set[bytes] = set()
             for sequence in list(self.running):
-                if budget and sequence.missing > 1 and sequence.slot >= 0:
+                if budget and (sequence.missing > 1 or sequence.pooling is not None) and sequence.slot >= 0:
                     budget -= self._prefill(sequence, budget, computing)
             if self.preemptions == preempted:
                 self._admit(budget, computing, now)
@@ -290,13 +291,13 @@ class Scheduler:
             self.speculation.offer(sequence, proposal, seconds)
 
     def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0,
-               logprobs: Logprobs | None = None) -> list[Event]:
+               logprobs: Logprobs | None = None, hidden: Hidden | None = None) -> list[Event]:
         """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams.
 
-        `held_s`: so long was the step held back for drafts. `logprobs`: what was asked of the step, filled.
+        `held_s`: so long was the step held back for drafts. `logprobs`, `hidden`: what was asked of the step, filled.
         """
         self.speculation.count_costs(step, held_s)
-        offset = told = 0
+        offset = told = pooled = 0
         for work in step.works:
             sequence = work.sequence
             if work.carries >= 0 and work.is_over:
@@ -310,9 +311,14 @@ class Scheduler:
                 self._events.append(PromptScored(sequence, first, _records(logprobs, told, count, most)))
                 told += count
                 offset += count
+            if work.pooled and sequence.pooling is not None and hidden is not None:
+                sequence.pooling.take(hidden.values[pooled:pooled + len(work.pooled)])
+                pooled += len(work.pooled)
             if not work.samples:
                 sequence.computed += work.rows
                 self._tables.store(sequence)
+                if sequence.pooling is not None and not sequence.missing:
+                    self._end(sequence, self._finished(sequence, "stop", now))
                 continue
             count = 1 + len(work.drafts) + work.more
             tokens = chosen[offset:offset + count]
@@ -368,7 +374,7 @@ class Scheduler:
             sequence.cached_tokens = min(sequence.cached_tokens + start - before, sequence.prompt_length)
         first = start // size
         full = start % size == 0 and start + size <= length
-        if full and not sequence.scores and sequence.name(first, size) in computing:
+        if full and not sequence.wants_rows and sequence.name(first, size) in computing:
             return 0
         end = min(length, start + budget)
         if end < length and end // size * size > start:
@@ -377,8 +383,10 @@ class Scheduler:
             return 0
         if full:
             computing.update(sequence.name(index, size) for index in range(first, end // size))
-        work = Work(sequence, start, end - start, end == length)
+        work = Work(sequence, start, end - start, end == length and sequence.pooling is None)
         work.scored = sequence.scored_rows(start, work.rows)
+        if sequence.pooling is not None:
+            work.pooled = sequence.pooling.wanted(start, work.rows)
         self._works.append(work)
         return end - start
 
@@ -483,7 +491,9 @@ class Scheduler:
         if len(request.tokens) % 4 or len(request.generated) % 4 or not request.tokens:
             return BadRequest("the prompt must be one token or more, packed 4 bytes each")
         length = (len(request.tokens) + len(request.generated)) // 4
-        if len(request.tokens) // 4 >= self.length_limit:
+        if request.pooling and not self.limits.embeds:
+            return NoEligibleWorker("this worker's decoder gives no embeddings", param="pooling")
+        if len(request.tokens) // 4 >= self.length_limit + (request.pooling != ""):
             return ContextTooLong(f"the prompt has {len(request.tokens) // 4} tokens and this worker holds "
                                   f"{self.length_limit} with the answer: send a shorter one")
         if max(max(unpack(request.tokens)), max(unpack(request.generated), default=0)) >= self.limits.vocabulary_size:

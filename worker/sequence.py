@@ -12,6 +12,7 @@ from shared.messages import Generate
 from shared.tokens import pack, unpack
 from worker.adjust import Adjuster
 from worker.grammar import GrammarState
+from worker.pooling import Pooling
 
 
 class Key(NamedTuple):
@@ -27,9 +28,9 @@ class Sequence:
     __slots__ = (
         "accepted_counts", "accepted_drafts", "adjuster", "admitted_at", "arrived_at", "blocks", "cached_tokens",
         "computed", "deadline", "drafted", "drafter", "drafter_s", "drafter_usd", "end_length", "ended",
-        "first_token_at", "hashes", "key", "late_drafts", "lease", "luck", "order", "preemptions", "prompt_length",
-        "rank", "request", "resumed_length", "saved_s", "scored", "slot", "steps", "stop_ids", "stored", "tokens",
-        "traceparent", "verified_from", "verified_until", "verifying_steps",
+        "first_token_at", "hashes", "key", "late_drafts", "lease", "luck", "order", "pooling", "preemptions",
+        "prompt_length", "rank", "request", "resumed_length", "saved_s", "scored", "slot", "steps", "stop_ids",
+        "stored", "tokens", "traceparent", "verified_from", "verified_until", "verifying_steps",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -42,6 +43,8 @@ class Sequence:
         self.end_length = min(prompt_length + request.max_tokens, length_limit)
         self.stop_ids = frozenset(request.stop_token_ids)
         self.adjuster: Adjuster | None = None
+        # what is wanted instead of tokens, where it is
+        self.pooling = Pooling(request.pooling, len(tokens)) if request.pooling else None
         self.scored = 0  # prompt tokens of which was told how likely they were
         self.order = order
         self.rank = (-request.priority, order)  # smaller goes first
@@ -103,6 +106,11 @@ class Sequence:
         if not self.scores:
             return range(0)
         return range(max(0, self.scored - start), max(0, min(rows, self.prompt_length - 1 - start)))
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether rows of its prompt are wanted for what they say, so that finding them in the cache is no help."""
+        return self.scores or (self.pooling is not None and self.pooling.needs_all)
 
     @property
     def missing(self) -> int:

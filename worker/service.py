@@ -21,7 +21,7 @@ import structlog
 from msgspec.structs import replace
 
 from kernels.ranks import RankLost
-from kernels.step import Decoder
+from kernels.step import Decoder, Embedding
 from shared import subjects
 from shared.bus import Bus, BusUnavailable, Delivery, Handler
 from shared.clock import Clock
@@ -155,14 +155,15 @@ class Worker:
         self._engine_name = engine
         self._vocabulary = vocabulary_of(settings)
         self._pool = BlockPool(decoder.blocks, HostTier(runner.tier.slots) if runner.tier else None)
+        hidden_size = decoder.hidden_size if isinstance(decoder, Embedding) else 0
         self._scheduler = Scheduler(Limits(
             decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size, settings.step_tokens,
-            settings.max_running, settings.max_waiting, max_draft_tokens), self._pool)
+            settings.max_running, settings.max_waiting, max_draft_tokens, embeds=hidden_size > 0), self._pool)
         blocks_per_sequence = -(-self._scheduler.length_limit // decoder.block_size_tokens)
         self.metrics = Metrics(self.figures)
         masks = MaskTimes(self.metrics.mask_s.observe, self.metrics.step_masks_s.observe)
         self._engine = Engine(self._scheduler, Batch(settings.max_running, blocks_per_sequence,
-                                                     decoder.vocabulary_size, masks.fill), runner, clock,
+                                                     decoder.vocabulary_size, masks.fill, hidden_size), runner, clock,
                               self._publish)
         self._outbox = Outbox(name, epoch, decoder.recipe, decoder.block_size_tokens, decoder.blocks)
         self._parity = probe_answer(name, epoch, decoder.block_size_tokens)
@@ -421,7 +422,8 @@ class Worker:
         """This worker as others see it now."""
         scheduler, decoder, settings = self._scheduler, self._decoder, self._settings
         cost, speculation = scheduler.cost, scheduler.speculation
-        abilities = ("adjust", "logprobs", "grammar") if self._grammars.ready else ("adjust", "logprobs")
+        abilities = ("adjust", "logprobs", *(("grammar",) if self._grammars.ready else ()),
+                     *(("embeddings",) if scheduler.limits.embeds else ()))
         return WorkerStatus(
             self.name, self._outbox.epoch, settings.model_name, self.state, engine=self._engine_name,
             recipe=decoder.recipe, vocabulary=self._vocabulary, zone=settings.zone, sku=settings.sku,

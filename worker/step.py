@@ -9,8 +9,8 @@ from worker.sequence import Sequence
 class Work:
     """One sequence's part of a step: `rows` positions from `start`, the last `len(drafts)` of them guesses."""
 
-    __slots__ = ("carries", "drafts", "forced", "lease", "more", "rows", "samples", "scored", "sequence", "start",
-                 "stated")
+    __slots__ = ("carries", "drafts", "forced", "lease", "more", "pooled", "rows", "samples", "scored", "sequence",
+                 "start", "stated")
 
     def __init__(self, sequence: Sequence, start: int, rows: int, samples: bool) -> None:
         self.sequence = sequence
@@ -18,6 +18,7 @@ class Work:
         self.rows = rows
         self.samples = samples  # the next token is wanted: of the last committed row and of every draft
         self.scored = range(0)  # rows that say how likely the next prompt token is
+        self.pooled = range(0)  # rows that become part of the prompt's vector
         self.drafts: list[int] = []
         self.forced = False  # whether a grammar demands the drafts: nobody guessed them
         self.stated: list[int] = []  # of each of them, what its drafter says of it

@@ -424,7 +424,7 @@ class Engine:
         tokens before each step. `squeezed`: now and then somebody else holds some of the free blocks. `cancels`: now
         and then a stream is cancelled and sent again."""
         sizes = Limits(decoder.block_size_tokens, decoder.context_length, decoder.vocabulary_size)
-        limits = {"max_running": MOST_STREAMS, "max_draft_tokens": 8 if draft else 0} | limits
+        limited: dict[str, Any] = {"max_running": MOST_STREAMS, "max_draft_tokens": 8 if draft else 0} | limits
         self.cover = cover
         self._decoder = decoder
         self._chooser = chooser
@@ -432,9 +432,9 @@ class Engine:
         self._squeezed = squeezed
         self._cancels = cancels
         self._taken: list[int] = []
-        self._scheduler = Scheduler(sizes._replace(**limits), BlockPool(blocks or decoder.blocks))
+        self._scheduler = Scheduler(sizes._replace(**limited), BlockPool(blocks or decoder.blocks))
         self._scheduler.meet_drafter("bench")
-        self._batch = Batch(limits["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens),
+        self._batch = Batch(limited["max_running"], -(-self._scheduler.length_limit // decoder.block_size_tokens),
                             decoder.vocabulary_size)
         self._said: Truth = {}
         self._open: dict[str, Generate] = {}

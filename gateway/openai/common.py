@@ -123,6 +123,7 @@ class WholeChoice(NamedTuple):
     prompt_told: list[Told] | None = None
     echo: Echo | None = None
     stopped: str | None = None  # the stop string that ended it
+    embedding: bytes = b""  # of its prompt, where that was asked for
 
     @property
     def text(self) -> str:

@@ -26,15 +26,16 @@ MAX_BAD_WORD_CHARACTERS = 1024
 MAX_STOP_IDS = 1024
 MAX_LOGPROBS = 20
 MAX_SCORES = 500_000  # some 50 MB of JSON
+EMBEDDED_AT_ONCE = 64
 MAX_GRAMMAR_CHARACTERS = 1 << 17
 _AS_IT_IS, _NOTHING_ASKED = Adjust(), (None,) * 6
 JSON_OBJECT = Grammar("json", '{"type":"object"}')
 
 
-class StreamOptions(Struct):
 Texts = str | list[str | int | list[int]]  # or token ids, of one text or of several
 
 
+class StreamOptions(Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -131,8 +132,13 @@ class Options(Struct, frozen=True):
     prompt_only: bool = False  # there is no answer
     grammar: Grammar | None = None
     tools: Tools | None = None
+    pooling: Literal["", "mean", "last"] = ""  # a vector for each prompt is wanted instead of an answer
     shows_thoughts: bool = True
     ignored: tuple[str, ...] = ()  # parameters that a client may think would do something
+
+    def at_once(self, streams: int) -> int:
+        """How many of so many streams there are at a time: all, but for vectors, which nobody waits for one by one."""
+        return min(streams, EMBEDDED_AT_ONCE) if self.pooling else streams
 
 
 def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "max_tokens") -> Options:
@@ -178,12 +184,6 @@ def options(body: Parameters, max_tokens: int | None, max_tokens_name: str = "ma
     )
 
 
-def prompt_likeliest(options: Options) -> int:
-    """How many of the likeliest tokens are to be told at each place of the prompt; -1: nothing."""
-    return max(options.prompt_logprobs, options.logprobs if options.echo else -1)
-
-
-def check_scored(options: Options, prompt_tokens: int) -> None:
 def texts_or_ids(param: str, given: Texts | None) -> list[str] | list[list[int]]:
     """Texts, or the token ids of each. Raises BadRequest when there are none, or both kinds."""
     if given is None or given == []:
@@ -198,6 +198,12 @@ def texts_or_ids(param: str, given: Texts | None) -> list[str] | list[list[int]]
     return texts or lists or [ids]
 
 
+def prompt_likeliest(options: Options) -> int:
+    """How many of the likeliest tokens are to be told at each place of the prompt; -1: nothing."""
+    return max(options.prompt_logprobs, options.logprobs if options.echo else -1)
+
+
+def check_scored(options: Options, prompt_tokens: int) -> None:
     """Raise BadRequest where more would be told of prompts, of so many tokens together, than an answer can hold."""
     entries = prompt_tokens * (prompt_likeliest(options) + 1) * options.choices
     if entries > MAX_SCORES:

@@ -24,7 +24,7 @@ from kernels.logprobs import check_logprobs
 from kernels.native.build import build
 from kernels.ranks import RankLost, Ranks
 from kernels.shards import Shard, shard_config
-from kernels.step import Adjustments, Logprobs, Race, StepInputs, check_places
+from kernels.step import Adjustments, Logprobs, Race, StepInputs, check_hidden, check_places
 
 RECIPE = "int8-g32/1"
 BLOCK_SIZE_TOKENS = 16
@@ -136,6 +136,10 @@ class _Logprobs(ctypes.Structure):
     ]
 
 
+class _Hidden(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_int32), ("at", ctypes.c_void_p), ("values", ctypes.c_void_p)]
+
+
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "samples")] + [
         (name, ctypes.c_void_p)
@@ -152,6 +156,7 @@ class _Inputs(ctypes.Structure):
             "seeds",
             "adjustments",
             "logprobs",
+            "hidden",
         )
     ]
 
@@ -199,6 +204,7 @@ class NativeDecoder:
         self.block_bytes = block_bytes(config, kv_format)
         self.vocabulary_size = config.vocabulary
         self.head_size = config.head_size
+        self.hidden_size = config.hidden
         self.context_length = config.context_length
         self.blocks = blocks
         self.threads = threads or min(usable_cpus(), MOST_THREADS)
@@ -349,7 +355,7 @@ class NativeDecoder:
     ) -> None:
         if self._trimmed and (inputs.adjustments is not None or inputs.logprobs is not None):
             raise ValueError("a trimmed head has no logits for some ids: its decoder neither adjusts nor tells them")
-        native, kept = _native_inputs(inputs, self.vocabulary_size)
+        native, kept = _native_inputs(inputs, self.vocabulary_size, self.hidden_size)
         wanted = _Wanted(_address(tokens), _address(scores), _address(logits), places)
         with self._busy:
             self._check_open()
@@ -449,7 +455,7 @@ def _address(array: NDArray[np.generic] | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
-def _native_inputs(inputs: StepInputs, vocabulary_size: int) -> tuple[_Inputs, list[Any]]:
+def _native_inputs(inputs: StepInputs, vocabulary_size: int, hidden_size: int) -> tuple[_Inputs, list[Any]]:
     """The C view of `inputs`, and what it points into. Lengths are checked here, contents in C++."""
 
     def array(name: str, kind: DTypeLike, *shape: int | None) -> NDArray[np.generic]:
@@ -495,6 +501,11 @@ def _native_inputs(inputs: StepInputs, vocabulary_size: int) -> tuple[_Inputs, l
         )
         native.logprobs = ctypes.addressof(logprobs)
         kept.append(logprobs)
+    if (told := inputs.hidden) is not None:
+        check_hidden(told, rows, hidden_size)
+        hidden = _Hidden(len(told.rows), told.rows.ctypes.data, told.values.ctypes.data)
+        native.hidden = ctypes.addressof(hidden)
+        kept.append(hidden)
     return native, kept
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.adjust import check_adjustments
 from kernels.logprobs import check_logprobs
-from kernels.step import Decoder, StepInputs
+from kernels.step import Decoder, Embedding, StepInputs, check_hidden
 
 _KINDS = {"temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "seeds": np.uint64}
 
@@ -48,6 +48,8 @@ def checked(inputs: StepInputs, decoder: Decoder) -> StepInputs:
         check_adjustments(inputs.adjustments, len(wanted), decoder.vocabulary_size)
     if inputs.logprobs is not None:
         check_logprobs(inputs.logprobs, len(wanted), decoder.vocabulary_size)
+    if inputs.hidden is not None:
+        check_hidden(inputs.hidden, rows, decoder.hidden_size if isinstance(decoder, Embedding) else 0)
     return inputs
 
 
@@ -56,7 +58,7 @@ def _typed(inputs: StepInputs) -> StepInputs:
         raise ValueError("sequence_starts needs one entry more than there are sequences")
     rows, samples = len(inputs.tokens), len(inputs.sample_rows)
     shapes: dict[str, tuple[int | None, ...]] = {field.name: (samples,) for field in fields(inputs)}
-    del shapes["adjustments"], shapes["logprobs"]
+    del shapes["adjustments"], shapes["logprobs"], shapes["hidden"]
     shapes |= {"tokens": (rows,), "positions": (rows,), "sequence_starts": (None,)}
     shapes["block_tables"] = (len(inputs.sequence_starts) - 1, None)
     arrays: dict[str, Any] = {}

@@ -434,6 +434,7 @@ void Model::run_pass(Pass& pass, int thread) {
     gather(residual(0), rows, hidden_, thread);
   }
   scratch.ahead.stop();
+  if (pass.inputs.hidden) tell_hidden(pass, thread);
   if (pass.samples > 0) sample(pass, thread);
 }
 
@@ -772,6 +773,18 @@ void Model::add_experts(const Layer& layer, const Routing& routing, int rows, in
         store(to, load(to) + load(sum_of_row(row, i)));
       }
   });
+}
+
+// The final norm of the rows that are asked for, each by one thread.
+void Model::tell_hidden(Pass& pass, int thread) {
+  const mill_hidden& asked = *pass.inputs.hidden;
+  const int32_t *const first = std::lower_bound(asked.at, asked.at + asked.rows, pass.first),
+                *const last = std::lower_bound(first, asked.at + asked.rows, pass.first + pass.rows);
+  for (const int32_t* at = first + thread; at < last; at += team_.crew()) {
+    float* const to = asked.values + size_t(at - asked.at) * size_t(config_.hidden);
+    norm(residual(*at - pass.first), final_norm_, config_.hidden, to);
+    if (!all_finite(to, 0, config_.hidden)) pass.finite = false;
+  }
 }
 
 // The head for the rows whose next token is wanted, and the choice.

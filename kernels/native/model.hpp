@@ -54,7 +54,14 @@ struct mill_tensor {
 // The rows of a matrix as stored, by its number among the tensors; they stay until the next call. Null: they cannot be read.
 typedef const void* (*mill_fetch)(int32_t tensor);
 
-// Every row as kernels/step.py describes it; what it says of adjustments has been checked there.
+// Rows whose last layer's output is wanted, behind the final norm; ascending.
+struct mill_hidden {
+  int32_t rows;
+  const int32_t* at;
+  float* values;  // [rows][hidden]
+};
+
+// Every row as kernels/step.py describes it; what it says of adjustments, logprobs and hidden has been checked there.
 struct mill_inputs {
   int32_t rows, sequences, table_width, samples;
   const int32_t *tokens, *positions, *sequence_starts, *block_tables, *sample_rows;
@@ -64,6 +71,7 @@ struct mill_inputs {
   const uint64_t* seeds;
   const mill_adjustments* adjustments;  // null: no row has any
   const mill_logprobs* logprobs;        // null: nobody asks
+  const mill_hidden* hidden;            // null: nobody asks
 };
 
 // What a step is run for: `logits`, or the best `places` ids of each sample in order, with their scores where wanted.
@@ -210,6 +218,7 @@ class Model {
   void add_experts(const Layer& layer, const Routing& routing, int rows, int thread);
   void gather(float* rows, int count, const Cut& cut, int thread);
   const Activations& between(int rows, int thread);
+  void tell_hidden(Pass& pass, int thread);
   void sample(Pass& pass, int thread);
   void say_how_likely(Pass& pass, int thread, bool& finite);
   const float* normed_head(const float* head, const Norm& by, Scratch& scratch) const;

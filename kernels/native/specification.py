@@ -31,7 +31,7 @@ float32 operation; `fma` is a fused multiply-add; integer dots are exact.
                 p = exponential(logit - largest), of those not chosen 0 where weights are normalised;
                 weight = p / total, the total in 16 lanes (expert e in lane e % 16) and a tree;
                 the chosen in ascending order: mixed = fma(weight, mlp of the expert, mixed), from 0
-    residual    float32; logits: final norm, then linear
+    residual    float32; hidden: final norm; logits: linear behind it
 
 Two more recipes store a number of the KV cache in a byte, "int8-g32/1+kv-int8" and "int8-g32/1+kv-fp8":
 
@@ -79,12 +79,15 @@ class SpecifiedDecoder:
         self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
     def logits(self, inputs: StepInputs) -> Floats:
-        """As `NativeDecoder.logits`."""
+        """As `NativeDecoder.logits`; fills `hidden` too."""
         wanted = set(inputs.sample_rows.tolist())
+        places = {} if inputs.hidden is None else {row: at for at, row in enumerate(inputs.hidden.rows.tolist())}
         found = []
         for sequence in range(len(inputs.sequence_starts) - 1):
             for row in range(inputs.sequence_starts[sequence], inputs.sequence_starts[sequence + 1]):
                 x = self._layers(int(inputs.tokens[row]), int(inputs.positions[row]), inputs.block_tables[sequence])
+                if inputs.hidden is not None and row in places:
+                    inputs.hidden.values[places[row]] = self._normed(x, "norm")
                 if row in wanted:
                     head = self._weights.get("head.weight", self._weights["embedding.weight"])
                     found.append(head.times(self._normed(x, "norm")))

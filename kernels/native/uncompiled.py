@@ -26,7 +26,7 @@ from kernels.native.inputs import checked
 from kernels.native.packed import FLOATS, KINDS, Activations, Matrix, Plain, quantised, stacked
 from kernels.native.specification import LARGEST_HALF, routed
 from kernels.reference import adjust_logits, fill_logprobs, mask_logits, race, sample, widened
-from kernels.step import Race, StepInputs, check_places
+from kernels.step import Hidden, Race, StepInputs, check_places
 
 PASS_ROWS = 64
 NOTHING_TO_CHOOSE = (
@@ -97,6 +97,7 @@ class UncompiledDecoder:
         config = self.config = checkpoint.config
         check_sizes(config, blocks, threads)
         self.vocabulary_size = config.vocabulary
+        self.hidden_size = config.hidden
         self.context_length = config.context_length
         self.blocks = blocks
         self.threads = threads or min(usable_cpus(), MOST_THREADS)
@@ -207,11 +208,20 @@ class UncompiledDecoder:
                 tables = inputs.block_tables[sequences[here]]
                 rows = _Rows(inputs.tokens[here], positions, tables, angles[:, None, 0], angles[:, None, 1])
                 x = self._run(rows)
+                if inputs.hidden is not None:
+                    self._tell(inputs.hidden, x, first)
                 wanted = inputs.sample_rows - first
                 wanted = wanted[(wanted >= 0) & (wanted < len(x))]
                 if wanted.size:
                     found.append(_times(self._head, quantised(self._normed(x[wanted], self._norm))))
         return np.concatenate(found)
+
+    def _tell(self, hidden: Hidden, x: Floats, first: int) -> None:
+        """What is asked of the rows from `first` on. Raises RuntimeError for NaN."""
+        here = slice(*np.searchsorted(hidden.rows, (first, first + len(x))))
+        hidden.values[here] = self._normed(x[hidden.rows[here] - first], self._norm)
+        if not np.isfinite(hidden.values[here]).all():
+            raise RuntimeError(NOTHING_TO_CHOOSE)
 
     def _run(self, rows: _Rows) -> Floats:
         """The residual stream [R, hidden] behind the last layer."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from kernels.step import Decoder
+from kernels.step import Decoder, Embedding
 from shared.messages import Generate, Sampling
 from shared.tokens import pack
 from worker.batch import Batch
@@ -36,9 +36,9 @@ def make_scheduler(decoder: Decoder, **limits: int) -> Scheduler:
                      BlockPool(decoder.blocks))
 
 
-def make_batch(scheduler: Scheduler) -> Batch:
+def make_batch(scheduler: Scheduler, hidden_size: int = 0) -> Batch:
     return Batch(scheduler.limits.max_running, -(-scheduler.length_limit // scheduler.limits.block_size),
-                 scheduler.limits.vocabulary_size)
+                 scheduler.limits.vocabulary_size, hidden_size=hidden_size)
 
 
 class Bench:
@@ -48,7 +48,7 @@ class Bench:
         self.decoder = decoder
         self.scheduler = make_scheduler(decoder, **limits)
         self.scheduler.meet_drafter("d1")
-        self.batch = make_batch(self.scheduler)
+        self.batch = make_batch(self.scheduler, decoder.hidden_size if isinstance(decoder, Embedding) else 0)
         self.now = 0.0
         self.streams: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], list[object]] = {}
@@ -69,7 +69,8 @@ class Bench:
         self.now += 0.01
         inputs = self.batch.build(step)
         chosen = self.decoder.step(inputs).tolist()
-        self.take(self.scheduler.commit(step, chosen, self.now, logprobs=inputs.logprobs))
+        self.take(self.scheduler.commit(step, chosen, self.now, logprobs=inputs.logprobs,
+                                        hidden=inputs.hidden))
         return True
 
     def steps(self, most: int = 10_000) -> Iterator[int]:

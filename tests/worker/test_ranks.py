@@ -16,8 +16,10 @@ from kernels.checkpoint import open_checkpoint
 from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder
 from kernels.ranks import RankLost
+from kernels.step import Embedding
 from shared.settings import WorkerSettings
 from tests.kernels.steps import mixed_sampling
+from tests.kernels.test_hidden import hidden
 from tests.kernels.test_native_step import same_bits, step_of
 from tests.kernels.tiny import write_tiny_folder, write_tiny_gguf
 from worker.ranks import RankedDecoder
@@ -59,6 +61,9 @@ def test_two_processes_make_the_bits_and_tokens_of_one(tmp_path: Path) -> None:
         assert same_bits(decoder.logits(inputs), alone.logits(inputs))
         for seed in range(5):
             assert decoder.step(mixed_sampling(seed)).tolist() == alone.step(mixed_sampling(seed)).tolist()
+        assert isinstance(decoder, Embedding)
+        every = list(range(len(PROMPT)))
+        assert same_bits(hidden(decoder, every, (PROMPT, 0, TABLE)), hidden(alone, every, (PROMPT, 0, TABLE)))
 
 
 def test_the_reference_runs_on_ranks_too(tmp_path: Path) -> None:
@@ -68,6 +73,8 @@ def test_the_reference_runs_on_ranks_too(tmp_path: Path) -> None:
     with ranked(model, engine="reference") as decoder:
         assert decoder.recipe == "float32-tp2"
         assert decoder.step(inputs).tolist() == alone.step(inputs).tolist()
+        whole = PROMPT, 0, TABLE
+        np.testing.assert_allclose(hidden(decoder, [0, 39], whole), hidden(alone, [0, 39], whole), atol=1e-4)
 
 
 def test_a_step_that_is_refused_leaves_the_ranks_together(tmp_path: Path) -> None:

@@ -641,7 +641,7 @@ def test_a_drafter_that_costs_more_than_it_saves_is_left_alone_and_the_status_sa
 def test_a_worker_names_what_it_can_do_and_no_grammar_without_a_vocabulary() -> None:
     async def scenario(mesh: Mesh) -> None:
         await mesh.until(lambda: mesh.statuses[-1].state == "ready")
-        assert mesh.statuses[-1].abilities == ("adjust", "logprobs")
+        assert mesh.statuses[-1].abilities == ("adjust", "logprobs", "embeddings")
 
     play(scenario)
     tokens = [bytes([byte]) for byte in range(97)] + [b"<|end|>"]
@@ -650,6 +650,6 @@ def test_a_worker_names_what_it_can_do_and_no_grammar_without_a_vocabulary() -> 
 
         async def with_words(mesh: Mesh) -> None:
             await mesh.until(lambda: mesh.statuses[-1].state == "ready")
-            assert mesh.statuses[-1].abilities == ("adjust", "logprobs", "grammar")
+            assert mesh.statuses[-1].abilities == ("adjust", "logprobs", "grammar", "embeddings")
 
         play(with_words)
