@@ -13,12 +13,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--from", type=int, default=0, dest="first")
     parser.add_argument("--lies", action="store_true", help="each with a drafter that lies")
+    parser.add_argument("--vectors", action="store_true", help="half of the requests want vectors")
     options = parser.parse_args()
     faults = broken = refused = 0
     for seed in range(options.first, options.first + options.seeds):
         try:
             with lying(seed) if options.lies else contextlib.nullcontext():
-                history = run(Schedule.draw(seed, drafters=1) if options.lies else Schedule.draw(seed))
+                history = run(Schedule.draw(seed, drafters=1 if options.lies else None, vectors=options.vectors))
             found = violations(history)
             faults, refused = faults + history.faults, refused + history.refused
         except Exception as error:  # a schedule that cannot be played to its end breaks a law too

@@ -16,9 +16,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import structlog
 
 import drafter.service
@@ -39,6 +40,7 @@ from shared.tokens import pack
 from tests.laws.plain import mock_stream
 from tests.laws.witness import Witness
 from tests.virtual_time import run_virtual
+from tests.worker.test_embedding import normalised, rows_of
 from worker.mock_decoder import MockDecoder
 
 EPOCH_S = 1_700_000_000.0
@@ -79,6 +81,7 @@ class Ask:
     tenant: str = "red"
     residency: Residency = ANYWHERE
     adjust: Adjust | None = None
+    pooling: Literal["", "mean", "last"] = ""  # it wants a vector of its prompt, and no token
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,11 @@ class Schedule:
 
     @staticmethod
     def draw(seed: int, *, blows: bool = True, loss: bool = True, drafters: int | None = None,
-             walls: bool | None = None) -> "Schedule":
+             walls: bool | None = None, vectors: bool = False) -> "Schedule":
         """The schedule of `seed`; parts of it can be left out to isolate one law.
 
         `walls`: whether workers and drafters are in zones and requests under policies; None: every other seed.
+        `vectors`: half of those who stay want a vector instead of tokens.
         """
         rng = random.Random(seed)
         workers, routers = rng.randint(2, 3), rng.randint(1, 2)
@@ -212,6 +216,8 @@ class Schedule:
         )
         if seed % 2 if walls is None else walls:
             schedule = _walled(schedule)
+        if vectors:
+            schedule = replace(schedule, asks=tuple(map(_embedding, schedule.asks)))
         if all(schedule.always_serves(ask.residency) for ask in schedule.asks):
             return schedule
         # a stream outlasts its mesh for `stall_s` and no longer
@@ -300,6 +306,14 @@ def _adjust(rng: random.Random) -> Adjust | None:
     )
 
 
+def _embedding(ask: Ask) -> Ask:
+    """The same, or a vector of its prompt."""
+    rng = random.Random(f"{ask.prompt} vector")
+    if ask.hang_up_after or rng.random() < 0.5:
+        return ask
+    return replace(ask, pooling=rng.choice(("mean", "last")), max_tokens=1, stop_token_ids=(), adjust=None)
+
+
 @dataclass
 class Told:
     """What one client was given."""
@@ -378,6 +392,8 @@ def _violations(history: History) -> Iterator[str]:
             yield f"{who}: law 1: {len(told.tokens)} tokens of {len(truth)}"
         elif told.ends[0].completion_tokens != len(truth):
             yield f"{who}: law 8: billed {told.ends[0].completion_tokens} tokens, delivered {len(truth)}"
+        elif told.ends[0].embedding != vector(told.ask):
+            yield f"{who}: law 1: another vector than that of the prompt alone"
     for name, status in history.workers.items():
         left = (status.running, status.waiting, status.blocks_used, status.queued_tokens)
         if any(left):
@@ -411,7 +427,18 @@ def _first_difference(tokens: list[int], truth: tuple[int, ...]) -> int:
 @cache
 def expected(ask: Ask) -> tuple[int, ...]:
     """The stream as a decoder gives it that does nothing else: one token at a time, no cache, no drafts."""
+    if ask.pooling:
+        return ()
     return mock_stream(_mock(), ask.prompt, ask.sampling, ask.max_tokens, ask.stop_token_ids, ask.adjust)
+
+
+@cache
+def vector(ask: Ask) -> bytes:
+    """The same of a vector: the whole prompt in one step; empty where none is wanted."""
+    if not ask.pooling:
+        return b""
+    rows = rows_of(list(ask.prompt), _mock()).astype(np.float64)
+    return normalised(rows[-1] if ask.pooling == "last" else np.add.accumulate(rows)[-1])
 
 
 @cache
@@ -693,6 +720,7 @@ class _Mesh:
             cache_salt=salt,
             block_hashes=join_hashes(hash_chain(ask.prompt, salt)),
             stop_token_ids=ask.stop_token_ids,
+            pooling=ask.pooling,
         )
         heard_s = self.clock.now()
         told.stream = gateway.streams.open(request, {}, changed, heard_s + 300.0)

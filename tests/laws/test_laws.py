@@ -25,6 +25,12 @@ def test_whatever_dies_or_gets_lost_every_stream_is_whole_and_unchanged(seed: in
     assert violations(run(Schedule.draw(seed))) == []
 
 
+@pytest.mark.parametrize("seed", range(9000, 9012))
+def test_whatever_dies_or_gets_lost_every_vector_is_that_of_its_prompt_and_comes_once(seed: int) -> None:
+    history = run(Schedule.draw(seed, vectors=True))
+    assert violations(history) == [] and any(told.ask.pooling for told in history.told)
+
+
 @pytest.mark.parametrize("seed", range(1000, 1008))
 def test_a_mesh_without_faults_sends_nothing_twice(seed: int) -> None:
     history = run(Schedule.draw(seed, blows=False, loss=False))

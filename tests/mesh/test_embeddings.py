@@ -1,6 +1,8 @@
 """Vectors through the whole mesh of real processes: the official client, and the decoder's own numbers to the bit."""
 
 import asyncio
+import os
+import signal
 
 import numpy as np
 import openai
@@ -12,7 +14,7 @@ from gateway.model_files import load_card
 from gateway.prompt import ServedModel
 from kernels.native.build import available
 from kernels.native.decoder import NativeDecoder
-from tests.mesh.streams import chat, read
+from tests.mesh.streams import chat, read, until_there
 from tests.worker.test_embedding import normalised, rows_of
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -50,6 +52,21 @@ async def test_the_official_client_gets_the_decoder_s_own_numbers_whatever_else_
         await asyncio.gather(*busy)
         answer = await client.embeddings.create(model=name, input=TEXTS)
         assert answer.usage.prompt_tokens == sum(len(model.text(text)) for text in TEXTS)
+
+
+async def test_a_worker_killed_under_a_batch_of_texts_changes_no_vector(mesh: LocalMesh) -> None:
+    name = load_card(mesh.options.model).name
+    texts = [f"{number}. {text}" for number in range(20) for text in TEXTS]
+    await until_there(mesh, workers=2, routers=2)
+    async with openai.AsyncOpenAI(base_url=f"{mesh.url}/v1", api_key="none") as client:
+        calm = await vectors(client, name, texts)
+        asked = asyncio.create_task(vectors(client, name, texts))
+        await asyncio.sleep(0.5)
+        pid = mesh.child("worker-1").pid
+        assert pid is not None and not asked.done()
+        os.kill(pid, signal.SIGKILL)
+        assert (await asked == calm).all()
+    await until_there(mesh, workers=2, routers=2)
 
 
 async def test_texts_about_the_same_lie_closer_than_texts_about_something_else(mesh: LocalMesh) -> None:
