@@ -195,6 +195,7 @@ class Finished(Wire, frozen=True, tag="finished"):
     drafter_s: float = 0.0  # of the drafter's time
     drafter_usd: float = 0.0  # what that costs
     embedding: bytes = b""  # of length 1, in little-endian float32, where `pooling` asked for it
+    worker_s: float = 0.0  # of the device's time: its rows' part of each step; of this attempt
 
 
 class Failed(Wire, frozen=True, tag="failed"):

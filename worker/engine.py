@@ -200,7 +200,7 @@ class Engine:
                     await self._run_one_by_one(step)
                     continue
                 self._keep(self.scheduler.commit(step, computed.chosen, self._clock.now(), held_s, computed.logprobs,
-                                                 computed.hidden))
+                                                 computed.hidden, self._step_s))
                 self._learn(step, self.rate.total - tokens, self._clock.now() - started)
 
     async def give_up(self, why: str) -> None:
@@ -391,7 +391,7 @@ class Engine:
                 broken.append(work)
             else:
                 self._keep(self.scheduler.commit(alone, computed.chosen, self._clock.now(), 0.0, computed.logprobs,
-                                                 computed.hidden))
+                                                 computed.hidden, self._step_s))
         device = len(broken) == len(step.works) > 1
         for work in broken:
             reason = "the device fails on every request" if device else "the device fails on this request"

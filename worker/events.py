@@ -74,7 +74,7 @@ def finished(sequence: Sequence, reason: Literal["stop", "length", "cancelled"],
         accepted_counts=tuple(sequence.accepted_counts.get(count, 0)
                               for count in range(max_draft_tokens + 1)) if sequence.drafter else (),
         late_draft_tokens=sequence.late_drafts, draft_saved_s=sequence.saved_s, drafter=sequence.drafter,
-        drafter_s=sequence.drafter_s, drafter_usd=sequence.drafter_usd,
+        drafter_s=sequence.drafter_s, drafter_usd=sequence.drafter_usd, worker_s=sequence.worker_s,
         embedding=sequence.pooling.embedding() if sequence.pooling is not None and reason == "stop" else b"")
 
 

@@ -291,19 +291,22 @@ class Scheduler:
             self.speculation.offer(sequence, proposal, seconds)
 
     def commit(self, step: Step, chosen: list[int], now: float, held_s: float = 0.0,
-               logprobs: Logprobs | None = None, hidden: Hidden | None = None) -> list[Event]:
+               logprobs: Logprobs | None = None, hidden: Hidden | None = None, busy_s: float = 0.0) -> list[Event]:
         """Make the device's `chosen` tokens (one per sampled row, in order) part of the streams.
 
         `held_s`: so long was the step held back for drafts. `logprobs`, `hidden`: what was asked of the step, filled.
+        `busy_s`: so long did the device take, of which each row has an equal part.
         """
         self.speculation.count_costs(step, held_s)
         offset = told = pooled = 0
+        row_s = busy_s / sum([work.rows + work.more for work in step.works])
         for work in step.works:
             sequence = work.sequence
             if work.carries >= 0 and work.is_over:
                 offset += 1
                 continue
             sequence.steps += 1 + work.more
+            sequence.worker_s += (work.rows + work.more) * row_s
             if work.scored and logprobs is not None:
                 first, count = sequence.scored + 1, len(work.scored)
                 most = sequence.request.prompt_logprobs

@@ -31,6 +31,7 @@ class Sequence:
         "first_token_at", "hashes", "key", "late_drafts", "lease", "luck", "order", "pooling", "preemptions",
         "prompt_length", "rank", "request", "resumed_length", "saved_s", "scored", "slot", "steps", "stop_ids",
         "stored", "tokens", "traceparent", "verified_from", "verified_until", "verifying_steps",
+        "worker_s",
     )
 
     def __init__(self, request: Generate, tokens: list[int], prompt_length: int, order: int, now: float,
@@ -68,6 +69,7 @@ class Sequence:
         self.drafter = ""  # whose proposals came last
         self.drafter_s = 0.0  # that drafters worked on it
         self.drafter_usd = 0.0  # what that costs
+        self.worker_s = 0.0  # its rows' part of the device's time
         self.preemptions = 0
         self.steps = 0
         self.verifying_steps = 0  # steps that had drafts of this stream in them

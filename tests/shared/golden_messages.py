@@ -59,7 +59,8 @@ scored = Scored(request_id="r-1", attempt=2, index=1, logprobs=bytes(range(16)))
 finished = Finished(request_id="r-1", attempt=2, reason="stop", worker="worker-a", prompt_tokens=40, cached_tokens=32,
                     completion_tokens=7, draft_tokens=6, accepted_draft_tokens=4, drafter="drafter-a", queue_s=0.5,
                     prefill_s=0.25, decode_s=1.5, miss="evicted", draft_steps=3, accepted_counts=(1, 0, 2),
-                    late_draft_tokens=5, draft_saved_s=0.5, drafter_s=0.125, drafter_usd=0.0625, embedding=bytes(8))
+                    late_draft_tokens=5, draft_saved_s=0.5, drafter_s=0.125, drafter_usd=0.0625, embedding=bytes(8),
+                    worker_s=0.75)
 failed = Failed(request_id="r-1", attempt=2, code="overloaded", message="full", retryable=True, retry_after_s=1.5,
                 receipt=b"why not")
 stored, removed, cleared = Stored(hashes=HASH), Removed(hashes=HASH * 2), Cleared()

@@ -14,6 +14,7 @@ from worker.scheduler import Limits, Scheduler
 BLOCK = 4
 VOCABULARY = 200
 FAR = 1e9
+STEP_S = 0.01
 
 
 def request(name: str = "r", prompt: list[int] | None = None, max_tokens: int = 8, **other: object) -> Generate:
@@ -50,6 +51,7 @@ class Bench:
         self.scheduler.meet_drafter("d1")
         self.batch = make_batch(self.scheduler, decoder.hidden_size if isinstance(decoder, Embedding) else 0)
         self.now = 0.0
+        self.busy_s = 0.0
         self.streams: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], list[object]] = {}
         self.largest_step = 0
@@ -66,11 +68,12 @@ class Bench:
         if step is None:
             return False
         self.largest_step = max(self.largest_step, step.rows)
-        self.now += 0.01
+        self.now += STEP_S
+        self.busy_s += STEP_S
         inputs = self.batch.build(step)
         chosen = self.decoder.step(inputs).tolist()
         self.take(self.scheduler.commit(step, chosen, self.now, logprobs=inputs.logprobs,
-                                        hidden=inputs.hidden))
+                                        hidden=inputs.hidden, busy_s=STEP_S))
         return True
 
     def steps(self, most: int = 10_000) -> Iterator[int]:

@@ -37,6 +37,20 @@ def check_blocks(bench: Bench) -> None:
         assert len(sequence.blocks) * BLOCK >= sequence.computed
 
 
+def test_the_devices_time_is_split_among_streams_by_their_rows_and_none_of_it_is_lost() -> None:
+    bench = Bench(mock_decoder(), max_running=4, step_tokens=8, max_draft_tokens=0)
+    alone = request("alone", list(range(12)), 1)
+    bench.add(alone)
+    assert len(list(bench.steps())) == 2  # of a prompt of 12 in steps of 8
+    for number in range(4):
+        bench.add(request(f"r{number}", [number] * 3, 5 + number))
+    list(bench.steps())
+    spent = {key: end.worker_s for key, ends in bench.ends.items() for end in ends if isinstance(end, Finished)}
+    assert spent["alone", 1] == pytest.approx(2 * 0.01)
+    assert sum(spent.values()) == pytest.approx(bench.busy_s)
+    assert spent["r0", 1] < spent["r3", 1] < bench.busy_s / 2
+
+
 @settings(max_examples=150, deadline=None)
 @given(requests(), st.data())
 def test_every_stream_is_the_plain_one_under_any_schedule(wanted: list[Generate], data: st.DataObject) -> None:
