@@ -35,10 +35,12 @@ from rich.progress import (
 from rich.text import Text
 
 from deploy import keys_command, ledger_command, nats_command
+from deploy.database import opened
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
 MODEL_HELP = "default, a GGUF file, a model folder or a Hugging Face id (owner/name, owner/name:Q4_K_M)"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PRICES = Path(__file__).with_name("prices.toml")
 ENGINES = ("auto", "cpu", "cuda", "mock", "reference")
 
 app = typer.Typer(
@@ -149,6 +151,17 @@ def up(
         typer.Option(metavar="FILE", envvar="TOKENMILL_TENANTS", show_envvar=False,
                      help="who may use it, as `tokenmill keys` writes it; default: everybody, without a key"),
     ] = None,
+    prices: Annotated[
+        Path,
+        typer.Option(metavar="FILE", envvar="TOKENMILL_PRICES", show_envvar=False, show_default=False,
+                     help="what tokens cost; default: deploy/prices.toml, an example"),
+    ] = PRICES,
+    database: Annotated[
+        str,
+        typer.Option(metavar="URL", envvar="TOKENMILL_DATABASE", show_envvar=False,
+                     help="ledger, and tenants where no file of them is named: sqlite:///FILE or "
+                     "postgresql://USER@HOST/NAME; default: neither"),
+    ] = "",
     drain_s: Annotated[float, typer.Option(min=0.0, metavar="S", help="seconds running streams get at the end")] = 30.0,
 ) -> None:
     """Start gateway, router, workers, drafters and NATS here; stop with Ctrl-C."""
@@ -170,6 +183,9 @@ def up(
         _leave("--nats-creds and --nats-ca are for a NATS that --nats names: the embedded one is open, on loopback")
     if tenants is not None:
         _check_tenants(tenants)
+    if database:
+        with opened(database):
+            pass
     if engine == "cuda":
         _check_cuda()
     aliases = _pairs(alias or [])
@@ -200,6 +216,8 @@ def up(
         log_level=log_level,
         drain_s=drain_s,
         tenants=tenants,
+        prices=prices,
+        database=database,
         more_models=more,
         aliases=aliases,
     )

@@ -184,7 +184,7 @@ def nats_server(url: str, wanted: Wanted) -> Finding:
     if told.get("max_payload", 0) < PAYLOAD_WANTED_BYTES:
         wishes.append(f"max_payload is {told.get('max_payload')}: set `max_payload: 8MB`")
     if not told.get("jetstream"):
-        wishes.append("JetStream is off: nothing needs it yet, but later versions will keep ledgers in it")
+        wishes.append("JetStream is off: nothing needs it yet, but later versions will keep batches in it")
     if not told.get("auth_required"):
         wishes.append("anybody may connect: `tokenmill nats-config` writes one that asks")
     return Finding("NATS", "advice" if wishes else "ok", said, "; ".join(wishes))

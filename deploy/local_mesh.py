@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import httpx
+from msgspec.structs import replace
 
 from deploy import broker
 from deploy.paths import FolderInUse, claim
@@ -66,7 +67,9 @@ class Options:
     metrics_port: int = 0  # of the first router; drafters and workers follow. 0: none. A gateway's are at its /metrics
     log_level: str = "info"
     drain_s: float = 30.0
-    tenants: Path | None = None  # the file of who may use it; None: everybody, without a key
+    tenants: Path | None = None  # the file of who may use it; None: the database says, or everybody, without a key
+    prices: Path | None = None  # price sheet; None: nothing costs anything
+    database: str = ""  # URL of the ledger, and of tenants where there is no file of them
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # module -> more settings for its processes
     more_models: Sequence[Path] = ()  # pulled ones beside `model`, each with workers of its own
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names that models answer to
@@ -82,6 +85,15 @@ class Options:
                                "folder and pull it again")
             found[name] = folder
         return found
+
+    @property
+    def keyed(self) -> str:
+        """Where the keys are that a request needs, to be shown; empty: it needs none."""
+        if self.tenants is not None or not self.database:
+            return str(self.tenants or "")
+        from gateway.state.database import without_password
+
+        return without_password(self.database)
 
     @property
     def url(self) -> str:
@@ -114,7 +126,10 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     }
     decoding = {"engine": options.engine, "threads": threads, "tensor_parallel": options.tensor_parallel,
                 "speculation": options.drafters > 0}
-    tenants = str(options.tenants.absolute()) if options.tenants is not None else ""
+    charging = {
+        "tenants": str(options.tenants.absolute()) if options.tenants is not None else "",
+        "prices": str(options.prices.absolute()) if options.prices is not None else "", "database": options.database,
+    }
     drafting = {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}
     # a module's processes, each with what is its own
     kinds: dict[str, tuple[type[Settings], list[dict[str, Any]]]] = {
@@ -122,7 +137,8 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "drafter": (DrafterSettings, [drafting] * options.drafters),
         "worker": (WorkerSettings, [decoding | {"model": str(folder), "model_name": name}
                                     for name, folder in models.items() for _ in range(options.workers)]),
-        "gateway": (GatewaySettings, [served | {"host": options.host, "tenants": tenants}] * options.gateways),
+        "gateway": (GatewaySettings, [served | charging | {"host": options.host, "journal": journal}
+                                      for journal in _journals(options)]),
     }
     services: dict[str, list[Settings]] = {}
     metrics_ports = itertools.count(options.metrics_port)
@@ -179,6 +195,19 @@ def _own_ports(settings: Settings) -> list[str]:
     return [f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in names]
 
 
+def _without_secrets(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """What may stand on a command line, which everybody reads, and the variables that say the rest."""
+    if isinstance(settings, GatewaySettings) and settings.database:
+        return replace(settings, database=""), {"TOKENMILL_DATABASE": settings.database}
+    return settings, {}
+
+
+def _journals(options: Options) -> list[str]:
+    """A folder for each gateway, the same at the next start."""
+    return [str(options.data.absolute() / "journal" / f"gateway-{number + 1}") if options.database else ""
+            for number in range(options.gateways)]
+
+
 def _cores() -> int:
     """Those this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -231,8 +260,10 @@ class LocalMesh:
                 self._start_broker(logs)
             for module, group in plan(options, self.nats).items():
                 for settings in group:
-                    command = service_command(module, [*to_flags(settings), *_own_ports(settings)])
-                    self._start(Child(settings.id, command, logs / f"{settings.id}.log", drain_s=settings.drain_s))
+                    shown, hidden = _without_secrets(settings)
+                    command = service_command(module, [*to_flags(shown), *_own_ports(settings)])
+                    self._start(Child(settings.id, command, logs / f"{settings.id}.log", environment=hidden,
+                                      drain_s=settings.drain_s))
 
     async def connect(self) -> Bus:
         """A bus of its own on the mesh's broker. Raises UpFailed when the broker is out of reach."""

@@ -67,8 +67,8 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 if figures := figures_at(options):
                     _print(console, Text(figures))
             name = load_card(options.model).name
-            key = os.environ.get(API_KEY, "") if options.tenants is not None else ""
-            if not stop.is_set() and not quiet and (key or options.tenants is None):
+            key = os.environ.get(API_KEY, "") if options.keyed else ""
+            if not stop.is_set() and not quiet and (key or not options.keyed):
                 await _unless(stop, _show_answer(options, name, board, console, key))
             if not stop.is_set():
                 _print_curl(options, name, console)
@@ -134,9 +134,9 @@ def _told(answer: first_answer.Answer, worker: str, drafter: str) -> str:
 def _print_curl(options: Options, model: str, console: Console) -> None:
     body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello"}]})
     address, key, said = shlex.quote(f"{options.url}/v1/chat/completions"), "", "Send it something:"
-    if options.tenants is not None:
+    if options.keyed:
         key = f' -H "authorization: Bearer ${API_KEY}"'
-        said = f"Send it something, with a key of {options.tenants} in {API_KEY}:"
+        said = f"Send it something, with a key of {options.keyed} in {API_KEY}:"
     _print(console, Text(f"\n{said}\n"))
     _print(console, Text(f"curl -sN {address} -H 'content-type: application/json'{key} -d {shlex.quote(body)}\n"))
 

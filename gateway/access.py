@@ -11,7 +11,7 @@ however it ends. Neither keys nor digests reach a log.
 import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -21,6 +21,9 @@ from gateway.tenants import Tenant, Tenants
 from gateway.tenants_file import TenantsFile, Unsettled
 from shared.clock import Clock
 from shared.settings import GatewaySettings
+
+if TYPE_CHECKING:
+    from gateway.state.database import Database
 
 log = structlog.get_logger("gateway.access")
 
@@ -49,9 +52,15 @@ class Everybody:
         return tenants.everybody(self._secret)
 
 
-def source_of(settings: GatewaySettings) -> Source:
-    """Where this gateway's tenants are."""
-    return TenantsFile(settings.tenants) if settings.tenants else Everybody(settings.cache_secret)
+def source_of(settings: GatewaySettings, database: "Database | None") -> Source:
+    """Where this gateway's tenants are: in the file, where one is named, else in the database, if there is one."""
+    if settings.tenants:
+        return TenantsFile(settings.tenants)
+    if database is None:
+        return Everybody(settings.cache_secret)
+    from gateway.state.directory import DirectorySource
+
+    return DirectorySource(database)
 
 
 class Use:
@@ -76,15 +85,16 @@ class Use:
 class Access:
     """The tenants of one gateway, and what each has used here."""
 
-    def __init__(self, source: Source, clock: Clock) -> None:
-        """Raises ValueError for a source that cannot be read."""
+    def __init__(self, source: Source, clock: Clock, charges: bool = False) -> None:
+        """`charges`: whether there is a ledger. Raises ValueError for a source that cannot be read."""
         self._source = source
+        self._charges = charges
         self._clock = clock
         self._complaint = ""
         self._meters: dict[str, Meter] = {}
         found = source.read()
         assert found is not None, "nothing was read before"
-        self._tenants = found
+        self._tenants = self._kept_to(found)
 
     @property
     def keyed(self) -> bool:
@@ -126,6 +136,8 @@ class Access:
             if not self._source.changed():
                 return
             found = await asyncio.to_thread(self._source.read)
+            if found is not None:
+                self._kept_to(found)
         except Unsettled:
             return
         except ValueError as error:
@@ -146,6 +158,14 @@ class Access:
             if tenant is not None and tenant.limits != meter.limits:
                 meter.change(tenant.limits, self._clock.now())
         log.info("tenants_read", tenants=len(self._tenants.named))
+
+    def _kept_to(self, tenants: Tenants) -> Tenants:
+        """`tenants`, whose limits this gateway can keep them to. Raises ValueError."""
+        limited = [name for name, tenant in tenants.named.items() if tenant.limits.of_money]
+        if limited and not self._charges:
+            raise ValueError(f"{limited[0]} may spend so much and no more, and this gateway has no ledger to know what "
+                             "it spent: start it with --database and --prices")
+        return tenants
 
     def _refuse(self, reason: str) -> None:
         if self._complaint != reason:

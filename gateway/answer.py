@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind
 from starlette.types import Message, Receive, Scope, Send
 
 from gateway import replies, sse
+from gateway.billing import Account, Counts
 from gateway.dialects.dialect import Reading
 from gateway.dialects.parts import Part, Said, joined
 from gateway.direct import DirectBody, direct_body
@@ -39,6 +40,7 @@ from shared.errors import MillError, WorkerFailed
 from shared.logprobs import unpack_likely
 from shared.messages import Adjust, Finished, Generate, Residency
 from shared.noise import choice_seed
+from shared.pricing import NANOS, shown, worker_cost
 from shared.tiers import priority
 from shared.tokens import count, pack
 
@@ -49,6 +51,9 @@ HEADERS_WITHIN_S = 3.0  # a client in a long queue gets its headers by then; lat
 WRITE_S = 30.0  # for a client to take what was written
 LAST_WORD_S = 0.5  # for a worker to say, between two steps, what drafts brought a stream that a stop string ended
 EXPLAIN = b"x-tokenmill-explain"  # a request with this gets what is known of its placement as a header
+COST = b"x-tokenmill-cost"  # and with this what it comes to
+MOST_WORKER_S = 1e6  # more is no time that one request can take
+_REASONS = ("stop", "length", "tool_calls")
 
 log = structlog.get_logger("gateway.answer")
 
@@ -73,10 +78,10 @@ class Answer:
     def __init__(self, gateway: "Gateway", operation: str, reply: Callable[[Head], Reply],
                  model: ServedModel, options: Options, prompts: list[Prompt], scope: Scope, began_s: float,
                  tenant: Tenant, residency: Residency, prediction: list[int],
-                 adjust: Adjust | None = None, reading: Reading | None = None) -> None:
+                 account: Account, adjust: Adjust | None = None, reading: Reading | None = None) -> None:
         """`operation` is the conventions' name for it, `reply` builds its documents; `began_s` monotonic seconds;
-        `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects; `reading`: how to look for
-        calls and thoughts."""
+        `residency`: the tenant's, narrowed; `prediction`: tokens that the client expects; `account`: who is told what
+        it comes to; `reading`: how to look for calls and thoughts."""
         self._gateway = gateway
         self._operation = operation
         self._model = model
@@ -112,7 +117,12 @@ class Answer:
         self._error: MillError | None = None
         self._streams: list[Stream] = []  # of the first choices, until others have ended
         self._headers: dict[str, str] = {}  # that go with each request
-        self._id = secrets.token_hex(12)
+        self._written_tokens = 0  # of all choices, as far as the client was told of them
+        self._outcome = ""
+        self._account_of = account
+        self._says_cost = account.price is not None and asks(scope, COST)
+        account.counts = self._counts
+        self._id = account.request
         self._reply = reply(Head(
             self._id, int(gateway.clock.wall()), model.name,
             fingerprint(model.name, model.card.vocabulary, gateway.recipe(model)),
@@ -125,7 +135,7 @@ class Answer:
         """Open the streams, answer, end what is left. Raises MillError while the answer has not begun."""
         span = self._open_span()
         watching: asyncio.Task[None] | None = None
-        error = ""
+        error = MillError.code  # unless it is known otherwise
         self._task = asyncio.current_task()
         self._gateway.answers.add(self)
         try:
@@ -156,14 +166,22 @@ class Answer:
                 self._direct.when_left(None)
             for stream in self._streams:
                 self._gateway.streams.cancel(stream)
+            self._outcome = error or next((reason for reason in self._reasons if reason), "")
             self._account(span, error)
 
     @property
     def used_tokens(self) -> int:
         """What it has cost its tenant so far: prompts that a worker took, each once, and tokens of answers."""
+        return self._begun_tokens + self._taken_tokens
+
+    @property
+    def _begun_tokens(self) -> int:
         begun = {index // self._options.choices for index, stream in enumerate(self._streams) if stream.state.begun}
-        return sum(len(self._prompts[index].tokens) for index in begun) + sum(
-            choice.completion_tokens for choice in self._choices)
+        return sum(len(self._prompts[index].tokens) for index in begun)
+
+    @property
+    def _taken_tokens(self) -> int:
+        return sum(choice.completion_tokens for choice in self._choices)
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
@@ -203,10 +221,12 @@ class Answer:
         return index if self._options.stream else index - index % self._options.choices
 
     def _seed(self) -> int:
-        """The client's; or one that follows from its request id, so that asking again gives the same; or any."""
+        """The client's; or one that follows from its idempotency key or request id, so that asking again gives the
+        same; or any."""
         if self._options.seed is not None:
             return self._options.seed
-        if (given := self._scope["state"].get("client_request_id")) is not None:
+        state = self._scope["state"]
+        if (given := state.get("idempotency_key") or state.get("client_request_id")) is not None:
             return int.from_bytes(blake2b(given.encode(), digest_size=8).digest(), "little")
         return secrets.randbits(64)
 
@@ -257,6 +277,7 @@ class Answer:
                 not documents or direct.write(self._reply.events(documents))):
             if documents:
                 self._written_s = self._gateway.clock.now()
+                self._written_tokens = self._taken_tokens
             return True
         self._unwritten = documents
         return False
@@ -372,8 +393,10 @@ class Answer:
                 self._prompt_told(i, self._options.prompt_logprobs) if scores_prompt else None, self._echo(i),
                 self._choices[i].stopped, self._embedding(i))
             for i in range(len(self._choices))], self._usage(), self._metrics())
-        await self._start(send, 200, [(b"content-type", b"application/json"),
-                                      (b"content-length", str(len(document)).encode())])
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(document)).encode())]
+        if self._says_cost:
+            headers.append((b"x-tokenmill-cost", shown(self._cost(self._taken_tokens)).encode()))
+        await self._start(send, 200, headers)
         await self._write(send, document, last=True)
 
     # --- a stream -----------------------------------------------------------------------------------------------------
@@ -402,7 +425,7 @@ class Answer:
             if documents:
                 await self._write(send, self._reply.events(documents))
             elif self._gateway.clock.now() - self._written_s >= self._gateway.settings.keep_alive_s:
-                await self._write(send, sse.KEEP_ALIVE)
+                await self._send(send, {"type": "http.response.body", "body": sse.KEEP_ALIVE, "more_body": True})
             self._resting = True
             try:
                 await self._wait()
@@ -449,12 +472,14 @@ class Answer:
             headers.append((b"x-mill-worker", worker.encode()))
         if self._options.ignored:
             headers.append((b"x-tokenmill-ignored", ", ".join(self._options.ignored).encode()))
-        if dict(self._scope["headers"]).get(EXPLAIN, b"0") not in (b"", b"0") and (line := header(self._outcomes())):
+        if asks(self._scope, EXPLAIN) and (line := header(self._outcomes())):
             headers.append((b"x-tokenmill-receipt", line.encode()))
         await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
+        taken = self._taken_tokens
         await self._send(send, {"type": "http.response.body", "body": data, "more_body": not last})
+        self._written_tokens = taken
 
     async def _send(self, send: Send, message: Message) -> None:
         self._writing_s = self._written_s = self._gateway.clock.now()
@@ -498,7 +523,42 @@ class Answer:
                 accepted_draft_tokens=sum(end.accepted_draft_tokens for end in ends),
                 attempts=max(stream.state.attempt for stream in self._streams)), accepted,
             count(self._prediction) * len(self._matches) - accepted,
-            sum(choice.reasoning_tokens for choice in self._choices))
+            sum(choice.reasoning_tokens for choice in self._choices),
+            self._cost(self._taken_tokens) if self._says_cost else None)
+
+    def _cost(self, generated_tokens: int) -> int:
+        """Nano-dollars that it comes to if so many tokens are its answer."""
+        return self._account_of.record(0, self._counted(generated_tokens)).amount
+
+    def _counts(self) -> Counts:
+        return self._counted(self._written_tokens)
+
+    def _counted(self, generated_tokens: int) -> Counts:
+        """What it is charged for: nothing of what failed before the client was told of it."""
+        failed = self._outcome not in ("", "client_left", *_REASONS) or self._error is not None
+        charged = bool(generated_tokens) or not failed
+        ends = self._ends()
+        return Counts(
+            prompt_tokens=self._begun_tokens if charged else 0,
+            cached_tokens=sum(stream.cached_tokens for stream in self._streams[::self._options.choices]
+                              if stream.state.begun) if charged else 0,
+            generated_tokens=generated_tokens, draft_tokens=sum(end.draft_tokens for end in ends),
+            accepted_draft_tokens=sum(end.accepted_draft_tokens for end in ends),
+            attempts=max((stream.state.attempt for stream in self._streams), default=1), outcome=self._outcome,
+            worker_us=sum(worker_us(end) for end in ends), cost=self._our_cost())
+
+    def _our_cost(self) -> int | None:
+        """Nano-dollars; None while not all workers have said what they did, or what they cost."""
+        sheet, cost = self._gateway.billing.sheet, 0
+        for stream in self._streams:
+            if not stream.state.begun:
+                continue
+            status = self._gateway.fleet.worker(stream.worker)
+            hour = None if sheet is None or status is None else sheet.hour(status.sku, status.price_usd_per_hour)
+            if hour is None or not isinstance(stream.ended, Finished) or not worker_us(stream.ended):
+                return None
+            cost += worker_cost(hour, worker_us(stream.ended)) + drafter_cost(stream.ended)
+        return cost
 
     def _metrics(self) -> RequestMetrics | None:
         """What one stream took and drafts brought it; None of several, and where its worker said nothing of drafts."""
@@ -587,6 +647,21 @@ class Answer:
 
     def _unix(self, monotonic_s: float) -> float:
         return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)
+
+
+def worker_us(end: Finished) -> int:
+    """Microseconds of the device's time; 0 for what can be none."""
+    return round(1_000_000 * end.worker_s) if 0.0 <= end.worker_s < MOST_WORKER_S else 0
+
+
+def drafter_cost(end: Finished) -> int:
+    """Nano-dollars that its drafter cost; 0 for what can be none."""
+    return round(NANOS * end.drafter_usd) if 0.0 <= end.drafter_usd < MOST_WORKER_S else 0
+
+
+def asks(scope: Scope, header: bytes) -> bool:
+    """Whether a request has this header, and not as 0."""
+    return dict(scope["headers"]).get(header, b"0") not in (b"", b"0")
 
 
 @lru_cache(1024)

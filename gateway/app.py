@@ -7,6 +7,7 @@ carries `x-request-id`, and what is left of its tenant's limits. Where keys are 
     POST /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/messages/count_tokens, /v1/embeddings
     GET /v1/models, /v1/models/{id}     POST /v1/tokenize, /v1/detokenize
     GET /v1/requests/{id}/receipt: why it went where it went
+    GET /v1/usage: what was used and charged     GET /v1/prices: what tokens cost
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
 
@@ -26,7 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import receipts
+from gateway import billing, receipts
 from gateway.answer import ClientLeft
 from gateway.anthropic import messages
 from gateway.detokenize import Detokenizer
@@ -38,6 +39,7 @@ from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, Mod
 from gateway.openai.tools import tools_of
 from gateway.prompt import ServedModel
 from gateway.tenants import Tenant
+from gateway.usage import NoLedger, asked_usage, told_usage
 from shared.errors import BadRequest, MillError, NotAuthorised, RateLimited, RequestTimeout
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ def build_app(gateway: "Gateway") -> ASGIApp:
         Route("/v1/models", api.models),
         Route("/v1/models/{model:path}", api.model),
         Route("/v1/requests/{id:path}/receipt", api.receipt),
+        Route("/v1/usage", api.usage),
+        Route("/v1/prices", api.prices),
         *(Route(path, api.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, api.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         Route("/health", api.health),
@@ -119,6 +123,18 @@ class _Api:
     async def receipt(self, request: Request) -> Response:
         return _json(receipts.document(self._gateway.receipts.find(request.path_params["id"],
                                                                            _tenant(request).name)))
+
+    async def usage(self, request: Request) -> Response:
+        tenant = _tenant(request)
+        tenant.need("usage")
+        if self._gateway.billing.database is None:
+            raise NoLedger("this gateway keeps no ledger: start it with --database and --prices")
+        asked = asked_usage(request.query_params, self._gateway.clock.wall())
+        await self._gateway.billing.flush()
+        return await told_usage(self._gateway.billing.database, tenant, asked)
+
+    async def prices(self, request: Request) -> Response:
+        return _json(billing.document(self._gateway.billing.sheet))
 
     async def tokenize(self, request: Request) -> Response:
         raw = await read_body(request, self._gateway)
@@ -226,6 +242,7 @@ class _Envelope:
                     bound |= structlog.contextvars.bind_contextvars(tenant=tenant.name)
                 if scope["method"] == "POST":
                     access.count(tenant)
+                    tenant.need("generate")
             await self._app(scope, receive, send_on)
         except MillError as error:
             self._gateway.metrics.refused.labels(error.code).inc()

@@ -6,9 +6,12 @@ request it is, is asked again once its body is here: a key may end while a clien
 
 import asyncio
 import contextlib
+import re
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,10 +29,14 @@ from gateway.prompt import Prompt, ServedModel
 from gateway.reply import Head, Reply
 from gateway.residency import policy_of
 from gateway.tenants import Tenant
-from shared.errors import RequestTimeout, TooLarge
+from shared.errors import BadRequest, RequestTimeout, TooLarge
+from shared.pricing import Usage
 
 if TYPE_CHECKING:
     from gateway.service import Gateway
+
+IDEMPOTENCY_KEY = b"idempotency-key"
+_KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 
 
 class Endpoint(ABC):
@@ -194,13 +201,31 @@ class Generation:
                 for tokens in texts], endpoint.prediction(body, model), model.adjust(options)))
             asked, reading = endpoint.reading(options, model, prompts)
             check_scored(options, sum(len(prompt.tokens) for prompt in prompts))
-            use.reserve(sum(len(prompt.tokens) + options.choices * prompt.max_tokens for prompt in prompts))
-            answer = Answer(gateway, endpoint.operation, partial(endpoint.reply, body), model, asked, prompts, scope,
-                            began_s, tenant, residency, prediction, adjust, reading)
-            try:
-                await answer.give(receive, send)
-            finally:
-                use.used_tokens = answer.used_tokens
+            most = Usage(sum(len(prompt.tokens) for prompt in prompts),
+                         generated_tokens=options.choices * sum(prompt.max_tokens for prompt in prompts))
+            use.reserve(most.prompt_tokens + most.generated_tokens)
+            async with gateway.billing.account(
+                    secrets.token_hex(12), tenant, model.name, tier, gateway.billing.price(model.name, tier, residency),
+                    most, once_of(scope, raw)) as account:
+                answer = Answer(gateway, endpoint.operation, partial(endpoint.reply, body), model, asked, prompts,
+                                scope, began_s, tenant, residency, prediction, account, adjust, reading)
+                try:
+                    await answer.give(receive, send)
+                finally:
+                    use.used_tokens = answer.used_tokens
+
+
+def once_of(scope: Scope, body: bytes) -> tuple[str, str] | None:
+    """Digests of a request's idempotency key and of all that it says; None without a key. Raises BadRequest."""
+    given = dict(scope["headers"]).get(IDEMPOTENCY_KEY)
+    if given is None:
+        return None
+    if not _KEY.fullmatch(given):
+        raise BadRequest("an idempotency key has 1 to 255 letters, digits and signs without spaces",
+                         param="idempotency-key")
+    scope["state"]["idempotency_key"] = given.decode("latin-1")
+    said = b"\0".join((scope["path"].encode(), body))
+    return blake2b(given, digest_size=16).hexdigest(), blake2b(said, digest_size=16).hexdigest()
 
 
 async def read_body(request: Request, gateway: "Gateway") -> bytes:

@@ -25,7 +25,7 @@ Kind = Literal["reserve", "settle", "release"]
 BEGINNING = ""  # what stands before the first entry of a lease
 
 
-class Record(Struct, frozen=True, kw_only=True):
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request that has ended, as the ledger keeps it: no text, no tokens. `request`: a name never used again."""
 
     request: str
@@ -49,6 +49,7 @@ class Record(Struct, frozen=True, kw_only=True):
     outcome: str = ""  # stop, length, tool_calls, client_left, an error's code
     worker_us: int = 0  # of workers' time
     cost: int | None = None  # what that costs us; None: not known
+    once: str = ""  # the name under which it is charged once, however often it is sent; empty: it has none
 
     @property
     def amount(self) -> int:
@@ -57,7 +58,7 @@ class Record(Struct, frozen=True, kw_only=True):
                       Usage(self.prompt_tokens, self.cached_tokens, self.generated_tokens))
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of the ledger. `record`: of a settled request."""
 
     lease: str
@@ -114,6 +115,7 @@ class Written(NamedTuple):
 
 def digest(before: str, entry: Entry) -> str:
     """Over `entry` and the digest of the one before it: 32 hexadecimal letters."""
+    # a field of a later version has a default, which is not told: what stands there keeps its digest
     told = msgspec.json.encode(msgspec.structs.replace(entry, digest=before))
     return blake2b(told, digest_size=16).hexdigest()
 

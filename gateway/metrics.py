@@ -110,6 +110,13 @@ class Metrics:
         self.bad_messages = Counter("mill_gateway_bad_messages", "Messages that could not be decoded.", registry=own)
         self.tenants_refused = Gauge("mill_gateway_tenants_refused", "1 while the tenants as they stand cannot be "
                                      "used, and those read before hold.", registry=own)
+        self.ledger_unwritten = Gauge("mill_gateway_ledger_unwritten", "Requests that have ended and are not in the "
+                                      "ledger yet.", registry=own)
+        self.ledger_failing = Gauge("mill_gateway_ledger_failing", "1 while the ledger does not answer.", registry=own)
+        self.charged_usd = Counter("mill_gateway_charged_usd", "What requests were charged, in dollars.", ["model"],
+                                   registry=own)
+        self.cost_usd = Counter("mill_gateway_cost_usd", "What they cost us, as far as workers say, in dollars.",
+                                ["model"], registry=own)
         self.predicted_cached_tokens = Counter(
             "mill_gateway_predicted_cached_tokens", "Prompt tokens that routers said were cached, where what was there "
             "is known too.", registry=own)

@@ -23,6 +23,7 @@ from gateway.access import Access, source_of
 from gateway.admission import Admission
 from gateway.answer import Answer
 from gateway.app import build_app
+from gateway.billing import Billing
 from gateway.catalogue import Catalogue, pairs_of
 from gateway.dialects.dialect import told
 from gateway.direct import DirectProtocol
@@ -78,7 +79,9 @@ class Gateway:
         limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
         self.record = Record(Path(settings.record), settings.record_mib << 20) if settings.record else None
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics, self.record)
-        self.access = Access(source_of(settings), clock)
+        self.billing = Billing(self.id, settings, clock, self.metrics,
+                               [model.name for model in self.catalogue.models])
+        self.access = Access(source_of(settings, self.billing.database), clock, self.billing.database is not None)
         if self.access.keyed:
             for model in self.catalogue.models:
                 model.tokenizer.learn_nothing()
@@ -209,7 +212,7 @@ class Gateway:
         replies = await self.bus.subscribe(subjects.replies(self.id), self._on_replies)
         statuses = [await self.bus.subscribe(subjects.status(kind, "*"), self._on_status)
                     for kind in ("worker", "router")]
-        async with asyncio.TaskGroup() as tasks:
+        async with self.billing.running(), asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
                      for loop in (self._send, self._keep_time, self._beat, self._follow, self._write_record)]
             try:
@@ -257,6 +260,7 @@ class Gateway:
             now_s = self.clock.now()
             for answer in list(self.answers):
                 answer.tick(now_s)
+            self.billing.tick()
 
     async def _beat(self) -> None:
         while True:

@@ -15,6 +15,8 @@ writers too.
     requests_per_minute = 600           # left out: no limit, as the next two
     tokens_per_minute = 100000          # prompts and answers
     concurrency = 16                    # streams under way
+    spend_per_day = 5.00                # dollars, in days and months of UTC; they need a ledger (--database)
+    spend_per_month = 100.00
 
     [[tenants.acme.keys]]
     prefix = "tm-1a2b3c4d"
@@ -35,6 +37,7 @@ from msgspec import Meta, Struct
 
 from gateway.tenants import Key, Limits, Tenant, Tenants, check_name
 from shared.blocks import tenant_salt
+from shared.pricing import nanos
 from shared.residency import parse
 from shared.tiers import LEAST_WEIGHT, MOST_WEIGHT, TIERS, Tier
 
@@ -52,6 +55,8 @@ class _Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     requests_per_minute: AtLeastOne | None = None
     tokens_per_minute: AtLeastOne | None = None
     concurrency: AtLeastOne | None = None
+    spend_per_day: Any = None
+    spend_per_month: Any = None
     keys: list[Key] = []
 
 
@@ -135,7 +140,19 @@ def _tenant(name: str, table: Any, secret: bytes) -> Tenant:
     tiers = TIERS if entry.tiers is None else tuple(dict.fromkeys(entry.tiers))
     return Tenant(name, tenant_salt(secret, name), entry.weight, residency,
                   None if entry.models is None else tuple(entry.models), tiers,
-                  Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency), tuple(entry.keys))
+                  Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.concurrency,
+                         _money(name, "spend_per_day", entry.spend_per_day),
+                         _money(name, "spend_per_month", entry.spend_per_month)), tuple(entry.keys))
+
+
+def _money(name: str, field: str, said: Any) -> int | None:
+    """Nano-dollars. Raises ValueError."""
+    try:
+        if isinstance(said, bool):
+            raise ValueError(f"{said} is no amount of dollars: write such as 5.00")
+        return None if said is None else nanos(said)
+    except ValueError as error:
+        raise ValueError(f"tenants.{name}.{field}: {error}") from None
 
 
 def _where(error: msgspec.ValidationError, table: str) -> str:

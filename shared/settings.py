@@ -57,6 +57,11 @@ class GatewaySettings(Settings, frozen=True, kw_only=True):
     max_attempts: int = 4
     keep_alive_s: float = 15.0
     cache_secret: str = "tokenmill"  # of cache salts, where there is no tenants file
+    prices: str = ""  # price sheet (`deploy/prices.toml` is one); empty: nothing costs anything
+    # ledger, and tenants where no file of them is named: sqlite:///FILE or postgresql://USER@HOST/NAME; empty: neither
+    database: str = ""
+    # folder of this gateway alone, for what the ledger has not been told yet; empty: that is lost when it is killed
+    journal: str = ""
     record: str = ""  # file to which lengths, times and block names of all traffic go, never its text; empty: none
     record_mib: int = 256  # the file grows to this size and no further
 

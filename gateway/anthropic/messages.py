@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct
 
 from gateway import sse
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
@@ -340,4 +340,5 @@ def _input(arguments: str) -> Raw:
 def _usage(usage: Usage) -> dict[str, Any]:
     cached = usage.prompt_tokens_details.cached_tokens
     return {"input_tokens": usage.prompt_tokens - cached, "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": cached, "output_tokens": usage.completion_tokens}
+            "cache_read_input_tokens": cached, "output_tokens": usage.completion_tokens,
+            **({} if usage.cost is UNSET else {"cost": usage.cost})}

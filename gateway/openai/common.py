@@ -16,6 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 from gateway.dialects.parts import Argued, Called, Part, Said, Thought
 from gateway.openai.logprobs import Told
 from shared.errors import BadRequest, MillError
+from shared.pricing import shown
 
 T = TypeVar("T")
 
@@ -52,15 +53,17 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
     mill: MillUsage | UnsetType = UNSET
+    cost: msgspec.Raw | UnsetType = UNSET  # dollars, exact, where asked for
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, mill: MillUsage | None = None,
-          accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0, reasoning_tokens: int = 0) -> Usage:
-    """The usage block for these counts."""
+          accepted_prediction_tokens: int = 0, rejected_prediction_tokens: int = 0, reasoning_tokens: int = 0,
+          cost: int | None = None) -> Usage:
+    """The usage block for these counts; `cost` in nano-dollars."""
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens,
                  PromptTokensDetails(max(0, min(cached_tokens, prompt_tokens))),
                  CompletionTokensDetails(reasoning_tokens, accepted_prediction_tokens, rejected_prediction_tokens),
-                 mill or UNSET)
+                 mill or UNSET, UNSET if cost is None else msgspec.Raw(shown(cost).encode()))
 
 
 UsageNow = Callable[[], Usage]  # the counts so far

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import UNSET, Struct, structs
 
 from gateway import sse
 from gateway.dialects.parts import Argued, Called, CallEnded, Part, Said, Thought
@@ -421,4 +421,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
                                      "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.completion_tokens_details.reasoning_tokens},
-            "total_tokens": usage.total_tokens}
+            "total_tokens": usage.total_tokens, **({} if usage.cost is UNSET else {"cost": usage.cost})}

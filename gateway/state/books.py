@@ -12,39 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import msgspec
 from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gateway.ledger import Audit, Entry, Head, Record, Spent, Sums, Written, month_of
+from gateway.state.budget import Budget, Granted
 from gateway.state.database import Database
+from gateway.state.once import ended
 from gateway.state.tables import leases, ledger, spending
 
 _RECORD_COLUMNS = tuple(name for name in Record.__struct_fields__ if name not in ("tenant", "day", "at"))
 _AT_ONCE = 500  # names in one question: SQLite takes no more than some thousand
-
-
-class Budget(msgspec.Struct, frozen=True):
-    """What a tenant may spend, in nano-dollars; None: as much as it likes."""
-
-    per_day: int | None = None
-    per_month: int | None = None
-
-    def __bool__(self) -> bool:
-        return not (self.per_day is self.per_month is None)
-
-
-class Granted(NamedTuple):
-    """What a gateway may spend under `lease`, beside what it had of it: 0 when nothing is left.
-
-    `left`: of the budget, beside what all gateways hold; `held`: what they hold. Which `period` is the tighter one.
-    """
-
-    lease: str
-    amount: int
-    left: int
-    held: int
-    period: str
 
 
 class Checked(NamedTuple):
@@ -88,13 +66,18 @@ class Books:
         what was delivered is written.
         """
         under = under or {}
+        told = list(records)
         by_lease: defaultdict[tuple[str, str, str], list[Record]] = defaultdict(list)
         with self._database.writing() as connection:
-            for record in self._fresh(connection, list(records)):
+            for tenant, day in sorted({(record.tenant, record.day) for record in told}):
+                self._sums(connection, tenant, day)
+            # behind the locks: whoever writes the same has done so by now
+            for record in self._fresh(connection, told):
                 by_lease[record.tenant, record.day, under.get(record.request, "")].append(record)
             for (tenant, day, lease), together in sorted(by_lease.items()):
-                self._sums(connection, tenant, day)
                 self._settle(connection, gateway, tenant, day, lease, together, at)
+            if names := [record.once for record in told if record.once]:
+                ended(connection, names, at)
         return sum(map(len, by_lease.values()))
 
     def release(self, lease: str, at: int) -> int:
@@ -134,6 +117,7 @@ class Books:
         with self._database.reading() as connection:
             if not self._database.is_sqlite:
                 connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
             audit = Audit(map(_head, connection.execute(select(leases))))
             entries = connection.execution_options(yield_per=1000).execute(
                 select(ledger).order_by(ledger.c.lease, ledger.c.seq))
@@ -238,7 +222,8 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 def _entry(row: Row[Any]) -> Entry:
     record = None if row.request is None else Record(
-        tenant=row.tenant, day=row.day, at=row.at, **{name: getattr(row, name) for name in _RECORD_COLUMNS})
+        tenant=row.tenant, day=row.day, at=row.at, once=row.once or "",
+        **{name: getattr(row, name) for name in _RECORD_COLUMNS if name != "once"})
     return Entry(lease=row.lease, seq=row.seq, kind=row.kind, at=row.at, tenant=row.tenant, day=row.day,
                  amount=row.amount, digest=row.digest, record=record)
 

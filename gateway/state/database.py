@@ -23,6 +23,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 BUSY_S = 10.0  # for another writer to be done
 CONNECT_S = 5
+# of PostgreSQL with a statement: nobody here waits for one that long
+_PATIENCE = "-c statement_timeout=30000 -c lock_timeout=10000 -c idle_in_transaction_session_timeout=60000"
 _LOCK = 0x6D696C6C  # of migrations in PostgreSQL: any number that nobody else there uses
 
 
@@ -69,7 +71,7 @@ def open_database(url: str) -> Database:
     try:
         address = _address(url)
     except ArgumentError:
-        raise DatabaseFailed(f"{_hidden(url)!r} names no database: write sqlite:///FILE or "
+        raise DatabaseFailed(f"{without_password(url)!r} names no database: write sqlite:///FILE or "
                              "postgresql://USER@HOST/NAME") from None
     if address.get_backend_name() == "sqlite":
         if not address.database or address.database == ":memory:":
@@ -80,7 +82,7 @@ def open_database(url: str) -> Database:
         event.listen(engine, "begin", _begin_sqlite)
     else:
         engine = sqlalchemy.create_engine(address, pool_pre_ping=True, pool_size=4, max_overflow=4,
-                                          connect_args={"connect_timeout": CONNECT_S})
+                                          connect_args={"connect_timeout": CONNECT_S, "options": _PATIENCE})
     database = Database(engine)
     try:
         _upgrade(database)
@@ -96,6 +98,11 @@ def alembic_config(connection: Connection | None = None) -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
     return config
+
+
+def without_password(url: str) -> str:
+    """`url`, to be shown."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def _upgrade(database: Database) -> None:
@@ -144,7 +151,3 @@ def _prepare_sqlite(connection: Any, record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     # who will write waits at once: a reader that turns into a writer would fail where another wrote meanwhile
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
-
-
-def _hidden(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

@@ -114,12 +114,24 @@ ledger = Table(
     Column("outcome", Text),
     Column("worker_us", _Number),
     Column("cost", _Number),  # ours; null: not known
+    Column("once", Text),  # as `once.name`
     UniqueConstraint("lease", "seq", name="one_entry_in_each_place"),
     CheckConstraint("amount >= 0", name="amounts_are_not_negative"),
     CheckConstraint("kind IN ('reserve', 'settle', 'release')", name="kinds_of_entries"),
     CheckConstraint("(kind = 'settle') = (request IS NOT NULL)", name="settled_is_a_request"),
 )
 Index("ledger_by_tenant_and_day", ledger.c.tenant, ledger.c.day)
+Index("ledger_by_once", ledger.c.once)
+
+once = Table(
+    "once", metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("key", Text, primary_key=True),  # digest of a client's idempotency key
+    Column("name", Text, nullable=False, unique=True),  # never used again
+    Column("body", Text, nullable=False),  # digest of the request
+    Column("began", _Number, nullable=False, index=True),
+    Column("ended", _Number),
+)
 
 spending = Table(
     "spending", metadata,

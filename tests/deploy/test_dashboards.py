@@ -200,7 +200,7 @@ async def test_every_panel_and_every_rule_gets_data_from_a_mesh_under_load(readi
     assert not empty, "\n".join(empty)
     response = httpx.get(f"{reading.url}/api/v1/rules", timeout=10, trust_env=False).json()
     rules = [rule for group in response["data"]["groups"] for rule in group["rules"]]
-    assert len(rules) == 18 and {rule["health"] for rule in rules} == {"ok"}, rules
+    assert len(rules) == 19 and {rule["health"] for rule in rules} == {"ok"}, rules
     assert not [rule["name"] for rule in rules if rule.get("state") == "firing"]
     assert {sample["value"][1] for sample in reading.ask("up")} == {"1"} and len(reading.ask("up")) == 4
     # the load went where the panels say it did
