@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from msgspec import Struct, structs
+from msgspec import UNSET, Raw, Struct, UnsetType, structs
 
 from gateway.dialects.parts import Part
 from gateway.openai.common import Usage, WholeChoice, encode
@@ -66,6 +66,7 @@ def inputs(body: EmbeddingRequest) -> list[str] | list[list[int]]:
 class EmbeddingUsage(Struct):
     prompt_tokens: int
     total_tokens: int
+    cost: Raw | UnsetType = UNSET  # dollars, exact, where asked for
 
 
 class EmbeddingItem(Struct):
@@ -102,8 +103,8 @@ class EmbeddingReply(Reply):
     def whole(self, choices: list[WholeChoice], usage: Usage, metrics: RequestMetrics | None = None) -> bytes:
         items = [EmbeddingItem("embedding", index, self._shown(choice.embedding))
                  for index, choice in enumerate(choices)]
-        return encode(EmbeddingList("list", items, self._model, EmbeddingUsage(usage.prompt_tokens,
-                                                                               usage.prompt_tokens)))
+        used = EmbeddingUsage(usage.prompt_tokens, usage.prompt_tokens, usage.cost)
+        return encode(EmbeddingList("list", items, self._model, used))
 
     def _shown(self, embedding: bytes) -> list[float] | str:
         if self._encoding_format == "base64":

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from gateway.openai.embeddings import MAX_INPUTS
 from gateway.openai.parameters import EMBEDDED_AT_ONCE
 from shared.messages import Accepted, Finished, Generate, Reply
 from shared.tokens import unpack
+from tests.gateway.billed import MICRO, Billed, billed_gateway
 from tests.gateway.fake_mesh import FakeMesh, gateway_and_mesh, refusal, tiny_model
 from tests.gateway.world import World, world
 from tests.worker.test_embedding import normalised, rows_of
@@ -136,6 +138,25 @@ async def test_a_request_asks_for_no_token_and_an_attempt_that_was_lost_is_repea
         text = gateway.metrics.exposition().decode()
         assert 'gen_ai_server_request_duration_seconds_count{error_type="",gen_ai_operation_name="embeddings"' in text
         assert "mill_gateway_prompt_tokens_total 40.0" in text and "mill_gateway_completion_tokens_total 0.0" in text
+
+
+async def test_a_vector_is_charged_by_its_prompt_and_one_that_fails_by_nothing(tmp_path: Path) -> None:
+    billed = Billed(tmp_path)
+    acme = billed.project("acme", concurrency=EMBEDDED_AT_ONCE)
+    many = {"input": ["a" * 40, *["b"] * (EMBEDDED_AT_ONCE + 10)]}
+    async with billed_gateway(billed) as (client, mesh, _):
+        mesh.script = lambda request: embedded(request, bytes(8))
+        told = await client.post(EMBEDDINGS, json=many, headers=acme | {"x-tokenmill-cost": "1"})
+        silent = await client.post(EMBEDDINGS, json=many, headers=acme)
+        mesh.script = lambda request: refusal(request, "overloaded")
+        failed = await client.post(EMBEDDINGS, json=many, headers=acme)
+    tokens = 40 + EMBEDDED_AT_ONCE + 10  # a micro-dollar each
+    assert told.json()["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "cost": tokens / 1_000_000}
+    assert "cost" not in silent.json()["usage"] and failed.status_code == 503
+    records = billed.records()
+    assert [record.amount for record in records] == [tokens * MICRO, tokens * MICRO, 0]
+    assert [(record.prompt_tokens, record.generated_tokens) for record in records] == [(tokens, 0), (tokens, 0), (0, 0)]
+    assert billed.check().problems == []
 
 
 @pytest.mark.parametrize(("script", "status", "code"), [
