@@ -11,6 +11,7 @@ carries `x-request-id`, and what is left of its tenant's limits. Where keys are 
     GET /health: the process lives     GET /ready: a request would be served     GET /metrics: Prometheus
 """
 
+import asyncio
 import math
 import re
 import secrets
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _UNKNOWN_ROUTE = "other"
 MESSAGES = "/v1/messages"
+READERS = 2  # of the ledger at once: it has other things to do
 _OPEN = frozenset({"/health", "/ready", "/metrics"})
 _CLIENT_LEFT = 499
 
@@ -106,6 +108,7 @@ class _Api:
     def __init__(self, gateway: "Gateway") -> None:
         self._gateway = gateway
         self._created = int(gateway.clock.wall())
+        self._reading = asyncio.Semaphore(READERS)
         self._decode_tokenize = BodyDecoder(TokenizeRequest)
         self._decode_detokenize = BodyDecoder(DetokenizeRequest)
 
@@ -130,8 +133,9 @@ class _Api:
         if self._gateway.billing.database is None:
             raise NoLedger("this gateway keeps no ledger: start it with --database and --prices")
         asked = asked_usage(request.query_params, self._gateway.clock.wall())
-        await self._gateway.billing.flush()
-        return await told_usage(self._gateway.billing.database, tenant, asked)
+        async with self._reading:
+            await self._gateway.billing.flush()
+            return await told_usage(self._gateway.billing.database, tenant, asked)
 
     async def prices(self, request: Request) -> Response:
         return _json(billing.document(self._gateway.billing.sheet))

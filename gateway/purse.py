@@ -14,6 +14,8 @@ from shared.pricing import shown
 
 # of the tightest limit: a gateway asks this often at least, and keeps no more than this from the others
 LEASE_SHARE = 16
+# of a budget: whoever passes one of these is told of in the log
+SHARES = (0.5, 0.75, 0.9)
 # how long an answer of the database that nothing is left holds, so that nobody can make a gateway ask all the time
 REFUSED_S = 1.0
 
@@ -36,6 +38,7 @@ class Purse:
         self.unwritten = 0  # requests that were settled here and are not in the ledger yet
         self.owed = 0  # what they came to
         self.used_s = now_s
+        self._passed: dict[str, float] = {}  # the largest share of each period that was told
         self._refusal: tuple[float, int, MillError] | None = None  # until when, from which amount on, and why
 
     @property
@@ -86,11 +89,28 @@ class Purse:
             self.left += granted.amount
             self._refusal = None
 
+    def limit(self, granted: Granted, limits: Limits) -> int:
+        """Of the period that is the tighter one."""
+        return (limits.spend_per_day if granted.period == self.day else limits.spend_per_month) or 0
+
+    def passed(self, granted: Granted, limits: Limits) -> float | None:
+        """The share of the budget that all gateways have used or set aside, when it first passes one of `SHARES`.
+
+        None: it was told, or there is nothing to tell.
+        """
+        limit = self.limit(granted, limits)
+        used = 1.0 if not limit else 1.0 - (granted.left - granted.amount) / limit
+        mark = max((share for share in SHARES if used >= share), default=0.0)
+        if mark <= self._passed.get(granted.period, 0.0):
+            return None
+        self._passed[granted.period] = mark
+        return mark
+
     def refuse(self, amount: int, granted: Granted, limits: Limits, now_s: float) -> MillError:
         """Why there is no room for `amount`; the same holds for a moment for all that is no smaller."""
-        limit = limits.spend_per_day if granted.period == self.day else limits.spend_per_month
         left = granted.left + max(0, self.free)
-        what = (f"this request may come to ${shown(amount)}, and of this tenant's ${shown(limit or 0, 2)} for "
+        limit = shown(self.limit(granted, limits), 2)
+        what = (f"this request may come to ${shown(amount)}, and of this tenant's ${limit} for "
                 f"{granted.period} ${shown(left)} is left")
         # here, and at other gateways: what the ledger knows as held, without our lease as it knows that
         under_way = self.held + max(0, granted.held - self.left - self.owed)

@@ -26,6 +26,7 @@ NANOS = 10**9  # in a dollar
 MILLION = 10**6
 HOUR_S = 3600
 ANY = "*"
+MOST_FOUND = 4096  # answers that are remembered
 MOST_USD = 10**6  # for a million tokens, or an hour: sums of it stay within the 63 bits of a database
 
 
@@ -73,6 +74,7 @@ class PriceSheet:
         self.prices = tuple(prices)
         self.skus = {sku.name: sku for sku in skus}
         self.batch = batch
+        self._found: dict[tuple[str, str, tuple[str, ...], bool], Price | None] = {}
         self._by: dict[tuple[str, str], dict[str, Price]] = {}
         for price in self.prices:
             of = self._by.setdefault((price.model, price.tier), {})
@@ -86,6 +88,14 @@ class PriceSheet:
 
         Several zones: the dearest of theirs, each kind of token for itself: nowhere it costs more than was said.
         """
+        asked = (model, tier, tuple(zones), batch)
+        if asked not in self._found:
+            if len(self._found) >= MOST_FOUND:
+                self._found.clear()
+            self._found[asked] = self._price(*asked)
+        return self._found[asked]
+
+    def _price(self, model: str, tier: str, zones: tuple[str, ...], batch: bool) -> Price | None:
         found = [price for zone in (zones or (ANY,)) if (price := self._held_in(model, tier, zone)) is not None]
         if not found or len(found) < len(zones):
             return None
@@ -119,8 +129,11 @@ class PriceSheet:
 def charge(price: Price, usage: Usage) -> int:
     """Nano-dollars that `usage` comes to."""
     cached = min(usage.cached_tokens, usage.prompt_tokens)
-    return round(Fraction((usage.prompt_tokens - cached) * price.input + cached * price.cached_input
-                          + usage.generated_tokens * price.output, MILLION))
+    millionths = ((usage.prompt_tokens - cached) * price.input + cached * price.cached_input
+                  + usage.generated_tokens * price.output)
+    # as round(Fraction(millionths, MILLION)), in a tenth of its time
+    whole, rest = divmod(millionths, MILLION)
+    return whole + (2 * rest > MILLION or (2 * rest == MILLION and whole % 2))
 
 
 def worker_cost(hour: int, worker_us: int) -> int:

@@ -59,11 +59,13 @@ class Books:
             self._write(connection, [head.reserve(amount, at)])
             return found._replace(lease=head.lease)
 
-    def settle(self, gateway: str, records: Iterable[Record], at: int, under: dict[str, str] | None = None) -> int:
+    def settle(self, gateway: str, records: Iterable[Record], at: int, under: dict[str, str] | None = None,
+               opened: dict[tuple[str, str], str] | None = None) -> int:
         """Write these requests, each once; how many of them were not there yet. Raises DatabaseFailed.
 
         `under`: the lease of each request, if it has one. One that has ended, or has too little left, is made up for:
-        what was delivered is written.
+        what was delivered is written. `opened` is told the lease of a tenant and day that others may be settled under,
+        where there was none; without it such a lease ends at once.
         """
         under = under or {}
         told = list(records)
@@ -75,7 +77,9 @@ class Books:
             for record in self._fresh(connection, told):
                 by_lease[record.tenant, record.day, under.get(record.request, "")].append(record)
             for (tenant, day, lease), together in sorted(by_lease.items()):
-                self._settle(connection, gateway, tenant, day, lease, together, at)
+                head = self._settle(connection, gateway, tenant, day, lease, together, at, opened is None)
+                if opened is not None and head.lease != lease:
+                    opened[tenant, day] = head.lease
             if names := [record.once for record in told if record.once]:
                 ended(connection, names, at)
         return sum(map(len, by_lease.values()))
@@ -164,9 +168,9 @@ class Books:
         return [record for record in once if record.request not in known]
 
     def _settle(self, connection: Connection, gateway: str, tenant: str, day: str, lease: str,
-                records: Sequence[Record], at: int) -> None:
+                records: Sequence[Record], at: int, ends: bool) -> Head:
         head = self._open(connection, lease) if lease else None
-        passing = head is None
+        passing = ends and head is None
         if head is None:
             head = self._begin(connection, gateway, tenant, day, at)
         written: list[Written] = []
@@ -180,6 +184,7 @@ class Books:
         if passing:
             written.append(head.release(at))
         self._write(connection, written)
+        return written[-1].head
 
     def _release(self, connection: Connection, names: Sequence[str], at: int) -> int:
         # in the order of everybody: first the sums, then the leases

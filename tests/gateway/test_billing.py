@@ -1,6 +1,7 @@
 """What a request is charged, over HTTP: by what was delivered, once, never beyond a budget, and told to who asks."""
 
 import asyncio
+import contextlib
 import csv
 import json
 from datetime import UTC, datetime
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from msgspec.structs import replace
 
 from gateway.state.database import open_database
 from gateway.state.directory import Directory
+from gateway.state.tables import leases
 from shared.messages import Accepted, Finished, Generate, Reply, Tokens
 from shared.pricing import shown
 from shared.tokens import pack
@@ -295,6 +298,7 @@ async def test_a_database_that_is_away_stops_nobody_without_a_budget_and_hears_o
         monkeypatch.setattr(Books, "settle", settle)
         monkeypatch.setattr(Books, "grant", grant)
         await gateway.billing.flush()
+        assert "mill_gateway_ledger_failing 0.0" in (await client.get("/metrics")).text
         assert (await client.post(TEXT, json=body(), headers=bolt)).status_code == 200
     assert [record.tenant for record in billed.records()] == ["acme"] * 3 + ["bolt"]
     assert billed.check().problems == []
@@ -388,6 +392,25 @@ async def test_what_a_killed_gateway_had_not_written_is_settled_by_the_next_one(
     checked = billed.check()
     assert (checked.problems, checked.sums.held, checked.sums.open_leases) == ([], 0, 0)
     assert list((billed.folder / "journal").glob("*.jsonl")) == []
+
+
+async def test_a_tenant_without_a_budget_has_one_lease_a_day_and_who_nears_one_is_told_of_in_the_log(
+        billed: Billed) -> None:
+    worth = (PROMPT - 16) + 8 + 4 * SAID
+    acme, bolt = billed.project("acme"), billed.project("bolt", spend_per_day=20 * worth * MICRO)
+    with structlog.testing.capture_logs() as logs:
+        async with billed_gateway(billed) as (client, _, gateway):
+            for _ in range(5):
+                await client.post(TEXT, json=body(), headers=acme)
+                await gateway.billing.flush()
+            while (await client.post(TEXT, json=body(), headers=bolt)).status_code == 200:
+                pass
+    assert [(log["tenant"], log["share"]) for log in logs if log["event"] == "budget_used"] == [
+        ("bolt", "50%"), ("bolt", "75%"), ("bolt", "90%")]
+    with contextlib.closing(open_database(billed.url)) as database, database.reading() as connection:
+        found = connection.execute(leases.select()).all()
+    assert sorted(lease.tenant for lease in found) == ["acme", "bolt"] and all(lease.closed for lease in found)
+    assert billed.check().problems == []
 
 
 async def test_two_gateways_do_not_share_a_journal(billed: Billed) -> None:

@@ -76,7 +76,7 @@ def test_more_tokens_never_cost_less_and_more_of_them_cached_never_more(
     assert costs <= charge(price, Usage(prompt + more, cached, generated))
     assert costs <= charge(price, Usage(prompt, 0, generated))
     exact = Fraction((prompt - cached) * input_price + cached * cached_price + generated * output_price, 10**6)
-    assert abs(costs - exact) <= Fraction(1, 2)
+    assert costs == round(exact)
     assert costs < 2**63
 
 
@@ -169,3 +169,9 @@ def test_the_shipped_sheet_prices_every_model_at_every_tier_and_says_where_each_
     assert prices.unpriced(["anything"]) == [] and prices.unpriced(["anything"], ("eu-north1", "us")) == []
     assert set(prices.skus) >= {"cpu", "h100", "h200"} and all(sku.source for sku in prices.skus.values())
     assert prices.batch == Fraction(1, 2)
+
+
+@pytest.mark.parametrize(("millionths", "charged"), [(499_999, 0), (500_000, 0), (500_001, 1), (1_500_000, 2),
+                                                     (2_500_000, 2), (2_500_001, 3)])
+def test_half_a_nano_dollar_goes_to_the_even_side(millionths: int, charged: int) -> None:
+    assert charge(Price(0, 0, millionths), Usage(generated_tokens=1)) == charged

@@ -71,6 +71,19 @@ def test_settling_again_changes_nothing_whoever_does_it(database: Database) -> N
     assert (checked.problems, checked.sums.requests, checked.sums.open_leases) == ([], 3, 0)
 
 
+def test_requests_without_a_budget_are_settled_under_one_lease_which_others_are_told(database: Database) -> None:
+    books, opened = Books(database), dict[tuple[str, str], str]()
+    books.settle("g", [record("a", 5), record("b", 7), record("c", 1, "bolt")], AT, {}, opened)
+    assert set(opened) == {("acme", DAY), ("bolt", DAY)}
+    acme, again = opened["acme", DAY], dict[tuple[str, str], str]()
+    books.settle("g", [record("d", 2)], AT, {"d": acme}, again)
+    assert again == {} and books.check().sums.open_leases == 2 and sums(books) == [(14, 0), (14, 0)]
+    books.release(acme, AT)
+    books.settle("g", [record("e", 2)], AT, {"e": acme}, again)
+    assert set(again) == {("acme", DAY)} and again["acme", DAY] != acme
+    assert books.check().problems == []
+
+
 def test_what_was_delivered_is_settled_also_when_its_lease_has_ended_or_is_too_small(database: Database) -> None:
     books = Books(database)
     small = books.grant("g", "acme", DAY, 10, 1, Budget(per_day=10), AT).lease
