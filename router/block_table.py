@@ -108,8 +108,12 @@ class BlockTable:
         fresh: list[int] = []
         full: list[int] = []
         for number, name in enumerate(names.tolist()):
-            first = directory[name >> WORD - self._depth] << _SLOT_BITS
-            bucket = table[first:first + SLOTS].tolist()
+            while True:
+                here = directory[name >> WORD - self._depth]
+                first = here << _SLOT_BITS
+                bucket = table[first:first + SLOTS].tolist()
+                if name in bucket or 0 in bucket or not self._split_one(here):
+                    break
             if name in bucket:
                 slot = first + bucket.index(name)
             elif 0 in bucket:
@@ -255,6 +259,23 @@ class BlockTable:
         self._directory[entries] = np.repeat(new, halves)
         self._depths[buckets] = self._depths[new] = depths + 1
         self._prefixes[buckets], self._prefixes[new] = 2 * prefixes, 2 * prefixes + 1
+        return True
+
+    def _split_one(self, bucket: int) -> bool:
+        """`_split` of one where no array has to grow for it, in a tenth of the time. False, and nothing, elsewhere."""
+        depth, new = int(self._depths[bucket]), self._buckets
+        if depth == self._depth or new == self._capacity:
+            return False
+        self._buckets += 1
+        moves = self._names[bucket] >> np.uint64(WORD - 1 - depth) & _ONE == 1
+        for array in (self._names, *self._bits):
+            row = array[bucket]
+            array[new] = np.where(moves, row, _ZERO)
+            row[moves] = _ZERO
+        prefix, half = int(self._prefixes[bucket]), 1 << self._depth - depth - 1
+        self._directory[(2 * prefix + 1) * half:(2 * prefix + 2) * half] = new
+        self._depths[bucket] = self._depths[new] = depth + 1
+        self._prefixes[bucket], self._prefixes[new] = 2 * prefix, 2 * prefix + 1
         return True
 
     @property
