@@ -13,9 +13,9 @@ Pure.
 """
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from operator import ne
 from typing import NamedTuple
 
 from shared.blocks import join_hashes
@@ -187,15 +187,18 @@ class BlockPool:
 
     def audit(self, tables: Iterable[Sequence[int]]) -> Audit:
         """Compare with the block tables of all sequences that hold blocks, and mend what differs."""
-        true_holders = Counter(block for table in tables for block in table)
-        wrong_counts = sum(self._holders[block] != true_holders[block] for block in range(self.blocks))
+        true_holders = array("i", [0]) * self.blocks
+        for table in tables:
+            for block in table:
+                true_holders[block] += 1
+        wrong_counts = 0 if self._holders == true_holders else sum(map(ne, self._holders, true_holders))
         wrong_names = self._audit_names()
         listed = list(self._unheld)
-        unheld = [block for block in range(self.blocks) if not true_holders[block]]
-        wrong_list = len(set(listed) ^ set(unheld)) + len(listed) - len(set(listed))
+        unheld = [block for block, holders in enumerate(true_holders) if not holders]
+        distinct = set(listed)
+        wrong_list = len(distinct.symmetric_difference(unheld)) + len(listed) - len(distinct)
         if wrong_counts or wrong_list or self.available != len(unheld):
-            for block in range(self.blocks):
-                self._holders[block] = true_holders[block]
+            self._holders = true_holders
             order = dict.fromkeys(block for block in listed if not true_holders[block])
             self._unheld.rebuild((block, self._uses[block] if self._names[block] else NAMELESS) for block in
                                  [*order, *(block for block in unheld if block not in order)])
@@ -206,6 +209,8 @@ class BlockPool:
         for name in wrong:
             del self._by_name[name]
             self._events.append((Removed, name))
+        if self.blocks - self._names.count(b"") == len(self._by_name):
+            return len(wrong)
         for block, name in enumerate(self._names):
             if name and self._by_name.get(name) != block:
                 self._names[block] = self._contents[block] = b""
