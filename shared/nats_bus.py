@@ -12,6 +12,7 @@ broker to come back. `_Client` mends what nats-py 2.16 does, with a test for eac
     wait_closed() hangs on a peer that stopped reading            the transport is aborted
     one queue and one task per message and subscription           the handler is called from the read loop
     a publish wakes a task that writes                            it is written on the spot
+    what arrives wakes a task that reads and parses it            whole messages are handed over where they arrive
     TLS that was asked for is left out if the server says so      CONNECT is sent to nobody without it
 
 Behind these a watchdog sends a message to itself every `probe_s`, which also tells how long that takes, and reconnects
@@ -32,9 +33,11 @@ from typing import Any
 import structlog
 from nats import errors
 from nats.aio.client import Client
+from nats.protocol.parser import AWAITING_CONTROL_LINE
 
 from shared.bus import BusRefused, BusUnavailable, Delivery, Handler
 from shared.credentials import OPEN, Credentials
+from shared.nats_frames import whole_messages
 from shared.subject_index import check_pattern, check_subject
 
 PENDING_LIMIT_BYTES = 16 << 20  # what may wait for a slow socket before a publish is refused
@@ -120,7 +123,30 @@ class _Client(Client):  # type: ignore[misc]
         await self._error_cb(error)
         await self._process_op_err(error)
 
+    def _shorten_way(self, reader: Any) -> None:
+        """Hand whole messages over where they arrive; all else goes the library's way, and what is behind it too."""
+        feed, parser = reader.feed_data, self._ps
+
+        def arrived(data: bytes) -> None:
+            taken = 0
+            if not reader._buffer and not parser.buf and parser.state == AWAITING_CONTROL_LINE:
+                for message in whole_messages(data):
+                    receiver = self.receivers.get(message.subscription)
+                    if receiver is None:
+                        break
+                    taken = message.end
+                    self.stats["in_msgs"] += 1
+                    self.stats["in_bytes"] += len(message.payload)
+                    receiver(message.subject, message.payload, message.headers)
+            if taken < len(data):
+                feed(data[taken:])
+
+        reader.feed_data = arrived
+
     async def _read_loop(self) -> None:
+        reader = getattr(self._transport, "_io_reader", None)  # a websocket has none
+        if reader is not None:
+            self._shorten_way(reader)
         await super()._read_loop()
         task = asyncio.current_task()
         if self.is_connected and task is self._reading_task and task is not None and not task.cancelling():
