@@ -32,7 +32,7 @@ from gateway.receipts import Found, Kept, Outcome, found, header, outcome_of
 from gateway.replies import ReadChoice
 from gateway.reply import Head, Reply
 from gateway.speculation import RequestMetrics, metrics_of
-from gateway.streams import Stream
+from gateway.streams import NOBODY, Stream
 from gateway.tenants import Tenant
 from shared import telemetry
 from shared import trace_names as names
@@ -166,6 +166,7 @@ class Answer:
                 self._direct.when_left(None)
             for stream in self._streams:
                 self._gateway.streams.cancel(stream)
+                stream.changed = NOBODY  # else the two would keep each other
             self._outcome = error or next((reason for reason in self._reasons if reason), "")
             self._account(span, error)
 

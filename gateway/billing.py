@@ -90,6 +90,10 @@ class Account:
     def lease(self) -> str:
         return "" if self.purse is None else self.purse.lease
 
+    def part(self) -> None:
+        """Who answered has gone, and is not kept."""
+        self.counts = Counts
+
     def record(self, at: int, counts: Counts | None = None) -> Record:
         """It, as it stands, or would stand with these counts: what was charged under its idempotency key before is not
         charged again."""
@@ -173,7 +177,11 @@ class Billing:
             record = replace(record, region=price.region, batch=price.batch, input=price.input,
                              cached_input=price.cached_input, output=price.output)
         if self._books is None:
-            yield Account(record, price)
+            account = Account(record, price)
+            try:
+                yield account
+            finally:
+                account.part()
             return
         if len(self._unwritten) >= MOST_UNWRITTEN:
             raise Overloaded("the ledger is too far behind: retry later", retry_after_s=2.0)
@@ -197,6 +205,7 @@ class Billing:
             yield account
         finally:
             self._settle(account)
+            account.part()
 
     def tick(self) -> None:
         """A tenth of a second has passed: note a tenth of those that run, as far as they have changed."""

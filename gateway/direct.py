@@ -11,6 +11,7 @@ Rule: an extension of ASGI, absent under any other server (and in tests without 
 import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -19,34 +20,44 @@ EXTENSION = "tokenmill.direct"
 
 
 class DirectBody:
-    """The body of one response, where its connection takes it at once."""
+    """The body of one response, where its connection takes it at once.
+
+    It stands in the scope that uvicorn's cycle holds: with more than a weak reference back to that, all of a request
+    would be left to the collector.
+    """
 
     __slots__ = ("_cycle", "_left")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = ref(cycle)
         self._left: Callable[[], None] | None = None
 
     @property
     def asked_in_full(self) -> bool:
         """Whether all of the request's body is here."""
-        return not self._cycle.more_body
+        cycle = self._cycle()
+        return cycle is not None and not cycle.more_body
 
     def when_left(self, call: Callable[[], None] | None) -> bool:
         """Have `call` made when the client hangs up before its answer is complete. False when it has already."""
         self._left = call
-        return not self._cycle.disconnected
+        return not self._gone
 
     def left(self) -> None:
         """The connection is gone."""
-        if self._left is not None and self._cycle.disconnected:
+        if self._left is not None and self._gone:
             self._left()
+
+    @property
+    def _gone(self) -> bool:
+        cycle = self._cycle()
+        return cycle is None or cycle.disconnected
 
     def write(self, data: bytes) -> bool:
         """Send `data`, not empty, as the next chunk. False, and nothing sent, when that would wait or be wrong."""
-        cycle = self._cycle
-        if (cycle.flow.write_paused or cycle.disconnected or not cycle.response_started or cycle.response_complete
-                or not cycle.chunked_encoding):
+        cycle = self._cycle()
+        if (cycle is None or cycle.flow.write_paused or cycle.disconnected or not cycle.response_started
+                or cycle.response_complete or not cycle.chunked_encoding):
             return False
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True

@@ -10,6 +10,7 @@ behind `gateway.app.build_app` alone.
 
 import asyncio
 import contextlib
+import gc
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from gateway.prompt import ServedModel
 from gateway.receipts import Receipts
 from gateway.record import Record
 from gateway.residency import check_reachable
-from gateway.streams import Streams
+from gateway.streams import Outgoing, Streams
 from gateway.tenants import Tenant
 from shared import subjects, telemetry
 from shared.bus import Bus, BusUnavailable, Delivery
@@ -239,17 +240,19 @@ class Gateway:
 
     async def _send(self) -> None:
         while True:
-            out = await self.streams.outbox.get()
-            try:
-                await self.bus.publish(out.subject, out.data, out.headers, out.unheard)
-            except BusUnavailable:
-                if out.unheard is not None:
-                    out.unheard()
-            except ValueError as error:
-                # a sender may have called itself something that no subject can name: not a reason to stop sending
-                log.warning("publish_refused", subject=out.subject, reason=str(error))
-                if out.too_large is not None:
-                    out.too_large(error)
+            await self._publish(await self.streams.outbox.get())
+
+    async def _publish(self, out: Outgoing) -> None:
+        try:
+            await self.bus.publish(out.subject, out.data, out.headers, out.unheard)
+        except BusUnavailable:
+            if out.unheard is not None:
+                out.unheard()
+        except ValueError as error:
+            # a sender may have called itself something that no subject can name: not a reason to stop sending
+            log.warning("publish_refused", subject=out.subject, reason=str(error))
+            if out.too_large is not None:
+                out.too_large(error)
 
     async def _keep_time(self) -> None:
         while True:
@@ -257,10 +260,13 @@ class Gateway:
                 await self.streams.some.wait()
             await self.clock.sleep(TICK_S)
             self.streams.tick(self.bus.connected)
-            now_s = self.clock.now()
-            for answer in list(self.answers):
-                answer.tick(now_s)
+            self._tick_answers()
             self.billing.tick()
+
+    def _tick_answers(self) -> None:
+        now_s = self.clock.now()
+        for answer in list(self.answers):
+            answer.tick(now_s)
 
     async def _beat(self) -> None:
         while True:
@@ -321,6 +327,7 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
     when a model's folder is not usable, ValueError for settings that are none.
     """
     models = [ServedModel.load(folder, name) for name, folder in folders_of(settings)]
+    gc.freeze()  # vocabularies are there for good, and many
     listener = _listen(settings.host, settings.port)
     with contextlib.closing(listener):
         gateway = Gateway(bus, settings, clock, models)

@@ -65,6 +65,14 @@ class Wake(Protocol):
         """There is something to take."""
 
 
+class _Nobody:
+    def set(self) -> None:
+        """Whoever waited has gone."""
+
+
+NOBODY = _Nobody()
+
+
 class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 

@@ -30,7 +30,8 @@ from shared.nats_bus import NatsBus
 from shared.settings import Settings, load
 from shared.timeline import Timeline
 
-COLLECT_AFTER = (10_000, 20, 20)  # containers, and collections of the generations below
+# containers, and collections of the generations below: a crowd of 256 requests makes 100,000 that all live
+COLLECT_AFTER = (50_000, 20, 20)
 
 S = TypeVar("S", bound=Settings)
 Serve = Callable[[Bus, S, Clock], Coroutine[Any, Any, None]]
