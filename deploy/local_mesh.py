@@ -300,7 +300,8 @@ class LocalMesh:
         except broker.BrokerMissing as error:
             raise UpFailed(str(error)) from None
         self.nats = f"nats://127.0.0.1:{port}"
-        self._start(Child("nats-server", foreign_command(command), logs / "nats-server.log", drain_s=5.0))
+        self._start(Child("nats-server", foreign_command(command), logs / "nats-server.log",
+                          environment=broker.environment(_cores()), drain_s=5.0))
 
     def _start(self, child: Child) -> None:
         child.log.write_bytes(b"")

@@ -173,3 +173,10 @@ def test_drafters_are_told_their_kind_and_model(options: Options, tmp_path: Path
     [said] = plan(replace(options, drafter_kind="hybrid", drafter_model=tmp_path), "")["drafter"]
     assert isinstance(said, DrafterSettings)
     assert (said.kind, said.model) == ("hybrid", str(tmp_path))
+
+
+def test_the_embedded_broker_leaves_cores_to_others_unless_told_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMAXPROCS", raising=False)
+    assert [broker.environment(cores)["GOMAXPROCS"] for cores in (1, 2, 7, 16)] == ["1", "1", "1", "4"]
+    monkeypatch.setenv("GOMAXPROCS", "3")
+    assert broker.environment(16) == {}
