@@ -30,6 +30,7 @@ Hashes = NDArray[np.uint64]
 
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_FIRST, _SECOND = map(int, _FACTORS)
 _MASK, _ODD, _PHRASE, _DRAW = (1 << 64) - 1, int(ODD), int(IN_PHRASE), int(DRAW)
 
 
@@ -175,7 +176,11 @@ class MockDecoder:
                 if place == size:
                     ends ^= total
                     block, place = block + 1, 0
-                state = _mix_one(total + ends * _ODD & _MASK ^ noise)
+                # `_mix_one`, without the call
+                state = total + ends * _ODD & _MASK ^ noise
+                state = (state ^ state >> 30) * _FIRST & _MASK
+                state = (state ^ state >> 27) * _SECOND & _MASK
+                state ^= state >> 31
                 token = first + (follows[(token - first) % words] if state & _PHRASE else (state >> _DRAW) % words)
                 stream.append(token)
             chosen.append(stream)
@@ -246,6 +251,6 @@ def mix(values: Hashes) -> Hashes:
 def _mix_one(value: int) -> int:
     """`mix` of one number."""
     value &= _MASK
-    value = (value ^ value >> 30) * int(_FACTORS[0]) & _MASK
-    value = (value ^ value >> 27) * int(_FACTORS[1]) & _MASK
+    value = (value ^ value >> 30) * _FIRST & _MASK
+    value = (value ^ value >> 27) * _SECOND & _MASK
     return value ^ value >> 31
