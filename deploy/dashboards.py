@@ -18,6 +18,12 @@ COLUMNS, WIDTH, HEIGHT = 3, 8, 8
 SLO_FIRST_TOKEN_S = "1.0"  # a bucket of gen_ai_server_time_to_first_token_seconds
 SLO = 0.99  # of requests, both for being answered and for the first token in time
 
+# histograms whose observations name their traces
+TRACED = ("gen_ai_server_request_duration_seconds", "gen_ai_server_time_to_first_token_seconds",
+          "gen_ai_server_time_per_output_token_seconds", "mill_time_to_first_token_seconds",
+          "mill_time_per_output_token_seconds", "mill_router_estimate_seconds", "mill_worker_queue_seconds",
+          "mill_worker_prefill_seconds", "mill_worker_time_per_output_token_seconds")
+
 
 class GridPos(Struct, forbid_unknown_fields=True):
     x: int
@@ -281,6 +287,8 @@ def _placed(uid: str, title: str, text: str, asks: Sequence[Ask]) -> Dashboard:
 def _panel(number: int, ask: Ask) -> Panel:
     row, column = divmod(number, COLUMNS)
     targets = [Target(chr(ord("A") + i), expr, legend) for i, (legend, expr) in enumerate(ask.queries.items())]
+    # one quantile of a panel shows the traces behind all
+    targets[-1].exemplar = any(f"{name}_bucket" in targets[-1].expr for name in TRACED)
     limits = Defaults(ask.unit, min=0.0, max=1.0) if ask.unit == "percentunit" else Defaults(ask.unit)
     options: dict[str, Any] = {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
                                "tooltip": {"mode": "multi", "sort": "desc"}}

@@ -140,6 +140,8 @@ class Answer:
         self._gateway.answers.add(self)
         try:
             self._headers = telemetry.inject(span.context)
+            if traced := telemetry.ids_in(self._traceparent):
+                self._scope["state"]["bound"] |= structlog.contextvars.bind_contextvars(**traced)
             self._open_streams(self._options.at_once(len(self._choices)))
             if self._direct is None:
                 watching = asyncio.create_task(self._watch(receive))
@@ -169,6 +171,10 @@ class Answer:
                 stream.changed = NOBODY  # else the two would keep each other
             self._outcome = error or next((reason for reason in self._reasons if reason), "")
             self._account(span, error)
+
+    @property
+    def _traceparent(self) -> str:
+        return self._headers.get("traceparent", "")
 
     @property
     def used_tokens(self) -> int:
@@ -592,7 +598,8 @@ class Answer:
         mill = usage.mill if isinstance(usage.mill, common.MillUsage) else common.MillUsage()
         cached = usage.prompt_tokens_details.cached_tokens
         metrics = gateway.metrics
-        metrics.ended(operation, model, now_s - self._began_s, error)
+        exemplar = telemetry.exemplar_in(self._traceparent)
+        metrics.ended(operation, model, now_s - self._began_s, error, exemplar)
         metrics.completion_tokens.inc(usage.completion_tokens)
         prompt, found_cached = (0, 0) if error else (usage.prompt_tokens, cached)
         metrics.used(self._tenant.name, prompt, found_cached, usage.completion_tokens)
@@ -603,7 +610,7 @@ class Answer:
         for stream, choice in zip(self._streams, self._choices, strict=False):
             if stream.first_token_s is not None and not error:
                 metrics.stream_ended(operation, model, stream.first_token_s - self._began_s,
-                                     stream.last_token_s - self._began_s, choice.completion_tokens)
+                                     stream.last_token_s - self._began_s, choice.completion_tokens, exemplar)
         outcomes = self._outcomes()
         gateway.receipts.keep(Kept(self._scope["state"]["request_id"], self._reply.id, model,
                                    self._unix(self._began_s), tuple(outcomes[:MAX_CHOICES]), self._tenant.name))

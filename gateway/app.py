@@ -33,7 +33,6 @@ from gateway.answer import ClientLeft
 from gateway.anthropic import messages
 from gateway.detokenize import Detokenizer
 from gateway.endpoints import Chat, Embeddings, Generation, Messages, Responses, TextCompletion, read_body
-from gateway.metrics import CONTENT_TYPE
 from gateway.openai.chat import template_messages
 from gateway.openai.common import BodyDecoder, encode, error_json
 from gateway.openai.models import DetokenizeReply, DetokenizeRequest, Model, ModelList, TokenizeReply, TokenizeRequest
@@ -198,7 +197,8 @@ class _Api:
         return _json(found, 503 if reasons else 200, {"retry-after": "1"} if reasons else None)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._gateway.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+        text, content_type = self._gateway.metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     def _model(self, name: str, model: ServedModel) -> Model:
         root = model.card.name if name == model.name else model.name
@@ -238,7 +238,8 @@ class _Envelope:
                                       *(access.headers(tenant) if tenant is not None else ())]
             await send(message)
 
-        bound = dict(structlog.contextvars.bind_contextvars(request_id=request_id))
+        # endpoints bind more: what is bound holds until the error, if there is one, is in the log too
+        bound = scope["state"]["bound"] = dict(structlog.contextvars.bind_contextvars(request_id=request_id))
         try:
             if scope["path"] not in _OPEN:
                 tenant = scope["state"]["tenant"] = access.asking(scope["headers"])

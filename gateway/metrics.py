@@ -17,8 +17,9 @@ from functools import cache
 from itertools import accumulate
 from typing import TypeVar
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
@@ -32,10 +33,10 @@ from shared.telemetry import metrics_served
 from shared.trace_names import REQUEST_DURATION_BUCKETS, TIME_PER_OUTPUT_TOKEN_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 
 M = TypeVar("M", bound=MetricWrapperBase)
+Exemplar = dict[str, str]  # `telemetry.exemplar_in`
 
 MAX_TENANTS = 200  # three series each
 OTHER = "other"
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FINE_FIRST_TOKEN_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 1.0, 1.5,
                        2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 40.0)
@@ -151,18 +152,20 @@ class Metrics:
         """Note one HTTP request."""
         self._requests(route, str(status)).inc()
 
-    def ended(self, operation: str, model: str, duration_s: float, error: str = "") -> None:
+    def ended(self, operation: str, model: str, duration_s: float, error: str = "",
+              exemplar: Exemplar | None = None) -> None:
         """Note one whole request; `error` is its code, empty for success."""
-        self._duration(operation, model, error).observe(duration_s)
+        self._duration(operation, model, error).observe(duration_s, exemplar)
 
-    def stream_ended(self, operation: str, model: str, first_token_s: float, last_token_s: float, tokens: int) -> None:
+    def stream_ended(self, operation: str, model: str, first_token_s: float, last_token_s: float, tokens: int,
+                     exemplar: Exemplar | None = None) -> None:
         """Note one whole stream: seconds from the request to its first and last token, and how many it had."""
-        self._first_token(operation, model).observe(first_token_s)
-        self._fine_first_token.observe(first_token_s)
+        self._first_token(operation, model).observe(first_token_s, exemplar)
+        self._fine_first_token.observe(first_token_s, exemplar)
         if tokens > 1:
             per_token_s = (last_token_s - first_token_s) / (tokens - 1)
-            self._per_token(operation, model).observe(per_token_s)
-            self._fine_per_token.observe(per_token_s)
+            self._per_token(operation, model).observe(per_token_s, exemplar)
+            self._fine_per_token.observe(per_token_s, exemplar)
 
     def used(self, tenant: str, prompt: int, cached: int, completion: int) -> None:
         """Note the tokens of one request of `tenant`."""
@@ -205,9 +208,10 @@ class Metrics:
         """Let Prometheus read these figures on `port` while the block runs, and probes ask; 0: nothing is served."""
         return metrics_served(_OnLoop(self.registry), port, host, ready)
 
-    def exposition(self) -> bytes:
-        """The text that Prometheus scrapes."""
-        return generate_latest(self._scraped)
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """What Prometheus scrapes, and its content type. Exemplars are in it for who accepts OpenMetrics."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._scraped), content_type
 
 
 def _by_labels(metric: M) -> Callable[..., M]:

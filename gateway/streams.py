@@ -39,6 +39,7 @@ from shared.messages import (
     encode,
 )
 from shared.residency import allows
+from shared.telemetry import ids_in
 
 _REMEMBERED_CANCELS = 4096
 _REMEMBERED_SENDERS = 4096
@@ -336,7 +337,8 @@ class Streams:
         if cause:
             self._metrics.resubmissions.labels(cause).inc()
             log.info("request_sent_again", stream=message.request_id, attempt=message.attempt, cause=cause,
-                     delivered=len(stream.state.delivered), excluded=list(message.exclude_workers))
+                     delivered=len(stream.state.delivered), excluded=list(message.exclude_workers),
+                     **ids_in(stream.headers.get("traceparent", "")))
         stream.submitted += 1
 
         def unheard() -> None:

@@ -53,6 +53,11 @@ class Arrived(NamedTuple):
     at_wall_s: float  # when it came
     placements: int = 0  # how often it was sent to a worker that was gone
 
+    @property
+    def traced(self) -> dict[str, str]:
+        """The trace it belongs to, as fields of a line of the log."""
+        return telemetry.ids_in(telemetry.traceparent_of(self.context))
+
 
 class _Weighed(NamedTuple):
     """A request beside the workers as they are now."""
@@ -179,7 +184,7 @@ class Desk:
         self._outbox.hand_over(Outgoing(
             subjects.worker_generate(chosen.worker, there.zone if there is not None else ""), encode(request), headers,
             unheard=lambda: self._unheard(arrived, request),
-            too_large=lambda: self._refuse(request, Refused(
+            too_large=lambda: self._refuse(arrived, Refused(
                 TooLarge.code, f"{prompt_tokens} prompt tokens are more than the bus carries", False, 0.0, {})),
         ))
         if self.has_peers:
@@ -189,10 +194,11 @@ class Desk:
         self._metrics.placed.labels(chosen.worker).inc()
         self._metrics.prompt_tokens.inc(prompt_tokens)
         self._metrics.cached_tokens.inc(chosen.cached_tokens)
-        self._metrics.estimate_s.observe(chosen.estimate_s)
+        traceparent = headers.get("traceparent", "")
+        self._metrics.estimate_s.observe(chosen.estimate_s, telemetry.exemplar_in(traceparent))
         self._log.debug("request_placed", request=request.request_id, attempt=request.attempt, worker=chosen.worker,
                         cached_tokens=chosen.cached_tokens, estimate_s=chosen.estimate_s,
-                        candidates=len(decision.candidates))
+                        candidates=len(decision.candidates), **telemetry.ids_in(traceparent))
 
     def _unheard(self, arrived: Arrived, request: Generate) -> None:
         """The worker that `request` was sent to does not listen: it died a moment ago, or is not up yet."""
@@ -200,11 +206,12 @@ class Desk:
         worker = request.placement.worker
         self._metrics.unheard.inc()
         self._view.on_unheard(request, worker)
-        _log.warning("worker_unheard", worker=worker, request=request.request_id, attempt=request.attempt)
+        _log.warning("worker_unheard", worker=worker, request=request.request_id, attempt=request.attempt,
+                     **arrived.traced)
         if arrived.placements + 1 < MAX_PLACEMENTS:
             self._route(arrived._replace(placements=arrived.placements + 1))
         else:
-            self._refuse(request, Refused(Overloaded.code, "every worker that was tried is gone", True, 1.0, {}))
+            self._refuse(arrived, Refused(Overloaded.code, "every worker that was tried is gone", True, 1.0, {}))
 
     def _refuse_arrived(self, arrived: Arrived, refused: Refused, decision_s: float = 0.0) -> None:
         request = arrived.request
@@ -212,16 +219,17 @@ class Desk:
         self._context.run(telemetry.span_at, "route", arrived.at_wall_s, self._clock.wall(), arrived.context,
                           spans.refused(self._settings.id, request, refused), error=refused.code)
         receipt = refusal_of(self._settings.id, self._settings.policy, prompt_tokens, refused, decision_s)
-        self._refuse(request, refused, receipts.pack(receipt))
+        self._refuse(arrived, refused, receipts.pack(receipt))
 
-    def _refuse(self, request: Generate, refused: Refused, receipt: bytes = b"") -> None:
+    def _refuse(self, arrived: Arrived, refused: Refused, receipt: bytes = b"") -> None:
+        request = arrived.request
         failed = Failed(request.request_id, request.attempt, refused.code, refused.message, refused.retryable,
                         refused.retry_after_s, receipt)
         self._outbox.reply(request.gateway, (failed,))
         self.refused_total += 1
         self._metrics.refused.labels(refused.code).inc()
         _log.info("request_refused", request=request.request_id, attempt=request.attempt, code=refused.code,
-                  reason=refused.message, turned_away=dict(refused.turned_away))
+                  reason=refused.message, turned_away=dict(refused.turned_away), **arrived.traced)
 
     # --- who waits
 

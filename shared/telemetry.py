@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import re
 import socket
 import sys
 import threading
@@ -44,6 +45,7 @@ WITHHELD = frozenset({"prompt", "text", "content", "messages", "input", "output"
                       "generated", "body"})
 
 _propagator = TraceContextTextMapPropagator()
+_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------
@@ -174,6 +176,18 @@ def traceparent_of(context: Context | None) -> str:
     return inject(context).get("traceparent", "") if context is not None else ""
 
 
+def ids_in(traceparent: str) -> dict[str, str]:
+    """`trace_id` and `span_id` as fields of a line of the log; none where nothing is traced."""
+    found = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
+    return {"trace_id": found[1], "span_id": found[2]} if found else {}
+
+
+def exemplar_in(traceparent: str) -> dict[str, str] | None:
+    """What links an observation of a histogram to its trace; None where no trace is kept."""
+    found = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
+    return {"trace_id": found[1], "span_id": found[2]} if found and int(found[3], 16) & 1 else None
+
+
 class OpenSpan:
     """A span that has begun. `context` is the parent for what happens inside it."""
 
@@ -216,7 +230,8 @@ def open_span(name: str, start_unix_s: float, context: Context | None = None,
         return OpenSpan(None, parent)
     linked = [Link(get_current_span(other).get_span_context()) for other in links]
     span = tracer.start_span(name, parent, kind, attributes, linked, _ns(start_unix_s))
-    return OpenSpan(span, set_span_in_context(span, parent))
+    # one that was not sampled only tells those below that they are not
+    return OpenSpan(span if span.is_recording() else None, set_span_in_context(span, parent))
 
 
 def span_at(name: str, start_unix_s: float, end_unix_s: float, context: Context | None = None,

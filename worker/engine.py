@@ -24,6 +24,7 @@ from kernels.step import Hidden, Logprobs, StepInputs
 from shared.clock import Clock
 from shared.errors import MillError, WorkerFailed
 from shared.messages import Cancel, Drafts, Generate
+from shared.telemetry import ids_in
 from worker.alarm import Alarm
 from worker.batch import Batch
 from worker.draft_wait import DraftWait
@@ -394,7 +395,10 @@ class Engine:
                                                  computed.hidden, self._step_s))
         device = len(broken) == len(step.works) > 1
         for work in broken:
+            request = work.sequence.request
             reason = "the device fails on every request" if device else "the device fails on this request"
+            _log.error("request_broke", request=request.request_id, attempt=request.attempt, reason=reason,
+                       **ids_in(work.sequence.traceparent))
             self.scheduler.fail(work.sequence, WorkerFailed(f"{reason}; it was tried twice"), retryable=device)
 
     async def _rest(self) -> None:

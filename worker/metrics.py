@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared.telemetry import metrics_served
+from shared.telemetry import exemplar_in, metrics_served
 from shared.trace_names import FINE_TIME_PER_OUTPUT_TOKEN_BUCKETS, MASK_BUCKETS, TIME_TO_FIRST_TOKEN_BUCKETS
 from worker.sequence import Sequence
 
@@ -99,11 +99,12 @@ class Metrics(Collector):
         """Take in a stream that has ended."""
         if sequence.admitted_at is None or sequence.first_token_at is None:
             return
-        self._queue_s.observe(sequence.admitted_at - sequence.arrived_at)
-        self._prefill_s.observe(sequence.first_token_at - sequence.admitted_at)
+        exemplar = exemplar_in(sequence.traceparent)
+        self._queue_s.observe(sequence.admitted_at - sequence.arrived_at, exemplar)
+        self._prefill_s.observe(sequence.first_token_at - sequence.admitted_at, exemplar)
         behind_first = len(sequence.tokens) - sequence.resumed_length - 1
         if behind_first > 0:
-            self._token_s.observe((now - sequence.first_token_at) / behind_first)
+            self._token_s.observe((now - sequence.first_token_at) / behind_first, exemplar)
 
     def collect(self) -> Iterator[Metric]:
         figures = self._read()

@@ -18,13 +18,14 @@ import pytest_asyncio
 import yaml
 
 from deploy import broker
-from deploy.dashboards import COLUMNS, FOLDER, SOURCE, WIDTH, Dashboard, dashboards, encoded
+from deploy.dashboards import COLUMNS, FOLDER, SOURCE, TRACED, WIDTH, Dashboard, dashboards, encoded
 from deploy.local_mesh import LocalMesh, Options
 from deploy.metrics_page import figures
 from gateway.model_files import load_card
 from shared.errors import CODES
 from tests.mesh.streams import chat, read
 from tests.models import default_folder
+from tests.otlp_receiver import OtlpReceiver
 
 GRAFANA = FOLDER.parent
 LOAD_S = 12.0
@@ -135,6 +136,7 @@ class Reading:
     """A Prometheus that has read a mesh under a little load."""
 
     url: str
+    collector: OtlpReceiver
 
     def ask(self, expr: str) -> list[dict[str, Any]]:
         """The samples now. Raises AssertionError with what Prometheus has against the query."""
@@ -151,8 +153,10 @@ async def reading(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rea
         pytest.skip(MISSING)
     folder = tmp_path_factory.mktemp("prometheus")
     figures_at = broker.free_port()
+    collector = OtlpReceiver()
+    collector.start()
     options = Options(model=default_folder(), data=folder / "mesh", port=broker.free_port(), engine="mock",
-                      drain_s=1.0, metrics_port=figures_at,
+                      drain_s=1.0, metrics_port=figures_at, otlp=collector.endpoint,
                       settings={"worker": {"price_usd_per_hour": 2.0, "sku": "test"}})
     config = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -167,13 +171,15 @@ async def reading(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rea
         with (folder / "prometheus.log").open("wb") as log:
             process = subprocess.Popen(
                 [binary, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
-                 f"--web.listen-address=127.0.0.1:{port}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                 f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             await _load(mesh)
-            yield Reading(f"http://127.0.0.1:{port}")
+            yield Reading(f"http://127.0.0.1:{port}", collector)
         finally:
             process.terminate()
             process.wait(20)
+            collector.stop()
 
 
 async def _load(mesh: LocalMesh) -> None:
@@ -207,3 +213,16 @@ async def test_every_panel_and_every_rule_gets_data_from_a_mesh_under_load(readi
     assert float(reading.ask("sum(mill_gateway_completion_tokens_total)")[0]["value"][1]) > 100
     assert 0 < float(reading.ask("histogram_quantile(0.5, sum by (le) (rate(mill_inter_token_latency_seconds_bucket"
                                  "[10s])))")[0]["value"][1]) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_traced_histogram_leads_to_a_trace_that_was_sent(reading: Reading) -> None:
+    received = {span.trace_id for span in reading.collector.spans}
+    for name in TRACED:
+        response = httpx.get(f"{reading.url}/api/v1/query_exemplars", timeout=10, trust_env=False, params={
+            "query": f"{name}_bucket", "start": time.time() - 120, "end": time.time()})
+        found = [exemplar["labels"]["trace_id"] for series in response.json()["data"] for exemplar in
+                 series["exemplars"]]
+        assert found, f"no exemplar of {name}"
+        assert set(found) & received, f"{name} names traces that nobody sent: {found}"

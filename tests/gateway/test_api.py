@@ -358,7 +358,7 @@ async def test_what_others_count_below_nothing_counts_as_nothing() -> None:
                      accepted_draft_tokens=-2)]
         body = (await client.post(CHAT, json=chat())).json()
         assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-        text = gateway.metrics.exposition().decode()
+        text = gateway.metrics.exposition()[0].decode()
         for name in ("cached", "draft", "accepted_draft", "found_cached"):
             assert f"mill_gateway_{name}_tokens_total 0.0" in text
 
@@ -701,7 +701,7 @@ def test_tenants_beyond_the_bound_are_counted_together() -> None:
     for number in range(MAX_TENANTS + 50):
         metrics.used(f"t{number}", 3, 1, 2)
     metrics.used("t0", 3, 1, 2)
-    text = metrics.exposition().decode()
+    text = metrics.exposition()[0].decode()
     lines = [line for line in text.splitlines() if line.startswith("mill_gateway_tenant_tokens_total{")]
     assert len(lines) == 3 * (MAX_TENANTS + 1)
     assert 'mill_gateway_tenant_tokens_total{kind="prompt",tenant="other"} 150.0' in lines

@@ -135,7 +135,7 @@ async def test_a_request_asks_for_no_token_and_an_attempt_that_was_lost_is_repea
         assert [request.attempt for request in mesh.requests] == [1, 2]
         assert {(request.pooling, request.block_hashes) for request in mesh.requests} == {("mean", b"")}
         assert unpack(mesh.requests[0].tokens) == [97] * 40
-        text = gateway.metrics.exposition().decode()
+        text = gateway.metrics.exposition()[0].decode()
         assert 'gen_ai_server_request_duration_seconds_count{error_type="",gen_ai_operation_name="embeddings"' in text
         assert "mill_gateway_prompt_tokens_total 40.0" in text and "mill_gateway_completion_tokens_total 0.0" in text
 

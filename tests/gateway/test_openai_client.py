@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
+import structlog
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import gateway.service
@@ -238,6 +240,51 @@ async def test_one_request_is_one_span_and_its_context_travels_to_the_mesh(
         assert told["gen_ai.operation.name"] == "chat" and told["mill.worker"] == "w1"
         assert not any("Hi" in str(value) or "Hello" in str(value) for value in told.values())
 
+
+async def test_logs_and_latencies_name_the_trace_of_their_request(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    configure = telemetry.configure_tracing
+    monkeypatch.setattr(telemetry, "configure_tracing",
+                        lambda *args: configure(*args[:2], exporter=InMemorySpanExporter()))
+    telemetry.configure_logging("gateway", "g1", "json")
+    try:
+        async with served(monkeypatch) as (url, mesh, _), client_of(url) as client:
+            await client.chat.completions.create(model=MODEL, messages=HELLO, extra_headers={
+                "traceparent": f"00-{trace}-00f067aa0ba902b7-01"})
+            async with httpx.AsyncClient(trust_env=False) as plain:
+                asked = {"accept": "application/openmetrics-text;version=1.0.0"}
+                figures = await plain.get(f"{url}/metrics", headers=asked)
+                assert "trace_id" not in (await plain.get(f"{url}/metrics")).text
+            span = mesh.headers[0]["traceparent"].split("-")[2]
+    finally:
+        structlog.reset_defaults()
+    said = [msgspec.json.decode(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    [ended] = [line for line in said if line["event"] == "request_ended"]
+    assert (ended["trace_id"], ended["span_id"]) == (trace, span)
+    assert figures.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    linked = f'# {{span_id="{span}",trace_id="{trace}"}}'
+    for name in ("gen_ai_server_request_duration_seconds", "gen_ai_server_time_to_first_token_seconds",
+                 "mill_time_to_first_token_seconds", "mill_time_per_output_token_seconds"):
+        [line] = [line for line in figures.text.splitlines() if line.startswith(f"{name}_bucket") and " # " in line]
+        assert sorted(linked[3:-1].split(",")) == sorted(line.split("# ")[1].split("}")[0][1:].split(","))
+
+
+async def test_a_request_that_is_refused_late_is_logged_with_its_trace(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    telemetry.configure_logging("gateway", "g1", "json")
+    try:
+        async with served(monkeypatch) as (url, mesh, _), httpx.AsyncClient(trust_env=False) as client:
+            mesh.script = lambda request: refusal(request, "no_eligible_worker")
+            body = {"model": MODEL, "messages": HELLO}
+            for headers in ({"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}, {}):
+                await client.post(f"{url}/v1/chat/completions", json=body, headers=headers)
+    finally:
+        structlog.reset_defaults()
+    said = [msgspec.json.decode(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    first, second = [line for line in said if line["event"] == "request_refused"]
+    assert first["trace_id"] == trace and "trace_id" not in second
 
 async def test_the_port_of_the_figures_has_probes_too(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()

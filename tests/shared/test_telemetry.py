@@ -25,7 +25,9 @@ from shared.probes import on_loop
 from shared.telemetry import (
     configure_logging,
     configure_tracing,
+    exemplar_in,
     extract,
+    ids_in,
     inject,
     metrics_served,
     open_span,
@@ -134,6 +136,29 @@ def test_without_a_collector_nothing_is_made_and_a_callers_trace_is_passed_on():
     came = extract({"traceparent": TRACEPARENT})
     assert inject(span_at("place", 1.0, 2.0, came)) == {"traceparent": TRACEPARENT}
     assert traceparent_of(came) == TRACEPARENT and traceparent_of(Context()) == "" and traceparent_of(None) == ""
+
+
+def test_a_line_of_the_log_names_its_trace_and_a_figure_only_one_that_is_kept():
+    ids = {"trace_id": "0af7651916cd43dd8448eb211c80319c", "span_id": "b7ad6b7169203331"}
+    assert ids_in(TRACEPARENT) == exemplar_in(TRACEPARENT) == ids
+    unsampled = TRACEPARENT[:-1] + "0"
+    assert ids_in(unsampled) == ids and exemplar_in(unsampled) is None
+    for none in ("", "nonsense", TRACEPARENT + "\n", TRACEPARENT.upper(), TRACEPARENT[3:]):
+        assert ids_in(none) == {} and exemplar_in(none) is None
+
+
+def test_what_is_not_sampled_is_not_recorded_here_nor_below(monkeypatch):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    exporter = InMemorySpanExporter()
+    configure_tracing("gateway", "g1", exporter=exporter)
+    span = open_span("chat", 1.0)
+    assert not span.recorded and ids_in(traceparent_of(span.context))
+    for context in (span.context, span_at("route", 1.0, 2.0, span.context)):
+        assert exemplar_in(traceparent_of(context)) is None
+    span.end(3.0)
+    span_at("route", 1.0, 2.0, extract({"traceparent": TRACEPARENT}))  # its parent is, so it is
+    assert [span.name for span in exporter.get_finished_spans()] == ["route"]
 
 
 def test_without_a_collector_the_sdk_is_not_even_imported():
