@@ -122,6 +122,7 @@ class Answer:
         self._account_of = account
         self._says_cost = account.price is not None and asks(scope, COST)
         account.counts = self._counts
+        account.hear_out, account.hear_no_more = self._hear_out, self._hear_no_more
         self._id = account.request
         self._reply = reply(Head(
             self._id, int(gateway.clock.wall()), model.name,
@@ -540,11 +541,19 @@ class Answer:
     def _counts(self) -> Counts:
         return self._counted(self._written_tokens)
 
+    def _hear_out(self, call: Callable[[], None]) -> int:
+        """Have `call` made for each stream whose worker has yet to say what it took; how many these are."""
+        return sum(self._gateway.streams.hear_out(stream, call) for stream in self._streams if stream.state.begun)
+
+    def _hear_no_more(self) -> None:
+        for stream in self._streams:
+            self._gateway.streams.hear_no_more(stream)
+
     def _counted(self, generated_tokens: int) -> Counts:
         """What it is charged for: nothing of what failed before the client was told of it."""
         failed = self._outcome not in ("", "client_left", *_REASONS) or self._error is not None
         charged = bool(generated_tokens) or not failed
-        ends = self._ends()
+        ends = [end for end in map(last_word, self._streams) if end is not None]
         return Counts(
             prompt_tokens=self._begun_tokens if charged else 0,
             cached_tokens=sum(stream.cached_tokens for stream in self._streams[::self._options.choices]
@@ -562,9 +571,10 @@ class Answer:
                 continue
             status = self._gateway.fleet.worker(stream.worker)
             hour = None if sheet is None or status is None else sheet.hour(status.sku, status.price_usd_per_hour)
-            if hour is None or not isinstance(stream.ended, Finished) or not worker_us(stream.ended):
+            end = last_word(stream)
+            if hour is None or end is None or not worker_us(end):
                 return None
-            cost += worker_cost(hour, worker_us(stream.ended)) + drafter_cost(stream.ended)
+            cost += worker_cost(hour, worker_us(end)) + drafter_cost(end)
         return cost
 
     def _metrics(self) -> RequestMetrics | None:
@@ -655,6 +665,11 @@ class Answer:
 
     def _unix(self, monotonic_s: float) -> float:
         return self._gateway.clock.wall() - (self._gateway.clock.now() - monotonic_s)
+
+
+def last_word(stream: Stream) -> Finished | None:
+    """What its worker said at its end, here or there."""
+    return stream.ended if isinstance(stream.ended, Finished) else stream.last_word
 
 
 def worker_us(end: Finished) -> int:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LAST_WORD_S = 0.5  # for workers to say what a stream took that ended here
 ASK_S = 5.0  # for the database to grant a lease, or to begin an idempotency key
 MOST_UNWRITTEN = 20_000  # records of about 400 bytes
 BATCH = 500
@@ -69,12 +70,24 @@ class Counts(Struct, frozen=True, kw_only=True):
     cost: int | None = None
 
 
+def _nobody(call: Callable[[], None]) -> int:
+    return 0
+
+
+def _nothing() -> None:
+    pass
+
+
 class Account:
     """One request's: what it is priced at, and what it has reserved. `counts` is told by who answers it."""
 
     def __init__(self, record: Record, price: Price | None, purse: Purse | None = None, reserved: int = 0,
                  once: "Once | None" = None) -> None:
         self.counts: Callable[[], Counts] = Counts
+        # has a function called for each worker that has yet to say what it took; how many these are
+        self.hear_out: Callable[[Callable[[], None]], int] = _nobody
+        self.hear_no_more: Callable[[], None] = _nothing
+        self.unheard = 0
         self.price = price
         self.purse = purse
         self.reserved = reserved
@@ -92,7 +105,8 @@ class Account:
 
     def part(self) -> None:
         """Who answered has gone, and is not kept."""
-        self.counts = Counts
+        self.hear_no_more()
+        self.counts, self.hear_out, self.hear_no_more = Counts, _nobody, _nothing
 
     def record(self, at: int, counts: Counts | None = None) -> Record:
         """It, as it stands, or would stand with these counts: what was charged under its idempotency key before is not
@@ -127,6 +141,7 @@ class Billing:
         self._asking: dict[tuple[str, str], asyncio.Lock] = {}
         self._running: dict[str, Account] = {}
         self._to_note: deque[str] = deque()  # requests, in the order in which their turns come
+        self._unheard: dict[str, tuple[Account, Record, asyncio.TimerHandle]] = {}  # ended, but for last words
         self._unwritten: deque[tuple[Record, str, Purse | None]] = deque()  # with the lease
         self._some = asyncio.Event()
         self._all_written = asyncio.Event()
@@ -183,7 +198,7 @@ class Billing:
             finally:
                 account.part()
             return
-        if len(self._unwritten) >= MOST_UNWRITTEN:
+        if len(self._unwritten) + len(self._unheard) >= MOST_UNWRITTEN:
             raise Overloaded("the ledger is too far behind: retry later", retry_after_s=2.0)
         purse, reserved = None, 0
         if price is not None and tenant.limits.of_money:
@@ -205,7 +220,8 @@ class Billing:
             yield account
         finally:
             self._settle(account)
-            account.part()
+            if not account.unheard:
+                account.part()
 
     def tick(self) -> None:
         """A tenth of a second has passed: note a tenth of those that run, as far as they have changed."""
@@ -297,7 +313,7 @@ class Billing:
             if purse is not None:
                 purse.written(record.amount)
         self._written += count
-        if not self._unwritten:
+        if not self._unwritten and not self._unheard:
             self._all_written.set()
         if self._journal is not None:
             self._journal.written(self._written)
@@ -333,6 +349,8 @@ class Billing:
     async def _stop(self, books: "Books") -> None:
         """Write what is left and give back all leases, for a while: the journal has the rest."""
         clean = False
+        for request in list(self._unheard):
+            self._hand_over(request)
         with contextlib.suppress(TimeoutError, ValueError):
             async with asyncio.timeout(STOP_S):
                 while self._unwritten:
@@ -420,11 +438,38 @@ class Billing:
         amount = record.amount
         if account.purse is not None:
             account.purse.settle(account.reserved, amount)
+        self._all_written.clear()
+        self._metrics.charged_usd.labels(record.model).inc(amount / pricing.NANOS)
+        account.unheard = account.hear_out(partial(self._heard, account))
+        if account.unheard:
+            late = asyncio.get_running_loop().call_later(LAST_WORD_S, self._hand_over, account.request)
+            self._unheard[account.request] = (account, record, late)
+            self._note(Note(record, account.lease, ended=False))
+        else:
+            self._enqueue(account, record)
+
+    def _heard(self, account: Account) -> None:
+        """One more worker has said what it took."""
+        account.unheard -= 1
+        if not account.unheard:
+            self._hand_over(account.request)
+
+    def _hand_over(self, request: str) -> None:
+        """Nothing more is waited for: what it took is known, or will not be. What it is charged stays."""
+        account, record, late = self._unheard.pop(request, (None, None, None))
+        if account is None or record is None or late is None:
+            return
+        late.cancel()
+        counts = account.counts()
+        record = replace(record, draft_tokens=counts.draft_tokens, worker_us=counts.worker_us, cost=counts.cost,
+                         accepted_draft_tokens=counts.accepted_draft_tokens)
+        account.part()
+        self._enqueue(account, record)
+
+    def _enqueue(self, account: Account, record: Record) -> None:
         self._note(Note(record, account.lease))
         self._unwritten.append((record, account.lease, account.purse))
-        self._all_written.clear()
         self._some.set()
-        self._metrics.charged_usd.labels(record.model).inc(amount / pricing.NANOS)
         if record.cost is not None:
             self._metrics.cost_usd.labels(record.model).inc(record.cost / pricing.NANOS)
 
@@ -434,8 +479,9 @@ class Billing:
         try:
             self._journal.note(note)
             if self._journal.is_full:
-                self._journal.turn_over([Note(account.noted, account.lease, ended=False)
-                                         for account in self._running.values()])
+                running = [Note(account.noted, account.lease, ended=False) for account in self._running.values()]
+                self._journal.turn_over(running + [Note(record, account.lease, ended=False)
+                                                   for account, record, _ in self._unheard.values()])
         except OSError as error:
             self._failed(error)
 

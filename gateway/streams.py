@@ -43,6 +43,7 @@ from shared.telemetry import ids_in
 
 _REMEMBERED_CANCELS = 4096
 _REMEMBERED_SENDERS = 4096
+_REMEMBERED_LEAVING = 4096  # as long as somebody may ask for their last words: half a second
 _CANCEL_AGAIN_S = 1.0  # cancels get lost too; a worker that still sends hears of it again, but not for every step
 _BACK_SOON_S = 2.0
 
@@ -77,8 +78,8 @@ NOBODY = _Nobody()
 class Stream:
     """One choice of one request. Written by `Streams`, read by the handler."""
 
-    __slots__ = ("changed", "ended", "filed_under", "first_token_s", "headers", "last_token_s", "notes", "opened_s",
-                 "parting", "pending", "state", "submitted")
+    __slots__ = ("changed", "ended", "filed_under", "first_token_s", "headers", "heard_out", "last_token_s",
+                 "last_word", "notes", "opened_s", "parting", "pending", "state", "submitted")
 
     def __init__(self, state: StreamState, headers: Mapping[str, str], changed: Wake, now_s: float) -> None:
         self.state = state
@@ -92,6 +93,8 @@ class Stream:
         self.submitted = 0
         self.notes: list[Note] = []  # receipts of its attempts
         self.filed_under = ""  # the worker by which `Streams` finds it
+        self.last_word: Finished | None = None  # of its worker, when it was ended here
+        self.heard_out: Callable[[], None] | None = None  # to be called then
         self.parting = False  # stopped, and its worker has yet to say what drafts brought
 
     @property
@@ -146,6 +149,7 @@ class Streams:
         self._streams: dict[str, Stream] = {}
         self._by_worker: dict[str, dict[Stream, None]] = {}  # who works on what, in order
         self._parting: dict[str, Stream] = {}  # stopped streams whose handlers may wait for a last word
+        self._leaving: OrderedDict[str, Stream] = OrderedDict()  # that are over here, but for their workers' last words
         self._mourners: dict[str, dict[Stream, None]] = {}  # by workers that they take for dead
         self._senders = Senders()
         self._replied_s: dict[str, float] = {}  # sender -> when it last replied: as good a sign of life as a status
@@ -171,18 +175,36 @@ class Streams:
 
     def cancel(self, stream: Stream) -> None:
         """Stop it wherever it is. Nothing more will come."""
+        if stream.state.state != "ended":
+            self._leave(stream)
         self._perform(stream, stream.state.cancel())
         self._forget(stream)
         self._part(stream)
 
     def stop(self, stream: Stream) -> None:
         """As `cancel`, at a stop string. Where a drafter works `parting` is true until its worker's last word."""
+        self._leave(stream)
         self._perform(stream, stream.state.cancel())
         self._forget(stream)
         worker = self._fleet.worker(stream.state.worker)
         if stream.ended is None and worker is not None and worker.drafter:
             stream.parting = True
             self._parting[stream.state.request.request_id] = stream
+
+    def hear_out(self, stream: Stream, call: Callable[[], None]) -> bool:
+        """Have `call` made when the worker of a stream that was ended here has said what it took; not if that is lost.
+
+        False when no last word is to come.
+        """
+        if self._leaving.get(stream.state.request.request_id) is not stream:
+            return False
+        stream.heard_out = call
+        return True
+
+    def hear_no_more(self, stream: Stream) -> None:
+        """Nobody asks what it took."""
+        self._leaving.pop(stream.state.request.request_id, None)
+        stream.heard_out = None
 
     def give_up(self, error: MillError) -> None:
         """End every stream with `error`."""
@@ -288,6 +310,19 @@ class Streams:
             stream.ended = replace(reply, reason="stop")
             self._part(stream)
             stream.changed.set()
+        stream = self._leaving.get(reply.request_id)
+        if stream is not None and (reply.attempt, sender) == (stream.state.attempt, stream.state.worker):
+            del self._leaving[reply.request_id]
+            stream.last_word = reply
+            if stream.heard_out is not None:
+                stream.heard_out()
+
+    def _leave(self, stream: Stream) -> None:
+        """It was ended here: its worker will say what it took."""
+        if stream.ended is None and stream.state.worker:
+            self._leaving[stream.state.request.request_id] = stream
+            if len(self._leaving) > _REMEMBERED_LEAVING:
+                self._leaving.popitem(last=False)
 
     def _part(self, stream: Stream) -> None:
         if stream.parting:

@@ -135,6 +135,29 @@ async def test_our_cost_is_the_workers_time_at_the_price_of_its_sku(billed: Bill
     assert f'mill_gateway_cost_usd_total{{model="{MODEL}"}} 0.00026' in figures
 
 
+async def test_a_stream_that_ended_here_costs_what_its_worker_says_a_moment_later(billed: Billed) -> None:
+    acme = billed.project("acme")
+    async with billed_gateway(billed) as (client, mesh, gateway):
+        mesh.pause_s = 0.02  # it is still at work when the stop string comes
+        mesh.last_words = lambda cancel: [Finished(cancel.request_id, cancel.attempt, "cancelled", "w1", worker_s=0.1)]
+        stopped = await client.post(TEXT, json=body(stop=["world"]), headers=acme)
+        assert stopped.json()["choices"][0]["text"] == "Hello, "
+        await gateway.billing.flush()
+        mesh.last_words = lambda cancel: []  # lost, or never said
+        await client.post(TEXT, json=body(stop=["world"]), headers=acme)
+        await gateway.billing.flush()
+        assert len(billed.records()) == 2
+        mesh.last_words = lambda cancel: [Finished(cancel.request_id, 7, "cancelled", "w1", worker_s=9.0)]  # of another
+        await client.post(TEXT, json=body(stop=["world"]), headers=acme)
+        await mesh.cancelled.wait()
+        await mesh.reply("g1", Finished(f"{stopped.json()['id'].removeprefix('cmpl-')}-0", 1, "cancelled", "w1",
+                                        worker_s=9.0))  # a second time
+    said, lost, strange = billed.records()
+    assert (said.worker_us, said.cost) == (100_000, 100 * MICRO)
+    assert (lost.cost, strange.cost, strange.worker_us) == (None, None, 0)
+    assert said.amount == lost.amount == strange.amount and billed.check().problems == []
+
+
 async def test_a_budget_refuses_before_it_is_overrun_and_says_what_is_left(billed: Billed) -> None:
     worth = (PROMPT - 16) + 8 + 4 * SAID
     most = PROMPT + 4 * 20
