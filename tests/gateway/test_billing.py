@@ -194,6 +194,28 @@ async def test_what_runs_holds_its_share_of_a_budget_and_gives_back_what_it_did_
     assert billed.check().problems == []
 
 
+async def test_a_budget_of_a_day_is_whole_again_on_the_next_and_that_of_the_month_is_not(
+        billed: Billed, monkeypatch: pytest.MonkeyPatch) -> None:
+    worth = (PROMPT - 16) + 8 + 4 * SAID
+    most = PROMPT + 4 * 20
+    acme = billed.project("acme", spend_per_day=(worth + most) * MICRO, spend_per_month=(3 * worth + most) * MICRO)
+    monkeypatch.setattr("gateway.billing.KEEP_HOUSE_S", 0.05)
+    statuses, days = [], ["2026-11-28"]
+    monkeypatch.setattr("gateway.billing.day_of", lambda at: days[-1])
+    async with billed_gateway(billed) as (client, _, gateway):
+        for day in ("2026-11-28", "2026-11-29", "2026-11-30", "2026-12-01"):
+            days.append(day)
+            for _ in range(3):
+                statuses.append((await client.post(TEXT, json=body(), headers=acme)).status_code)
+                await gateway.billing.flush()
+            await asyncio.sleep(0.2)
+            assert len(gateway.billing._purses) <= 1  # those of days that have passed were given back
+    #                    two fit into a day       two into what is left of the month      a month of its own
+    assert statuses == [200, 200, 429,   200, 200, 429,   429, 429, 429,   200, 200, 429]
+    assert [record.day[-2:] for record in billed.records()] == ["28", "28", "29", "29", "01", "01"]
+    assert billed.check().problems == []
+
+
 async def test_two_gateways_share_one_budget(billed: Billed, tmp_path: Path) -> None:
     worth = (PROMPT - 16) + 8 + 4 * SAID
     limit = 20 * worth * MICRO

@@ -31,7 +31,7 @@ from gateway.state.database import Database, open_database
 from gateway.state.tables import ledger
 from shared.clock import LoopClock
 from shared.memory_bus import MemoryBroker, MemoryBus
-from shared.messages import Accepted, Finished, Generate, Reply, Tokens
+from shared.messages import Accepted, Cancel, Finished, Generate, Reply, Tokens
 from shared.settings import GatewaySettings
 from shared.tokens import pack, unpack
 from tests.gateway.billed import MICRO, PRICES
@@ -166,6 +166,13 @@ class Mesh(FakeMesh):
         self._dice = random.Random(seed)
         self.says = TEXT
         self.script = self._script
+        self.last_words = self._last_words
+
+    def _last_words(self, cancel: Cancel) -> list[Reply]:
+        """What a cancelled stream took, now and then lost."""
+        if self._dice.random() < 0.1:
+            return []
+        return [Finished(cancel.request_id, cancel.attempt, "cancelled", "w1", worker_s=0.001)]
 
     def _script(self, request: Generate) -> list[Reply] | None:
         self.batch = self._dice.randint(1, 12)
@@ -198,7 +205,7 @@ class World:
             f"t{seed}-{number}": {} if budget is None else {"spend_per_day": budget, "spend_per_month": 10 * budget}
             for number, budget in enumerate(BUDGETS)})
         self._settings = GatewaySettings(
-            id=f"g{seed}", model_name=MODEL, tenants=str(folder / "tenants.toml"), database=self.url,
+            id="g1", model_name=MODEL, tenants=str(folder / "tenants.toml"), database=self.url,
             prices=str(folder / "prices.toml"), journal=str(folder / "journal"), accept_s=0.4, stall_s=0.5,
             drain_s=2.0)
         self.histories: list[History] = []

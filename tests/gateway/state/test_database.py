@@ -1,18 +1,21 @@
 """A database is opened by its URL, brought up to date once, and said in a sentence when that is not possible."""
 
 import threading
+from datetime import date
 from pathlib import Path
 
 import pytest
 import sqlalchemy
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import select
 
 from gateway.ledger import Record
 from gateway.state.books import Books
-from gateway.state.database import Database, DatabaseFailed, open_database
-from gateway.state.tables import ledger, metadata, settings
+from gateway.state.database import Database, DatabaseFailed, alembic_config, open_database
+from gateway.state.tables import ledger, metadata, organisations, settings
+from gateway.state.usage import usage
 
 
 def test_the_migrations_make_the_tables_that_the_program_expects(database: Database) -> None:
@@ -46,6 +49,28 @@ def test_one_that_a_newer_version_has_written_is_left_alone(url: str, database: 
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(DatabaseFailed, match=r"was written by a newer version \(its tables are 9999\)"):
         open_database(url)
+
+
+def test_what_an_older_version_has_written_is_kept(url: str) -> None:
+    sqlite = url.startswith("sqlite")
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        command.upgrade(alembic_config(connection), "0001")
+        connection.exec_driver_sql("INSERT INTO organisations (name, created) VALUES ('acme', 5)")
+        no = 0 if sqlite else "false"
+        connection.exec_driver_sql(
+            'INSERT INTO leases (id, gateway, tenant, day, renewed, closed, seq, digest, "left") '
+            f"VALUES ('a', 'g', 'acme', '2026-11-27', 5, {no}, 0, '', 0)")
+    engine.dispose()
+    database = open_database(url)
+    books = Books(database)
+    books.settle("g", [Record(request="r", tenant="acme", day="2026-11-27", at=5, output=10**6, generated_tokens=7)], 6,
+                 {"r": "a"})
+    assert books.check().problems == [] and books.check().sums.settled == 7
+    assert [line.generated_tokens for line in usage(database, date(2026, 11, 27), date(2026, 11, 27))] == [7]
+    with database.reading() as connection:
+        assert connection.scalar(select(organisations.c.name)) == "acme"
+    database.close()
 
 
 def test_what_stands_in_the_ledger_cannot_be_changed_nor_taken_out(database: Database) -> None:
