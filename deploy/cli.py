@@ -11,6 +11,7 @@ tokenmill projects  tenants in a database, and their limits
 tokenmill usage   what was used, what was charged for it and what it cost
 tokenmill ledger  whether that adds up
 tokenmill nats-config  a NATS that knows its clients
+tokenmill scale   how many of each service the load needs
 tokenmill doctor  what is missing here, and what to do about it
 """
 
@@ -34,7 +35,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deploy import keys_command, ledger_command, nats_command
+from deploy import keys_command, ledger_command, nats_command, scale_command
 from deploy.database import opened
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
@@ -54,6 +55,7 @@ app.add_typer(ledger_command.projects_app, name="projects")
 app.add_typer(ledger_command.ledger_app, name="ledger")
 app.command(name="usage")(ledger_command.usage)
 app.command(name="nats-config")(nats_command.nats_config)
+app.command(name="scale")(scale_command.scale)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from gateway.streams import Outgoing, Streams
 from gateway.tenants import Tenant
 from shared import subjects, telemetry
 from shared.bus import Bus, BusUnavailable, Delivery
+from shared.busy import Busy
 from shared.clock import Clock
 from shared.errors import BadRequest, MeshUnavailable, Overloaded, PermissionDenied
 from shared.fleet import Fleet
@@ -93,6 +94,7 @@ class Gateway:
         self.url = ""
         self.log = structlog.get_logger("gateway.answer").bind()  # once: it takes longer than a line nobody hears
         self._began_s = clock.now()
+        self._busy = Busy(clock.cpu(), self._began_s)
         self._turns = asyncio.Semaphore(PROMPTS_PER_TURN)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -271,7 +273,8 @@ class Gateway:
     async def _beat(self) -> None:
         while True:
             status = GatewayStatus(self.id, self.epoch, "draining" if self.draining else "ready",
-                                   self.admission.active, self.url)
+                                   self.admission.active, self.url,
+                                   self._busy.share(self.clock.cpu(), self.clock.now()))
             with contextlib.suppress(BusUnavailable):  # silence is what an outage looks like
                 await self.bus.publish(subjects.status("gateway", self.id), encode(status))
             self.fleet.forget_silent(self.clock.now(), FORGET_S)

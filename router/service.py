@@ -29,6 +29,7 @@ from router.view import View
 from shared import subjects, telemetry
 from shared.blocks import BLOCK_SIZE_TOKENS, HASH_BYTES
 from shared.bus import Bus, BusUnavailable, Delivery, Subscription
+from shared.busy import Busy
 from shared.clock import Clock
 from shared.ids import new_epoch, new_id
 from shared.messages import Cancel, Generate, KvMessage, RouterStatus, SnapshotRequest, Status, WorkerStatus, decode
@@ -95,6 +96,7 @@ class Router:
         self._settings = settings
         self._clock = clock
         self._started_at = clock.now()
+        self._busy = Busy(clock.cpu(), self._started_at)
         self._intake: Subscription | None = None
         self._others: dict[str, float] = {}  # routers that are ready, and when they said so
         self._peers: dict[str, float] = {}  # routers that listen, ready or not
@@ -267,4 +269,5 @@ class Router:
         for tier, waiting in desk.admission.by_tier().items():
             self.metrics.held.labels(tier).set(waiting)
         self.outbox.publish(subjects.status("router", self.id), RouterStatus(
-            self.id, self.epoch, self.state, desk.placed_total, desk.refused_total, len(index), len(desk.admission)))
+            self.id, self.epoch, self.state, desk.placed_total, desk.refused_total, len(index), len(desk.admission),
+            self._busy.share(self._clock.cpu(), self._clock.now())))

@@ -18,6 +18,9 @@ class Clock(Protocol):
     def wall(self) -> float:
         """Unix seconds."""
 
+    def cpu(self) -> float:
+        """Seconds of CPU that this process has taken; 0 where time is made up."""
+
     async def sleep(self, seconds: float) -> None:
         """Give way for `seconds`."""
 
@@ -45,6 +48,9 @@ class LoopClock:
         if self._wall_offset_s is None:
             return time.time()
         return self._wall_offset_s + self.now()
+
+    def cpu(self) -> float:
+        return time.process_time() if self._wall_offset_s is None else 0.0
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -395,6 +395,7 @@ class RouterStatus(Wire, frozen=True, tag="router"):
     refused_total: int = 0
     indexed_blocks: int = 0
     held: int = 0  # requests that wait here for room at a worker
+    busy: float = 0.0  # cores that its process takes, lately
 
 
 class DrafterStatus(Wire, frozen=True, tag="drafter"):
@@ -420,6 +421,7 @@ class GatewayStatus(Wire, frozen=True, tag="gateway"):
     state: Literal["starting", "ready", "draining"] = "ready"
     active: int = 0
     url: str = ""
+    busy: float = 0.0  # cores that its process takes, lately
 
 
 Status = WorkerStatus | RouterStatus | DrafterStatus | GatewayStatus

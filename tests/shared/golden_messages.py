@@ -101,10 +101,11 @@ EXAMPLES: dict[str, Wire] = {type(message).__name__: message for message in (
                  kv_digest=HASH, parity=HASH, drafting="on", draft_steps_total=300, abilities=("adjust", "grammar"),
                  stream_tokens=96.5),
     RouterStatus(id="router-a", epoch=1_700_000_000_000, state="draining", placed_total=9, refused_total=1,
-                 indexed_blocks=500, held=3),
+                 indexed_blocks=500, held=3, busy=0.5),
     DrafterStatus(id="drafter-a", epoch=1_700_000_000_000, kind="model", vocabulary="abcd", state="draining",
                   zone="eu-north1", following=3, proposed_total=600, busy=0.25, price_usd_per_hour=0.5),
-    GatewayStatus(id="gateway-a", epoch=1_700_000_000_000, state="draining", active=3, url="http://127.0.0.1:8000"),
+    GatewayStatus(id="gateway-a", epoch=1_700_000_000_000, state="draining", active=3, url="http://127.0.0.1:8000",
+                  busy=0.5),
 )}
 
 
