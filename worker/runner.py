@@ -46,7 +46,7 @@ class Runner(Protocol):
     decoder: Decoder
     tier: TierMemory | None
     queues: bool  # whether `submit` and `collect` work: the device takes a step while it runs one
-    goes_on: bool  # whether `streak` works
+    goes_on: bool  # whether `streak` works; not where steps are queued
 
     async def execute(self, inputs: StepInputs) -> list[int]:
         """The chosen token of each sampled row. Raises what the decoder raises."""
@@ -75,7 +75,7 @@ class ThreadRunner:
         self.tier = tier
         self.queues = isinstance(decoder, Ahead)
         self._streaks = decoder if isinstance(decoder, Streaks) else None
-        self.goes_on = self._streaks is not None
+        self.goes_on = self._streaks is not None and not self.queues
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def execute(self, inputs: StepInputs) -> list[int]:
@@ -117,7 +117,7 @@ class TimedRunner:
         self.tier = tier
         self.queues = isinstance(decoder, Ahead)
         self._streaks = decoder if isinstance(decoder, Streaks) else None
-        self.goes_on = self._streaks is not None
+        self.goes_on = self._streaks is not None and not self.queues
         self._clock = clock
         self._step_s, self._row_s, self._token_s = step_s, row_s, token_s
         self._free_at = 0.0  # when what was submitted is computed

@@ -266,10 +266,12 @@ class Scheduler:
         """`step`, just planned, with rows that decode up to `most_tokens` each.
 
         None does where prompts are computed too or somebody waits to be, where drafts may come, or where what is
-        chosen depends on more than the tokens before it. Blocks are only taken from those that nobody holds. Tokens
-        behind a stop token are computed in vain.
+        chosen depends on more than the tokens before it. Blocks are only taken from those that nobody holds, and not
+        where a tier keeps what was in them: that is copied before the step. Tokens behind a stop token are computed in
+        vain.
         """
-        if self.waiting or self.speculation.drafter or len(step.works) < len(self.running):
+        if self.waiting or self.speculation.drafter or self.pool.tier is not None \
+                or len(step.works) < len(self.running):
             return step
         for work in step.works:
             sequence = work.sequence

@@ -11,7 +11,9 @@ from tests.virtual_time import run_virtual
 from tests.worker import builders
 from tests.worker.builders import BLOCK, VOCABULARY, Bench, make_scheduler, mock_decoder, plain
 from tests.worker.mesh import WALL_S, Mesh
+from tests.worker.test_ahead import queueing
 from worker.engine import STREAK_S, STREAK_TOKENS
+from worker.kv_tier import HostTier
 from worker.mock_decoder import MockDecoder
 from worker.scheduler import Scheduler
 from worker.step import Step
@@ -138,6 +140,28 @@ def test_a_streak_takes_no_block_that_somebody_holds() -> None:
     assert step.lengths == [1 + BLOCK]
     scheduler.commit(step, list(range(10, 15)), 0.0)
     scheduler.pool.release(held)
+
+
+def test_no_streak_takes_a_block_whose_contents_a_tier_keeps() -> None:
+    """They are copied out before a step; what a streak takes is known only when the copies are."""
+    scheduler, step = planned(request("a", [1, 2, 3], max_tokens=40))
+    scheduler.pool.tier = HostTier(8)
+    assert scheduler.go_on(step, 8).longest == 1
+
+
+def test_a_device_that_queues_steps_takes_no_streaks() -> None:
+    async def scenario() -> None:
+        decoder = queueing(blocks=96)
+        mesh = Mesh(decoder, mock_step_s=0.0, mock_row_s=0.0, mock_token_s=0.0, speculation=False, max_running=8)
+        async with mesh:
+            for each in requests(12):
+                await mesh.send(each)
+            for each in requests(12):
+                assert isinstance(await mesh.ended(each.request_id), Finished)
+                assert mesh.stream(each.request_id) == plain(each)
+        assert decoder.calls.count("ahead") > 10
+
+    run_virtual(scenario(), timeout_s=60)
 
 
 def test_short_steps_go_on_and_say_the_same_in_fewer_calls() -> None:
