@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Copies of a workload are made until they hold so much: four times what the L2 cache of a Hopper GPU does.
+COPIES_BYTES = 200 << 20
 
 # A result may differ by this much of the largest expected magnitude: a few float32 roundings, or one to the type.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -23,6 +27,10 @@ class Case:
     flops: int
     timed: bool = True  # False: a property, not a workload
     lowered: bool = True  # False: another case compiles to the same, or nearly
+    # The same work on other memory, made when it is timed: together more than a cache holds.
+    copies: Callable[[], list[Callable[[], Any]]] | None = None
+    # What the library has for the same work: ways, each as `copies`.
+    library: Callable[[], list[list[Callable[[], Any]]]] | None = None
 
     def error(self, results: tuple[Tensor, ...]) -> float:
         """Largest difference as a share of the largest expected magnitude; NaN where one side alone is NaN."""
@@ -55,3 +63,8 @@ def short(kind: torch.dtype) -> str:
         torch.float8_e4m3fn: "fp8",
         torch.int8: "int8",
     }[kind]
+
+
+def copies_of(make: Callable[[], Any], nbytes: int) -> list[Any]:
+    """As many of what `make` gives, of `nbytes` each, as no cache holds together."""
+    return [make() for _ in range(max(2, COPIES_BYTES // max(1, nbytes)))]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
@@ -34,7 +35,14 @@ def serving_cases(device: str) -> Iterator[Case]:
         yield rotary_case(rows, 32, 8, 128, 64, False, kind, device)
         yield swiglu_case(rows, 14336, kind, device)
         yield write_kv_case(rows, 8, 128, 16, kind, kind, device)
-    for contexts, rows_each in (([2048], 1), ([32768], 1), ([4096] * 32, 1), ([1024] * 256, 1), ([2048] * 32, 5)):
+    for contexts, rows_each in (
+        ([2048], 1),
+        ([32768], 1),
+        ([8192] * 8, 1),
+        ([8192] * 32, 1),
+        ([1024] * 256, 1),
+        ([2048] * 32, 5),
+    ):
         yield from attention_cases(contexts, rows_each, 32, 8, 128, 16, kind, device)
     for other in (torch.float16, torch.float32):
         yield from attention_cases([1000, 77, 3000, 256], 1, 32, 8, 128, 16, other, device)
@@ -45,6 +53,11 @@ def serving_cases(device: str) -> Iterator[Case]:
     yield accepted_case(256, 5, device)
     yield from product_cases.serving_cases(device)
     yield from layer_cases.serving_cases(device)
+
+
+def serving_calls() -> Iterator[Callable[[], Any]]:
+    """What `serving_cases` run, on the meta device: for the compiler."""
+    return (case.run for case in serving_cases("meta"))
 
 
 def small_cases(device: str) -> Iterator[Case]:
@@ -213,6 +226,17 @@ def attention_cases(
 
     context = f"{len(contexts)} x {max(contexts)}" if len(set(contexts)) < 2 else "/".join(map(str, contexts))
     shape_name = f"contexts {context}, rows {rows_each}, heads {heads}/{kv_heads}x{head_dim}, {short(kind)}"
+
+    def library() -> list[list[Callable[[], Any]]]:
+        """torch's attention, over keys and values that lie in one piece for each sequence."""
+        pieces = tables[:, : counts[0]].long().clamp(min=0)
+        dense = [
+            cache[pieces].flatten(1, 2)[:, : contexts[0]].nan_to_num().transpose(1, 2).contiguous()
+            for cache in (key_cache, value_cache)
+        ]
+        attend = partial(F.scaled_dot_product_attention, queries[:, :, None], dense[0], dense[1])
+        return [[partial(attend, enable_gqa=heads != kv_heads)]]
+
     size = key_cache.element_size()
     moved = 2 * sum(contexts) * kv_heads * head_dim * size + 2 * len(rows) * heads * head_dim * size
     flops = 4 * heads * head_dim * sum(at + 1 for _, at in rows)
@@ -225,6 +249,7 @@ def attention_cases(
         tolerance=(5 if kind == torch.float32 else 2) * TOLERANCE[kind],
         bytes=moved,
         flops=flops,
+        library=library if rows_each == 1 and len(set(contexts)) == 1 else None,
     )
     counters = torch.zeros(len(rows) * kv_heads, dtype=torch.int32, device=device)
     yield Case(

@@ -7,6 +7,7 @@ argument types, and `kernels.lowering` can compile exactly that for a GPU that i
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +52,27 @@ class Recorded:
 _recorder: list[Recorded] | None = None
 
 
+@cache
+def overlaps() -> bool:
+    """Whether kernels begin before the previous one has ended; on paper they do."""
+    if INTERPRETED:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, choice: Launch, **constants: Any) -> None:
     """Run `kernel` over `grid`; `constants` are its constexpr parameters. Nothing runs for an empty grid.
 
     No multiplication is fused into an addition: Triton's default changes with its version and the rounding with it, and
     without fusion the elementwise operators round like their reference. The interpreter has no options and never fuses.
+    A kernel with a constant OVERLAP begins before the previous one has ended, where `overlaps` says so.
     """
     if 0 in grid:
         return
     options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages, "enable_fp_fusion": False}
+    if "OVERLAP" in kernel.arg_names:
+        constants["OVERLAP"] = overlaps()
+        options["launch_pdl"] = overlaps()
     if _recorder is not None:
         _recorder.append(Recorded(kernel, grid, arguments, constants, options))
     elif INTERPRETED:

@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import INTERPRETED, Recorded, recording
 
@@ -31,6 +32,7 @@ _POINTERS = {
     torch.int8: "*i8",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -56,7 +58,7 @@ def lower(name: str, recorded: Recorded) -> Lowered:
     """Compile one recorded launch for Hopper. Raises what the compiler raises."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled; unset it and start again")
-    source = _source(recorded)
+    source = source_of(recorded)
     compiled = triton.compile(source, target=HOPPER, options=dict(recorded.options))
     cubin = compiled.asm["cubin"]
     registers, spilled = _resources(cubin)
@@ -72,7 +74,7 @@ def lower(name: str, recorded: Recorded) -> Lowered:
     )
 
 
-def _source(recorded: Recorded) -> ASTSource:
+def source_of(recorded: Recorded) -> ASTSource:
     """The specialisation that a launch with these arguments gets: 1 is a constant, multiples of 16 are known."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -88,6 +90,9 @@ def _source(recorded: Recorded) -> ASTSource:
             signature[parameter.name] = _POINTERS[value.dtype]
             if not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            element = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[parameter.name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif parameter.do_not_specialize:
@@ -145,7 +150,7 @@ def lower_all() -> list[Lowered]:
         if not case.timed or not case.lowered:
             continue
         for recorded in recording(case.run):
-            source = _source(recorded)
+            source = source_of(recorded)
             if source.hash() not in lowered:
                 lowered[source.hash()] = lower(f"{case.name}: {case.shape}", recorded)
     return list(lowered.values())

@@ -1,14 +1,25 @@
 """Checks of the matrix products and of what quantises their activations; the sets as in `kernels.cases`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference, reference_experts, triton_experts, triton_linear4, triton_linear8, triton_quantise
-from kernels.case import TOLERANCE, Case, generator_for, normal, short
-from kernels.weight4 import TILE_INPUTS, TILE_OUTPUTS, WORDS, Weight4, packed
+from kernels import (
+    reference,
+    reference_experts,
+    triton_experts,
+    triton_linear4,
+    triton_linear8,
+    triton_quantise,
+    tuning,
+)
+from kernels.case import TOLERANCE, Case, copies_of, generator_for, normal, short
+from kernels.triton_product import Workspace
+from kernels.weight4 import TILE_INPUTS, TILE_OUTPUTS, TILE_WORDS, Weight4, packed
 from kernels.weight8 import BLOCK, KINDS, Rows8, Weight8, dequantised8, nearest
 
 
@@ -16,9 +27,8 @@ def serving_cases(device: str) -> Iterator[Case]:
     """Llama-3.1-8B's matrices, and a large square one; bf16."""
     kind = torch.bfloat16
     for outputs, inputs in ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192)):
-        for rows in (1, 4, 8, 16, 64, 512):
-            yield library_case(rows, outputs, inputs, kind, device)
-            lowered = (outputs, inputs) == (4096, 4096) and rows in (1, 4, 16, 512)
+        for rows in (1, 2, 4, 8, 16, 64, 512):
+            lowered = (outputs, inputs) == (4096, 4096) and rows in (1, 16, 512)
             yield from linear4_cases(rows, outputs, inputs, 128, "symmetric", kind, device, lowered)
     for offsets, group in (("zeros", 64), ("minima", 32), ("mxfp4", 32)):
         for rows in (1, 16, 512):
@@ -28,6 +38,10 @@ def serving_cases(device: str) -> Iterator[Case]:
             for blocks in (False, True):
                 lowered = (rows == 16 and blocks != (code == torch.int8)) or (rows == 512 and code.is_floating_point)
                 yield from linear8_cases(rows, 4096, 4096, code, blocks, kind, device, lowered)
+        if code.is_floating_point:
+            for outputs, inputs in ((8192, 8192), (28672, 4096)):
+                for rows in (512, 2048):
+                    yield from linear8_cases(rows, outputs, inputs, code, False, kind, device, lowered=False)
         for rows in (1, 32, 256):
             yield from quantise8_cases(rows, 4096, code, rows == 1, kind, device, code.is_floating_point)
     # gpt-oss-20b: 32 experts, 4 of them for a row
@@ -47,20 +61,11 @@ def small_cases(device: str) -> Iterator[Case]:
             yield from quantise8_cases(3, 300, code, blocks, torch.float16, device)
 
 
-def library_case(rows: int, outputs: int, inputs: int, kind: torch.dtype, device: str) -> Case:
-    """The library's product of the same size in 16 bits, to compare with."""
-    generator = generator_for(device)
-    x, weight = (normal((count, inputs), kind, device, generator) for count in (rows, outputs))
-    return Case(
-        "torch linear",
-        f"rows {rows}, {outputs} x {inputs}, {short(kind)}",
-        run=lambda: (reference.linear(x, weight),),
-        expect=lambda: (reference.linear(x.double(), weight.double()).to(kind),),
-        tolerance=TOLERANCE[kind],
-        bytes=x.nbytes + weight.nbytes + rows * outputs * kind.itemsize,
-        flops=2 * rows * outputs * inputs,
-        lowered=False,
-    )
+def dense_products(rows: int, outputs: int, inputs: int, kind: torch.dtype, device: str) -> list[Callable[[], Any]]:
+    """The library's products of the same size in 16 bits, to compare with."""
+    x = normal((rows, inputs), kind, device, None)
+    weights = copies_of(lambda: normal((outputs, inputs), kind, device, None), outputs * inputs * kind.itemsize)
+    return [partial(F.linear, x, weight) for weight in weights]
 
 
 def linear4_cases(
@@ -79,18 +84,29 @@ def linear4_cases(
     weight = random_weight4(outputs, inputs, group, offsets, kind, device, generator)
     shape = f"rows {rows}, {outputs} x {inputs}, groups of {group}, {offsets}, {short(kind)}"
     moved = weight.nbytes + rows * (inputs + outputs) * x.element_size()
-    few, many = rows <= triton_linear4.FEW_ROWS, rows > triton_linear4.MANY_ROWS
-    for name, exact in (("linear4", True), *((("linear4, fastest", False),) if few or many else ())):
+    many = rows > triton_linear4.MANY_ROWS
+    splits = tuning.linear4_split(outputs, inputs)[1]
+    work = Workspace(device, min(rows, triton_linear4.MANY_ROWS), splits * outputs)
+
+    def copies(exact: bool) -> list[Callable[[], Any]]:
+        weights = copies_of(
+            lambda: random_weight4(outputs, inputs, group, offsets, kind, device, generator), weight.nbytes
+        )
+        return [partial(triton_linear4.linear4, x, other, exact, work=work) for other in weights]
+
+    for name, exact in (("linear4", True), *((("linear4, fastest", False),) if many else ())):
         yield Case(
             name,
             shape,
-            run=lambda exact=exact: (triton_linear4.linear4(x, weight, exact),),
+            run=lambda exact=exact: (triton_linear4.linear4(x, weight, exact, work=work),),
             expect=lambda: (reference.linear4(x, weight),),
             # Where weights are dequantised once, each of them carries a rounding of its own.
             tolerance=TOLERANCE[kind] * (2 if many and not exact else 1),
             bytes=moved,
             flops=2 * rows * outputs * inputs,
             lowered=lowered,
+            copies=partial(copies, exact),
+            library=lambda: [dense_products(rows, outputs, inputs, kind, device)],
         )
     if rows > 1:
         yield Case(
@@ -142,7 +158,7 @@ def _blank_weight4(outputs: int, inputs: int, group: int, offsets: str, kind: to
         None if of is None else torch.empty(groups, dtype=of, device="meta")
         for of in (torch.uint8 if offsets == "mxfp4" else kind, types.get(offsets))
     )
-    words = torch.empty((*tiles, TILE_OUTPUTS, WORDS), dtype=torch.int32, device="meta")
+    words = torch.empty((*tiles, TILE_OUTPUTS, TILE_WORDS), dtype=torch.int16, device="meta")
     assert scales is not None
     return Weight4(words, scales, other, outputs, inputs, group)
 
@@ -162,6 +178,20 @@ def linear8_cases(
         f"rows {rows}, {outputs} x {inputs}, {short(code)} {'in blocks' if blocks else 'per channel'}, {short(kind)}"
     )
     moved = x.codes.nbytes + weight.codes.nbytes + weight.scales.nbytes + rows * outputs * kind.itemsize
+
+    def copies() -> list[Callable[[], Any]]:
+        weights = copies_of(lambda: random_weight8(outputs, inputs, code, blocks, device), weight.codes.nbytes)
+        return [partial(triton_linear8.linear8, x, other, kind) for other in weights]
+
+    def library() -> list[list[Callable[[], Any]]]:
+        """torch's scaled products with a scale for each row and output, promoting sums or not; or in whole numbers."""
+        others = copies_of(lambda: random_weight8(outputs, inputs, code, blocks, device).codes.t(), weight.codes.nbytes)
+        if code == torch.int8:
+            return [[partial(torch._int_mm, x.codes, other) for other in others]]
+        scales = torch.ones(rows, 1, device=device), torch.ones(1, outputs, device=device)
+        scaled = partial(torch._scaled_mm, scale_a=scales[0], scale_b=scales[1], out_dtype=kind)
+        return [[partial(scaled, x.codes, other, use_fast_accum=fast) for other in others] for fast in (False, True)]
+
     yield Case(
         "linear8",
         shape,
@@ -172,6 +202,8 @@ def linear8_cases(
         bytes=moved,
         flops=2 * rows * outputs * inputs,
         lowered=lowered,
+        copies=copies,
+        library=library if rows > 16 and not blocks else None,
     )
     if rows > 1:
         some = (0, rows - 1)

@@ -1,7 +1,6 @@
 """The fused operators of a decoder layer in plain torch: the specification of `kernels.triton_layer`.
 
-Rule: what is between two results is computed in float64 and not rounded, but for the normed hidden state, which the
-products take in its 16-bit type. Letters as in `kernels.triton_layer`.
+Rule: what is between two results is computed in float64 and not rounded. Letters as in `kernels.triton_layer`.
 """
 
 import torch
@@ -16,21 +15,22 @@ from kernels.weight4 import Weight4, dequantised
 from kernels.weight8 import Weight8, dequantised8
 
 
-def hidden_of(values: Tensor) -> Hidden:
-    """Values [R, C] with the sums of squares of their tiles."""
+def hidden_of(values: Tensor, next_norm: Norm | None = None) -> Hidden:
+    """Values [R, C], also times the weights of a norm, if there is one, and the sums of squares of their tiles."""
+    weighted = values if next_norm is None else (values.double() * next_norm.weight.double()).to(values.dtype)
     rows, columns = values.shape
     wide = F.pad(values.float(), (0, -columns % SQUARES))
-    return Hidden(values, wide.view(rows, wide.shape[1] // SQUARES, SQUARES).square().sum(-1))
+    return Hidden(values, weighted, wide.view(rows, wide.shape[1] // SQUARES, SQUARES).square().sum(-1))
 
 
-def embed(tokens: Tensor, embedding: Tensor) -> Hidden:
-    return hidden_of(embedding[tokens.long()])
+def embed(tokens: Tensor, embedding: Tensor, next_norm: Norm) -> Hidden:
+    return hidden_of(embedding[tokens.long()], next_norm)
 
 
-def project_heads(hidden: Hidden, norm: Norm, qkv: Matrix, heads: HeadWeights, cache: Cache) -> Tensor:
+def project_heads(hidden: Hidden, epsilon: float, qkv: Matrix, heads: HeadWeights, cache: Cache) -> Tensor:
     """Queries [R, H, D]; keys and values of rows with a position are written to the cache."""
     head_dim, kv_heads = cache.keys.shape[3], cache.keys.shape[2]
-    product = _product(_normed(hidden, norm), qkv)
+    product = _product(_normed(hidden, epsilon), qkv)
     if heads.bias is not None:
         product = product + heads.bias.double()
     parts = product.view(len(product), -1, head_dim)
@@ -43,19 +43,20 @@ def project_heads(hidden: Hidden, norm: Norm, qkv: Matrix, heads: HeadWeights, c
     return q.to(kind)
 
 
-def project_gated(hidden: Hidden, norm: Norm, gate_up: Matrix) -> Tensor:
-    gate, up = _product(_normed(hidden, norm), gate_up).chunk(2, dim=1)
+def project_gated(hidden: Hidden, epsilon: float, gate_up: Matrix) -> Tensor:
+    gate, up = _product(_normed(hidden, epsilon), gate_up).chunk(2, dim=1)
     return (gate / (1.0 + torch.exp(-gate)) * up).to(hidden.values.dtype)
 
 
-def project_added(x: Tensor, weight: Matrix, residual: Hidden) -> Hidden:
-    return hidden_of((residual.values.double() + _product(x, weight)).to(residual.values.dtype))
+def project_added(x: Tensor, weight: Matrix, residual: Hidden, next_norm: Norm) -> Hidden:
+    return hidden_of((residual.values.double() + _product(x, weight)).to(residual.values.dtype), next_norm)
 
 
-def choose(hidden: Hidden, norm: Norm, head: Matrix, samples: Samples) -> tuple[Tensor, Tensor]:
+def choose(hidden: Hidden, epsilon: float, head: Matrix, samples: Samples) -> tuple[Tensor, Tensor]:
     """Chosen tokens [L] and accepted drafts [S]; logits are computed in float64 and rounded once, to float32."""
-    some = Hidden(hidden.values[samples.rows.long()], hidden.squares)
-    logits = _product(_normed(some, norm), head).float()
+    rows = samples.rows.long()
+    some = Hidden(hidden.values[rows], hidden.weighted[rows], hidden.squares[rows])
+    logits = _product(_normed(some, epsilon), head).float()
     for sample, mask in enumerate(samples.mask_of.tolist()):
         if mask >= 0:
             bits = (samples.masks[mask, :, None] >> torch.arange(32, device=logits.device)) & 1
@@ -65,10 +66,10 @@ def choose(hidden: Hidden, norm: Norm, head: Matrix, samples: Samples) -> tuple[
     return chosen, count_accepted(chosen, samples.tokens, samples.starts, samples.most)
 
 
-def _normed(hidden: Hidden, norm: Norm) -> Tensor:
-    wide = hidden.values.double()
-    scale = 1.0 / torch.sqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-    return (wide * scale * norm.weight.double()).to(hidden.values.dtype)
+def _normed(hidden: Hidden, epsilon: float) -> Tensor:
+    """The normed state in float64, from the weighted one."""
+    scale = 1.0 / torch.sqrt(hidden.values.double().square().mean(-1, keepdim=True) + epsilon)
+    return hidden.weighted.double() * scale
 
 
 def _product(x: Tensor, matrix: Matrix) -> Tensor:

@@ -24,6 +24,8 @@ import triton.language as tl
 
 from kernels import tuning
 from kernels.launch import launch, product_type
+from kernels.triton_codes import widened
+from kernels.triton_overlap import after_previous, let_next_begin
 from kernels.triton_product import last_to_arrive
 from kernels.weight8 import KINDS
 
@@ -98,7 +100,7 @@ def paged_attention(
             HEAD_DIM_PADDED=max(16, tuning.padded(head_dim)),
             BLOCK_SIZE=block_size,
             SPLIT=split,
-            TILE=choice.block,
+            TILE=min(choice.block, split),
             WINDOW=window,
             SINKS=sinks is not None,
             EIGHT=eight,
@@ -179,7 +181,9 @@ def _attend_split(
     WIDE: tl.constexpr,
     COMBINE: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
     first_row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
@@ -235,7 +239,8 @@ def _attend_split(
     running_max = tl.full((ROWS * GROUP_PADDED,), float("-inf"), tl.float32)
     running_sum = tl.zeros((ROWS * GROUP_PADDED,), tl.float32)
     output = tl.zeros((ROWS * GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
-    # The trip count is fixed: a tile behind the last position loads nothing and changes no bit.
+    # The trip count is fixed: a tile behind the last position loads nothing and changes no bit, and a count that
+    # depended on it would make all of them slower by a tenth.
     for tile in tl.range(0, SPLIT, TILE):
         at = start + tile + tl.arange(0, TILE)
         inside = at <= last
@@ -245,8 +250,8 @@ def _attend_split(
         tile_mask = inside[:, None] & (lane < HEAD_DIM)[None, :]
         key_rows = block * stride_key_block + slot * stride_key_slot + kv_head * stride_key_head
         key = tl.load(keys_ptr + key_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
-        if EIGHT:
-            key = key.to(queries_ptr.dtype.element_ty)  # exact
+        if EIGHT:  # exact
+            key = widened(key, query) if WIDE is None else key.to(queries_ptr.dtype.element_ty)
         if WIDE is not None:
             products = tl.dot(query, tl.trans(key.to(WIDE)), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
         else:
@@ -270,7 +275,7 @@ def _attend_split(
         value_rows = block * stride_value_block + slot * stride_value_slot + kv_head * stride_value_head
         value = tl.load(values_ptr + value_rows[:, None] + lane[None, :], mask=tile_mask, other=0.0)  # [N, D]
         if EIGHT:
-            value = value.to(queries_ptr.dtype.element_ty)  # exact
+            value = widened(value, query) if WIDE is None else value.to(queries_ptr.dtype.element_ty)
         if SCALED:
             weights = weights * tl.load(value_scales_ptr + scale_at, mask=inside, other=0.0)[None, :]
         if WIDE is not None:
@@ -278,6 +283,8 @@ def _attend_split(
         else:
             added = tl.dot(weights.to(value.dtype), value)
         output = output * decay[:, None] + added
+
+    let_next_begin(OVERLAP)
 
     # 4. The partial results of the rows that reach the split.
     partial_rows = (rows * splits + split) * HEADS + heads
@@ -372,7 +379,10 @@ def _combine_splits(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     # A row without a position (-1: padding) has no split; its output is zero.
     position = tl.load(positions_ptr + row).to(tl.int32)

@@ -26,21 +26,19 @@ import triton.language as tl
 from kernels import tuning
 from kernels.launch import launch
 from kernels.triton_layer import (
-    ROWS,
     Hidden,
     Matrix,
-    Norm,
-    Workspace,
     matrix_constants,
     matrix_shape,
     parts,
     row_scales,
 )
-from kernels.triton_product import last_to_arrive, split_sums
+from kernels.triton_overlap import after_previous, let_next_begin
+from kernels.triton_product import ROWS, Workspace, last_to_arrive, prefetch_split, split_sums
 from kernels.triton_sampling import GREEDY_BELOW, _gumbel, _small_uniform
 from kernels.weight4 import TILE_INPUTS
 
-BEST_AT_ONCE = tl.constexpr(64)  # tiles whose best are compared at once
+BEST_AT_ONCE = tl.constexpr(128)  # tiles whose best are compared at once
 SEQUENCES_AT_ONCE = tl.constexpr(64)
 
 
@@ -59,7 +57,7 @@ class Samples(NamedTuple):
 
 
 def choose(
-    hidden: Hidden, norm: Norm, head: Matrix, samples: Samples, work: Workspace
+    hidden: Hidden, epsilon: float, head: Matrix, samples: Samples, work: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each sample, int32 [L], and how many drafts of each sequence were right, int32 [S]."""
     count, sequences = samples.rows.shape[0], samples.starts.shape[0] - 1
@@ -76,15 +74,24 @@ def choose(
     launch(
         _choose,
         (tiles, row_tiles),
-        *(*hidden, norm.weight, *parts(head), samples.rows, samples.temperatures, samples.seeds, samples.positions),
+        *(
+            hidden.weighted,
+            hidden.squares,
+            *parts(head),
+            samples.rows,
+            samples.temperatures,
+            samples.seeds,
+            samples.positions,
+        ),
         *(samples.masks, samples.mask_of, samples.tokens, samples.starts, scores, ids, chosen, accepted, work.counters),
-        *(count, vocabulary, inputs, -(-inputs // TILE_INPUTS), norm.epsilon, samples.masks.shape[1], sequences),
+        *(count, vocabulary, inputs, -(-inputs // TILE_INPUTS), epsilon, samples.masks.shape[1], sequences),
         samples.most,
         choice=choice,
         BLOCK=choice.block,
         BLOCK_ROWS=ROWS,
         TILES=-(-inputs // TILE_INPUTS),
         SQUARES_PADDED=tuning.padded(hidden.squares.shape[1]),
+        PREFETCH=tuning.PREFETCH,
         **matrix_constants(head, hidden.values),
     )
     return chosen, accepted
@@ -93,9 +100,8 @@ def choose(
 @triton.jit(do_not_specialize=["count", "mask_words", "sequences", "most"])
 def _choose(
     # pointers
-    hidden_ptr,  # [R, C]
+    weighted_ptr,  # [R, C]
     squares_ptr,  # [R, Q]
-    norm_ptr,  # [C]
     weight_ptr,  # [V, C] or parts of a Weight4
     scales_ptr,
     offsets_ptr,
@@ -128,20 +134,25 @@ def _choose(
     SQUARES_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    RAGGED: tl.constexpr,
     WIDE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # 1. The logits of N ids for M samples.
     best_tiles = tl.num_programs(0)
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     real = sample < count
+    prefetch_split(weight_ptr, ids, ids < vocabulary, 0, inputs, tiles, TILES, KIND, PREFETCH, OVERLAP)
+    after_previous(OVERLAP)
     row = tl.load(rows_ptr + sample, mask=real, other=0).to(tl.int64)  # [M]
-    scale = row_scales(squares_ptr, row, real, inputs, epsilon, SQUARES_PADDED)
     scores = split_sums(
-        *(hidden_ptr, norm_ptr, scale, row, real, inputs),
+        *(weighted_ptr, row, real, inputs),
         *(weight_ptr, scales_ptr, offsets_ptr, ids, ids < vocabulary, 0, inputs, tiles),
-        *(BLOCK, BLOCK_ROWS, TILES, GROUP, KIND, True, WIDE),
+        *(BLOCK, BLOCK_ROWS, TILES, GROUP, KIND, RAGGED, WIDE),
     )  # [N, M]
+    scores = scores * row_scales(squares_ptr, row, real, inputs, epsilon, SQUARES_PADDED)[None, :]
 
     # 2. Scores: over the temperature, with noise, unless greedy; minus infinity where a mask does not permit the id.
     temperature = tl.load(temperatures_ptr + sample, mask=real, other=0.0)[None, :]
@@ -164,6 +175,7 @@ def _choose(
 
     # 3. The best of the tile; the lowest id of a tie.
     best, index = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)  # [M]
+    let_next_begin(OVERLAP)
     at = sample * best_tiles + tl.program_id(0)
     tl.store(scores_ptr + at, best, mask=real)
     tl.store(ids_ptr + at, tl.program_id(0) * BLOCK + index, mask=real)
@@ -172,17 +184,17 @@ def _choose(
 
     # 4. The best of the tiles: they ascend with their ids, and a later one has to be better.
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    token = tl.zeros((BLOCK_ROWS,), tl.int32)
+    best_tile = tl.zeros((BLOCK_ROWS,), tl.int32)
     for first in range(0, best_tiles, BEST_AT_ONCE):
         tile = first + tl.arange(0, BEST_AT_ONCE)
         mask = real[:, None] & (tile < best_tiles)[None, :]
         of_tiles = sample[:, None] * best_tiles + tile[None, :]
-        some = tl.load(scores_ptr + of_tiles, mask=mask, other=float("-inf"), cache_modifier=".cg")  # [M, 64]
+        some = tl.load(scores_ptr + of_tiles, mask=mask, other=float("-inf"), cache_modifier=".cg")  # [M, tiles]
         best, index = tl.max(some, axis=1, return_indices=True, return_indices_tie_break_left=True)  # [M]
-        of_best = sample * best_tiles + first + index
-        better = real & ((best > top) | ((first == 0) & (index == 0)))
-        token = tl.where(better, tl.load(ids_ptr + of_best, mask=better, other=0, cache_modifier=".cg"), token)
+        better = best > top
+        best_tile = tl.where(better, first + index, best_tile)
         top = tl.where(better, best, top)
+    token = tl.load(ids_ptr + sample * best_tiles + best_tile, mask=real, other=0, cache_modifier=".cg")
     tl.store(chosen_ptr + sample, token, mask=real)
     if not last_to_arrive(counters_ptr, tl.num_programs(1)):
         return

@@ -26,8 +26,8 @@ import triton.language as tl
 
 from kernels import tuning
 from kernels.launch import Launch, launch
-from kernels.triton_layer import ROWS, Matrix, matrix_constants, matrix_shape, parts
-from kernels.triton_product import split_sums
+from kernels.triton_layer import Matrix, matrix_constants, matrix_shape, parts
+from kernels.triton_product import ROWS, split_sums
 from kernels.triton_swiglu import swiglu
 from kernels.weight4 import TILE_INPUTS, TILE_OUTPUTS, Weight4
 
@@ -222,6 +222,7 @@ def _multiply_experts(
     PAIRS: tl.constexpr,  # pairs that share a row of x
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
+    RAGGED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     # 1. Up to M pairs of one expert.
@@ -237,9 +238,9 @@ def _multiply_experts(
     output = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real_output = output < outputs
     sums = split_sums(
-        *(x_ptr, x_ptr, tl.zeros((BLOCK_ROWS,), tl.float32), pair // PAIRS, real, stride_x),
+        *(x_ptr, pair // PAIRS, real, stride_x),
         *(weight_ptr, scales_ptr, offsets_ptr, expert * outputs + output, real_output, 0, inputs, tiles),
-        *(BLOCK, BLOCK_ROWS, TILES, GROUP, KIND, False, WIDE),
+        *(BLOCK, BLOCK_ROWS, TILES, GROUP, KIND, RAGGED, WIDE),
     )  # [N, M]
     target = product_ptr + pair[None, :] * outputs + output[:, None]
     tl.store(target, sums.to(product_ptr.dtype.element_ty), mask=real[None, :] & real_output[:, None])

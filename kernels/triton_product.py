@@ -16,22 +16,52 @@ import triton.language as tl
 
 from kernels import tuning
 from kernels.launch import launch
-from kernels.weight4 import TILE_INPUTS, TILE_OUTPUTS, WORDS
+from kernels.triton_codes import group_offset, group_scale, numbers_of, operand_of
+from kernels.triton_overlap import after_previous, bring_nearer, let_next_begin
+from kernels.weight4 import QUARTERS, TILE_INPUTS, TILE_OUTPUTS, TILE_WORDS
 
 _OUTPUTS = tl.constexpr(TILE_OUTPUTS)
 _INPUTS = tl.constexpr(TILE_INPUTS)
-_WORDS = tl.constexpr(WORDS)
-_MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23, whose mantissa counts whole numbers
+_WORDS = tl.constexpr(TILE_WORDS)
+_QUARTERS = tl.constexpr(QUARTERS)
 
 
-def row_pieces(output: torch.Tensor, splits: int) -> Iterator[tuple[slice, torch.Tensor]]:
+ROWS = 16  # of a tile in the fused products of a layer
+
+
+class Workspace:
+    """Memory of the products' splits, and the counters of their tiles, which are zero between launches.
+
+    One for all launches of a stream, which run one after the other.
+    """
+
+    def __init__(self, device: torch.device | str, rows: int, splits_times_outputs: int, tiles: int = 1 << 15) -> None:
+        """For up to `rows` rows, and products whose splits times outputs are no more than that."""
+        self.rows = -(-rows // ROWS) * ROWS
+        self.partial = torch.empty(self.rows * splits_times_outputs, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+    def check(self, rows: int, splits: int, outputs: int, tiles: int) -> None:
+        if rows * splits * outputs > self.partial.numel() or tiles > self.counters.numel():
+            raise ValueError(
+                f"{rows} rows of {outputs} outputs in {splits} splits need more than this workspace of "
+                f"{self.partial.numel()} sums and {self.counters.numel()} tiles"
+            )
+
+
+def row_pieces(
+    output: torch.Tensor, splits: int, work: Workspace | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Pieces of the rows of output [R, N], and where each piece's products go: [splits, rows of the piece, N].
 
-    With one split that is the output itself; with more it is float32, as many rows as the workspace holds. Neither has
-    been written yet.
+    With one split that is the output itself; with more it is float32, as many rows as the workspace holds, or `work`
+    for all of them. Neither has been written yet.
     """
     rows, columns = output.shape
     piece = rows if splits == 1 else max(1, tuning.SPLIT_WORKSPACE_BYTES // (splits * columns * 4))
+    if work is not None:
+        yield slice(0, rows), work.partial
+        return
     for first in range(0, rows, max(1, piece)):
         some = slice(first, min(first + piece, rows))
         if splits == 1:
@@ -58,8 +88,6 @@ def add_splits(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None
 def split_sums(
     # activations
     x_ptr,  # [R, C]
-    norm_ptr,  # [C], read when NORM
-    row_scale,  # [M], used when NORM
     row,  # [M] int64
     real_row,  # [M]
     stride_x,
@@ -79,65 +107,107 @@ def split_sums(
     TILES: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,  # -1: 16 bits; -2: 8 bits; as `kernels.weight4` otherwise
-    NORM: tl.constexpr,
+    RAGGED: tl.constexpr,  # the last tile is not full
     WIDE: tl.constexpr,
 ):
     """Products of N outputs with M rows over one split of the inputs, TILES tiles of 128 in order: [N, M] fp32."""
     sums = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+    # Outputs that are not there stand for the first, and nobody stores what they get: loads of weights have no mask,
+    # which would take as many instructions as unpacking a register of codes. Rows that are not there are not read.
+    output = tl.where(real_output, output, 0)
+    steps = tl.minimum(TILES, tiles - split * TILES)
     if KIND < 0:
-        element = tl.arange(0, _INPUTS)
-        for step in tl.range(0, TILES):
-            at = (split * TILES + step) * _INPUTS + element
-            x = _activations(x_ptr, norm_ptr, row_scale, row, real_row, stride_x, at, at < inputs, NORM)  # [128, M]
-            weight_at = weight_ptr + output.to(tl.int64)[:, None] * inputs + at[None, :]
-            weight = tl.load(weight_at, mask=real_output[:, None] & (at < inputs)[None, :], other=0.0)  # [N, 128]
+        at = split * TILES * _INPUTS + tl.arange(0, _INPUTS)
+        x_at = x_ptr + row[None, :] * stride_x + at[:, None]
+        weight_at = weight_ptr + output.to(tl.int64)[:, None] * inputs + at[None, :]
+        for _ in tl.range(0, steps):
+            if RAGGED:
+                x = tl.load(x_at, mask=(at < inputs)[:, None] & real_row[None, :], other=0.0)  # [128, M]
+                weight = tl.load(weight_at, mask=(at < inputs)[None, :], other=0.0)  # [N, 128]
+                at += _INPUTS
+            else:
+                x = tl.load(x_at, mask=real_row[None, :], other=0.0)
+                weight = tl.load(weight_at)
             if KIND == -2:
                 # Exact. The interpreter cannot go from FP8 to float64 at once.
                 weight = weight.to(tl.float32).to(x.dtype)
             sums = product(weight, x, sums, WIDE)
+            x_at += _INPUTS
+            weight_at += _INPUTS
         if KIND == -2:
-            sums = sums * tl.load(scales_ptr + output, mask=real_output, other=0.0)[:, None]
+            sums = sums * tl.load(scales_ptr + output)[:, None]
     else:
-        first_tile = (output // _OUTPUTS).to(tl.int64) * tiles
-        inside = output % _OUTPUTS
+        PER_TILE: tl.constexpr = _INPUTS // GROUP
+        first = (output // _OUTPUTS).to(tl.int64) * tiles + split * TILES
         word = tl.arange(0, _WORDS)
-        for step in tl.range(0, TILES):
-            tile = split * TILES + step
-            exists = tl.where(real_output, tile, tiles) < tiles
-            words_at = (first_tile + tile) * (_OUTPUTS * _WORDS) + inside * _WORDS
-            words = tl.load(weight_ptr + words_at[:, None] + word[None, :], mask=exists[:, None], other=0)  # [N, 16]
-            for group in tl.static_range(_INPUTS // GROUP):
-                group_at = ((first_tile + tile) * (_INPUTS // GROUP) + group) * _OUTPUTS + inside
-                scale = group_scale(scales_ptr + group_at, exists, KIND)  # [N]
-                offset, zero = group_offset(offsets_ptr + group_at, exists, KIND)  # [N]
-                part = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
-                x_sums = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
-                for plane_step in tl.static_range(GROUP // _WORDS):
-                    at = tile * _INPUTS + (group * GROUP + plane_step * _WORDS) + word  # [16]
-                    x = _activations(
-                        x_ptr, norm_ptr, row_scale, row, real_row, stride_x, at, at < inputs, NORM
-                    )  # [16, M]
-                    plane_code = plane_of(words, zero[:, None], group * (GROUP // _WORDS) + plane_step, KIND)  # [N, 16]
-                    part = product(plane_code.to(x.dtype), x, part, WIDE)
-                    if KIND == 2:
-                        # By the same instruction, so that their order does not depend on M.
-                        ones = tl.full((BLOCK, _WORDS), 1.0, x.dtype)
-                        x_sums = product(ones, x, x_sums, WIDE)
-                sums += part * scale[:, None]
+        at = split * TILES * _INPUTS + word
+        x_at = x_ptr + row[None, :] * stride_x + at[:, None]
+        words_at = weight_ptr + (first * _OUTPUTS + output % _OUTPUTS)[:, None] * _WORDS + word[None, :]
+        groups_at = first * (PER_TILE * _OUTPUTS) + output % _OUTPUTS
+        for _ in tl.range(0, steps):
+            words = tl.load(words_at)  # [N, 32]
+            part = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+            x_part = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+            for quarter in tl.static_range(_QUARTERS):
+                if quarter * _WORDS % GROUP == 0:  # the beginning of a group: its scale is long there at the end
+                    group_at = groups_at + quarter * _WORDS // GROUP * _OUTPUTS
+                    scale = group_scale(scales_ptr + group_at, KIND)  # [N]
+                    offset, zero = group_offset(offsets_ptr + group_at, KIND)  # [N]
+                if RAGGED:
+                    known = (at + quarter * _WORDS < inputs)[:, None] & real_row[None, :]
+                    x = tl.load(x_at + quarter * _WORDS, mask=known, other=0.0)  # [32, M]
+                else:
+                    x = tl.load(x_at + quarter * _WORDS, mask=real_row[None, :], other=0.0)
+                if WIDE is None:
+                    part = product(operand_of(words, zero, x, quarter, KIND), x, part, WIDE)
+                else:
+                    part = product(numbers_of(words, zero, quarter, KIND), x, part, WIDE)
                 if KIND == 2:
-                    sums += x_sums * offset[:, None]
+                    # By the same instruction, so that their order does not depend on M.
+                    x_part = product(tl.full((BLOCK, _WORDS), 1.0, x.dtype), x, x_part, WIDE)
+                if (quarter + 1) * _WORDS % GROUP == 0:  # the end of a group
+                    sums = tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), sums)
+                    part = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+                    if KIND == 2:
+                        sums = tl.fma(x_part, tl.broadcast_to(offset[:, None], part.shape), sums)
+                        x_part = tl.zeros((BLOCK, BLOCK_ROWS), tl.float32)
+            at += _INPUTS
+            x_at += _INPUTS
+            words_at += _OUTPUTS * _WORDS
+            groups_at += PER_TILE * _OUTPUTS
     return sums
 
 
 @triton.jit
-def _activations(x_ptr, norm_ptr, row_scale, row, real_row, stride_x, at, real, NORM: tl.constexpr):
-    """Inputs `at` of rows [K, M], normed as they are read and rounded once to their type."""
-    x_at = x_ptr + at[:, None] + row[None, :] * stride_x
-    x = tl.load(x_at, mask=real[:, None] & real_row[None, :], other=0.0)
-    if NORM:
-        weight = tl.load(norm_ptr + at, mask=real, other=0.0).to(tl.float32)
-        return (x.to(tl.float32) * row_scale[None, :] * weight[:, None]).to(x.dtype)
-    return x
+def prefetch_split(
+    weight_ptr,
+    output,  # [N]
+    real_output,  # [N]
+    split,
+    inputs,
+    tiles,
+    TILES: tl.constexpr,
+    KIND: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Bring the weights of the first PREFETCH tiles of a split nearer, before anything else is known."""
+    if OVERLAP and PREFETCH > 0:
+        first = split * TILES
+        if KIND < 0:
+            width: tl.constexpr = 64 if KIND == -1 else 128  # weights in 128 bytes
+            at = first * _INPUTS + tl.arange(0, PREFETCH * (_INPUTS // width)) * width
+            bring_nearer(
+                weight_ptr + output.to(tl.int64)[:, None] * inputs + at[None, :],
+                real_output[:, None] & (at < tl.minimum(inputs, (first + TILES) * _INPUTS))[None, :],
+                OVERLAP,
+            )
+        else:
+            tile = first + tl.arange(0, PREFETCH)
+            start = (output // _OUTPUTS).to(tl.int64) * tiles
+            at = ((start[:, None] + tile[None, :]) * _OUTPUTS + (output % _OUTPUTS)[:, None]) * _WORDS
+            wanted = real_output[:, None] & (tile < tl.minimum(tiles, first + TILES))[None, :]
+            bring_nearer(weight_ptr + at, wanted, OVERLAP)
 
 
 @triton.jit
@@ -146,50 +216,6 @@ def product(a, b, sums, WIDE: tl.constexpr):
     if WIDE is not None:
         return sums + tl.dot(a.to(WIDE), b.to(WIDE), input_precision="ieee", out_dtype=WIDE).to(tl.float32)
     return tl.dot(a, b, sums)
-
-
-@triton.jit
-def plane_of(words, zero, PLANE: tl.constexpr, KIND: tl.constexpr):
-    """(code - zero) of one plane in float32, or the value of MXFP4's code; exact.
-
-    `zero` has the shape of words but for ones. A code is masked where it stands, in the mantissa of 2^23: no shift, but
-    for one that the upper three planes share. Its place is a power of two, which the one multiplication and addition
-    after that takes away with 2^23 and zero.
-    """
-    if KIND == 3:
-        # The sign where float32 has it, two bits of exponent and one of mantissa at the lower end of its own: a number
-        # 2^126 too small, a subnormal one for the code of 0.5.
-        sign = (words << (28 - 4 * PLANE)) & -2147483648
-        low = words << (22 - 4 * PLANE) if PLANE < 6 else words >> (4 * PLANE - 22)
-        return (sign | (low & 0x01C00000)).to(tl.float32, bitcast=True) * 8.507059173023462e37
-    place: tl.constexpr = 16 ** (PLANE % 5)
-    words = words >> 20 if PLANE > 4 else words
-    counted = ((words & (15 * place)) | _MAGIC).to(tl.float32, bitcast=True)
-    one: tl.constexpr = 1.0 / place
-    lowered = -8388608.0 * one - zero + tl.zeros_like(counted)
-    return tl.fma(counted, tl.full(counted.shape, one, tl.float32), lowered)
-
-
-@triton.jit
-def group_scale(pointers, mask, KIND: tl.constexpr):
-    """The scale of groups in float32."""
-    if KIND == 3:
-        exponent = tl.load(pointers, mask=mask, other=0).to(tl.int32)
-        return tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def group_offset(pointers, mask, KIND: tl.constexpr):
-    """The minimum of groups, or nothing; and the code that stands for zero. Both shaped like `pointers`."""
-    nothing = tl.zeros(pointers.shape, tl.float32)
-    if KIND == 0:
-        return nothing, nothing + 8.0
-    if KIND == 3:
-        return nothing, nothing
-    if KIND == 1:
-        return nothing, tl.load(pointers, mask=mask, other=0).to(tl.float32)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32), nothing
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -203,7 +229,10 @@ def _add_splits(
     # constants
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    after_previous(OVERLAP)
+    let_next_begin(OVERLAP)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     mask = column < columns

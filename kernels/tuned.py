@@ -20,8 +20,8 @@ import torch
 from kernels.launch import INTERPRETED, Launch
 
 TABLE = Path(__file__).with_name("tuned.json")
-# Upper ends of the buckets of rows; more rows than the last belong to it.
-BUCKETS = (16, 32, 64)
+# Upper ends of the buckets of rows of each operator; more rows than the last belong to it.
+BUCKETS = {"linear4": (8, 16, 64), "linear8": (16, 64), "linear8 many": (512, 2048)}
 
 
 def choice(operator: str, outputs: int, inputs: int, rows: int, fallback: Launch) -> Launch:
@@ -32,7 +32,8 @@ def choice(operator: str, outputs: int, inputs: int, rows: int, fallback: Launch
 
 
 def key(operator: str, outputs: int, inputs: int, rows: int) -> str:
-    bucket = next((bucket for bucket in BUCKETS if rows <= bucket), BUCKETS[-1])
+    buckets = BUCKETS[operator]
+    bucket = next((bucket for bucket in buckets if rows <= bucket), buckets[-1])
     return f"{operator} {outputs} x {inputs}, {bucket} rows"
 
 

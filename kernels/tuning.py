@@ -6,8 +6,8 @@ tuned themselves differently would round differently, and the same request would
 autotunes. Where no sum is involved (sampling, rotary, copies) a choice may follow the number of rows.
 
 The numbers come from reasoning (16-byte accesses per thread, enough programs for 132 multiprocessors, loads in flight
-before their first use) and have not been measured on a GPU yet; `python -m kernels.verify` there prints the share of
-the measured bandwidth that each kernel reaches with them.
+before their first use) and from sweeps on an H200; `python -m kernels.verify` prints the share of the bandwidth that
+each kernel reaches with them.
 """
 
 from kernels.launch import Launch
@@ -30,8 +30,9 @@ def elementwise(columns: int) -> Launch:
     return Launch(block, num_warps=max(1, block // 256))
 
 
-# Attention: positions per split. 256 positions x 8 KV heads give 64 programs at 2k context and batch 1; the fp32
-# partials add 1.6 % to the bytes of a bf16 cache with a head size of 128 and 4 query heads per KV head.
+# Attention: positions per split. A context of 512 positions has two programs for each KV head, of two tiles each. With
+# 512 an 8k context is read 4 % faster, one of 512 positions half as fast. The fp32 partials add 1.6 % to the bytes of
+# a bf16 cache with a head size of 128 and 4 query heads per KV head.
 ATTENTION_SPLIT = 256
 
 # Queries of one tile, as many as one tensor core instruction takes: a decode row fills it with its query heads alone.
@@ -47,13 +48,15 @@ ATTENTION_WORKSPACE_BYTES = 128 << 20
 def attention(head_dim: int, cache_bytes: int) -> Launch:
     """Positions per tile, by the head size and the bytes of a cache element.
 
-    16-bit caches: a tile of K and V in flight is 32 KiB at a head size of 128, and four programs fit on a
-    multiprocessor. fp32 caches multiply without tensor cores, in registers: half the tile and twice the warps, or the
-    compiler spills.
+    16-bit caches: a tile of K and V in flight is 64 KiB at a head size of 128, and three programs fit on a
+    multiprocessor. Codes of eight bits are widened in registers, so their tile is half as large. fp32 caches multiply
+    without tensor cores, in registers: a smaller tile still and twice the warps, or the compiler spills.
     """
     if cache_bytes > 2:
         return Launch(block=32, num_warps=8, num_stages=3)
-    return Launch(block=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+    if cache_bytes == 1 or head_dim > 128:
+        return Launch(block=64, num_warps=4, num_stages=3)
+    return Launch(block=128, num_warps=4, num_stages=2)
 
 
 # Sampling: token ids per program.
@@ -67,46 +70,68 @@ PROGRAMS = 132
 SPLIT_WORKSPACE_BYTES = 128 << 20
 
 
+# Above so many rows, a program of a product works on all splits itself, one after the other: there are enough programs
+# without splits, and partial sums of many rows are more to move than the weights. Products of eight bits, which have no
+# splits, have another kernel there.
+FEW_ROWS = 64
+
+
 def product_rows(rows: int) -> int:
     """Rows of a tile of a product. No sum runs along them, so they may follow the batch."""
     return min(64, max(16, padded(rows)))
 
 
-def linear4_few(outputs: int) -> tuple[Launch, int]:
-    """Outputs of a program, and tiles of inputs that are in flight at once: two 16-byte loads for each thread.
-
-    Eight or four words are on their way for each thread, in programs of 256. With 512 threads, four rows would spill;
-    with fewer, or fewer outputs, the compiler moves activations between threads. Narrow matrices get narrower programs,
-    or most multiprocessors would have none.
-    """
-    return Launch(16 if outputs >= 16 * PROGRAMS else 8, num_warps=8), 8
-
-
 def linear4_split(outputs: int, inputs: int) -> tuple[Launch, int]:
-    """Outputs of a program, and splits of the inputs: so many that two programs meet on each multiprocessor.
+    """Outputs of a program, and splits of the inputs: a power of two, so many that 3.5 programs share a multiprocessor.
 
-    A split has two tiles of 128 inputs at least. Wide matrices take 128 outputs, so that activations are read half as
-    often.
+    A split has two tiles of 128 inputs at least. Unpacking takes many instructions for a byte, and a program waits for
+    its tensor core four times in a tile: the others fill the time.
     """
-    block, warps = (128, 8) if outputs >= 128 * PROGRAMS else (64, 4)
-    splits = min(-(-inputs // 128) // 2, 2 * PROGRAMS // -(-outputs // block))
-    return Launch(block, warps, num_stages=4), max(1, splits)
+    enough = padded(-(-7 * PROGRAMS // (2 * -(-outputs // 64))))
+    return Launch(64, num_warps=4, num_stages=3), max(1, min(-(-inputs // 128) // 2, enough))
 
 
-def linear8(outputs: int, inputs: int) -> tuple[Launch, int]:
-    """Outputs of a program and splits of the inputs, as `linear4_split`; a split has four blocks of 128 at least."""
-    block, warps = (128, 8) if outputs >= 128 * PROGRAMS else (64, 4)
-    splits = min(-(-inputs // 128) // 4, 2 * PROGRAMS // -(-outputs // block))
-    return Launch(block, warps, num_stages=4), max(1, splits)
+def linear8(outputs: int, inputs: int) -> Launch:
+    """Outputs of a program. Inputs are not divided: a program of many rows would have to add as those of few do.
 
-
-def layer_product(outputs: int, inputs: int) -> tuple[Launch, int]:
-    """Outputs of a program and splits of the inputs in the fused products of a layer; as `linear4_split`, 64 outputs.
-
-    Four stages of 64 x 128 weights of 16 bits are 64 KiB on their way for each program.
+    Six stages of 64 x 128 weights of eight bits are 48 KiB on their way for each of at least one program.
     """
-    splits = min(-(-inputs // 128) // 2, 2 * PROGRAMS // -(-outputs // 64))
-    return Launch(64, num_warps=4, num_stages=4), max(1, splits)
+    return Launch(64, num_warps=4, num_stages=6)
+
+
+def linear8_many(outputs: int, inputs: int) -> tuple[int, Launch]:
+    """Rows of a tile, and outputs of it, where there are many rows.
+
+    Two programs of 72 KiB on a multiprocessor: one's sums are promoted while another's are multiplied.
+    """
+    return 128, Launch(64, num_warps=4, num_stages=3)
+
+
+def layer_product(outputs: int, inputs: int, four: bool = False) -> tuple[Launch, int]:
+    """Outputs of a program and splits of the inputs in the fused products of a layer.
+
+    Five stages of 64 x 128 weights of 16 bits are 80 KiB on their way for each program; inputs that all are on their
+    way at once need no splits. Two programs on each multiprocessor reach the memory's bandwidth with weights of 16
+    bits; those of `four` bits are divided as in `linear4_split`.
+    """
+    tiles, stages = -(-inputs // 128), 5
+    if tiles <= stages:
+        return Launch(64, num_warps=4, num_stages=stages), 1
+    if four:
+        return linear4_split(outputs, inputs)
+    splits = min(-(-tiles // 2), 2 * PROGRAMS // -(-outputs // 64))
+    return Launch(64, num_warps=4, num_stages=stages), max(1, splits)
+
+
+def layer_heads(head_dim: int, outputs: int, inputs: int, four: bool = False) -> tuple[Launch, int]:
+    """As `layer_product`, where a program has outputs of one head."""
+    choice, splits = layer_product(outputs, inputs, four)
+    return choice._replace(block=min(64, head_dim)), splits
+
+
+# Tiles of weights that a program of the fused products asks for while the kernel before it still runs: all that its
+# stages hold.
+PREFETCH = 4
 
 
 def head(vocabulary: int) -> Launch:

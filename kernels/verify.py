@@ -1,9 +1,11 @@
 """`python -m kernels.verify [--json FILE]`: every Triton kernel against its reference, on whatever device is here.
 
-On a GPU: serving shapes, with the time of each kernel (CUDA events, median, caches flushed before each run) and its
-share of what the machine was measured to do in the same run: the time that moving the bytes at copy bandwidth and doing
-the arithmetic at matmul rate would take, over the time it took. Elsewhere: small shapes in Triton's interpreter, whose
-times mean nothing and are left out. Exit status 1 when any result is wrong.
+On a GPU: serving shapes, with the time of each kernel and its share of what the machine was measured to do in the same
+run: the time that moving the bytes at copy bandwidth and doing the arithmetic at matmul rate would take, over the time
+it took; and the time of the fastest that the library has for the same work. Products run one after the other in a CUDA
+graph, as in a decode step, each on weights of its own that no cache holds; everything else runs alone, after the caches
+were flushed. Medians. Elsewhere: small shapes in Triton's interpreter, whose times mean nothing and are left out. Exit
+status 1 when any result is wrong.
 """
 
 import argparse
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from kernels.case import Case
 
 REPETITIONS = 20
+CHAIN_REPETITIONS = 9
 # Far larger than any L2 cache, so that a timed kernel finds nothing of its own there, and long enough to write that the
 # host has launched the kernel by then.
 FLUSH_BYTES = 1 << 30
@@ -45,6 +48,7 @@ class Verified:
     bytes: int
     flops: int
     share: float | None
+    library_us: float | None = None  # the fastest of the library's ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     from kernels.cases import serving_cases, small_cases
+    from kernels.compile_ahead import compile_ahead
     from kernels.launch import INTERPRETED
     from kernels.layer_cases import launches_of_a_layer
 
     torch.manual_seed(0)
+    if not INTERPRETED:
+        compile_ahead("kernels.cases:serving_calls")
     if INTERPRETED:
         device, machine, cases = f"Triton interpreter on {platform.machine()}", None, small_cases("cpu")
     else:
@@ -77,14 +84,22 @@ def main(arguments: list[str] | None = None) -> int:
     if machine:
         print(f"copy {machine.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {machine.matmul_flops_per_s / 1e12:.0f} Tflop/s")
 
-    results = []
-    print(_line("kernel", "shape", "ok", "error", "time us", "MB", "share"))
-    for case in cases:
-        results.append(verify(case, machine))
-        print(_line(*_cells(results[-1])), flush=True)
-    if options.json:
-        report = {"device": device, "versions": versions(), "kernels": [asdict(result) for result in results]}
-        options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    results: list[Verified] = []
+    print(_line("kernel", "shape", "ok", "error", "time us", "MB", "share", "library"))
+    try:
+        for case in cases:
+            results.append(verify(case, machine))
+            print(_line(*_cells(results[-1])), flush=True)
+    finally:  # also of a run that was interrupted
+        if options.json:
+            report = {
+                "device": device,
+                "copy_bytes_per_s": machine.copy_bytes_per_s if machine else None,
+                "matmul_flops_per_s": machine.matmul_flops_per_s if machine else None,
+                "versions": versions(),
+                "kernels": [asdict(result) for result in results],
+            }
+            options.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     print(f"{launches_of_a_layer()} launches for each layer of a decode step")
     wrong = sum(not result.ok for result in results)
     print(f"{len(results)} checks, {wrong} wrong")
@@ -94,15 +109,16 @@ def main(arguments: list[str] | None = None) -> int:
 def verify(case: "Case", machine: Machine | None) -> Verified:
     """Check one case; with a `machine`, time it too. A kernel that raises is a wrong result, its trace on stderr."""
     error: float | None = None
-    time_us = share = None
+    time_us = share = library_us = None
     try:
         with nan_filled_memory():
             results = case.run()
         error = case.error(results)
         if machine and case.timed:
-            time_us = median_time_us(case.run)
+            time_us = median_time_us(case.run) if case.copies is None else chain_time_us(case.copies())
             ideal_s = max(case.bytes / machine.copy_bytes_per_s, case.flops / machine.matmul_flops_per_s)
             share = ideal_s * 1e6 / time_us
+            library_us = _library_us(case)
     except Exception:
         print(f"{case.name} ({case.shape}) raised:", file=sys.stderr)
         traceback.print_exc()
@@ -110,7 +126,18 @@ def verify(case: "Case", machine: Machine | None) -> Verified:
     ok = error is not None and error <= case.tolerance
     # JSON knows no NaN or infinity.
     finite = error if error is not None and math.isfinite(error) else None
-    return Verified(case.name, case.shape, ok, finite, time_us, case.bytes, case.flops, share)
+    return Verified(case.name, case.shape, ok, finite, time_us, case.bytes, case.flops, share, library_us)
+
+
+def _library_us(case: "Case") -> float | None:
+    """The time of the library's fastest way; None where it has none."""
+    times_us = []
+    for way in case.library() if case.library else []:
+        try:
+            times_us.append(median_time_us(way[0]) if case.copies is None else chain_time_us(way))
+        except (RuntimeError, ValueError) as refusal:
+            print(f"{case.name} ({case.shape}): the library refuses: {refusal}", file=sys.stderr)
+    return min(times_us, default=None)
 
 
 @contextmanager
@@ -154,6 +181,26 @@ def median_time_us(call: Callable[[], Any]) -> float:
     return statistics.median(times_us)
 
 
+def chain_time_us(calls: list[Callable[[], Any]]) -> float:
+    """Median device time of one of `calls`, which run one after the other in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]  # so that no result's memory is used twice
+    times_us = []
+    for _ in range(CHAIN_REPETITIONS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times_us.append(start.elapsed_time(end) * 1e3 / len(kept))
+    return statistics.median(times_us)
+
+
 def versions() -> dict[str, str]:
     """What a result depends on, and when it was taken."""
     import triton
@@ -180,11 +227,14 @@ def _cells(result: Verified) -> tuple[str, ...]:
     time_us = "-" if result.time_us is None else f"{result.time_us:.1f}"
     share = "-" if result.share is None else f"{result.share:.0%}"
     megabytes = f"{result.bytes / 1e6:.3g}"
-    return result.name, result.shape, "yes" if result.ok else "NO", error, time_us, megabytes, share
+    library = "-"
+    if result.library_us is not None and result.time_us is not None:
+        library = f"{result.library_us:.1f} ({result.library_us / result.time_us:.2f}x)"
+    return result.name, result.shape, "yes" if result.ok else "NO", error, time_us, megabytes, share, library
 
 
-def _line(name: str, shape: str, ok: str, error: str, time_us: str, megabytes: str, share: str) -> str:
-    return f"{name:<28}{shape:<62}{ok:<4}{error:>8}{time_us:>10}{megabytes:>9}{share:>7}"
+def _line(name: str, shape: str, ok: str, error: str, time_us: str, megabytes: str, share: str, library: str) -> str:
+    return f"{name:<28}{shape:<62}{ok:<4}{error:>8}{time_us:>10}{megabytes:>9}{share:>7}{library:>17}"
 
 
 if __name__ == "__main__":

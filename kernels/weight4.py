@@ -9,16 +9,17 @@ Rule: packing rounds nothing; codes, scales and offsets come back as they went i
 for output n, input c and its group g = c // group of 32, 64 or 128 inputs.
 
 A tile is 64 outputs of 128 inputs: 4 KiB in one piece, so that a program reads its share of the matrix from one end to
-the other. Each output has sixteen words of 32 bits; word j holds the inputs j, 16 + j, .. 112 + j of the tile:
+the other. Each output has 32 words of 16 bits; word j holds the inputs j, 32 + j, 64 + j and 96 + j of the tile:
 
-    word           0    1   ..  15
-    bits  0..3     0    1   ..  15     plane 0
-    bits  4..7    16   17   ..  31     plane 1
-     ..
-    bits 28..31  112  113   .. 127     plane 7
+    word            0    1   ..  31
+    bits 0..3       0    1   ..  31     quarter 0
+    bits 4..7      32   33   ..  63     quarter 1
+    bits 8..11     64   65   ..  95     quarter 2
+    bits 12..15    96   97   .. 127     quarter 3
 
-One mask on all words of a tile gives a plane: sixteen neighbouring inputs, which is one step of a tensor core, and of
-one group, since every group is a whole number of planes. Nothing is shuffled between threads.
+A word is as wide as an operand of the tensor cores, so words reach the threads that multiply them by the same
+instructions, and one mask on two neighbouring words is two neighbouring operands. A quarter is two steps of a tensor
+core, and a group is one, two or four quarters. Nothing is shuffled between threads.
 
 Outputs are filled up to whole tiles with weights of zero, and inputs too.
 """
@@ -31,8 +32,8 @@ from torch import Tensor
 
 TILE_OUTPUTS = 64
 TILE_INPUTS = 128
-WORDS = 16  # of an output in a tile
-PLANES = TILE_INPUTS // WORDS
+TILE_WORDS = 32  # of an output
+QUARTERS = 4
 GROUPS = (32, 64, 128)
 MIDDLE = 8  # the code of zero in symmetric weights
 MXFP4_GROUP = 32
@@ -43,7 +44,7 @@ MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 class Weight4:
     """A matrix [outputs, inputs]. U tiles of outputs, I tiles of inputs, P groups of a tile."""
 
-    words: Tensor  # [U, I, 64, 16] int32
+    words: Tensor  # [U, I, 64, 32] int16, four codes each
     scales: Tensor  # [U, I, P, 64] of a floating type, or the exponents of MXFP4 in uint8
     offsets: Tensor | None  # as scales: zero points in uint8, or minima in the type of scales; None: symmetric
     outputs: int
@@ -92,11 +93,11 @@ def packed(
             raise ValueError(f"{name} lie in 0..15, these in {int(values.min())}..{int(values.max())}")
 
     tiles = -(-outputs // TILE_OUTPUTS), -(-inputs // TILE_INPUTS)
-    grid = _filled(codes, tiles, TILE_INPUTS, 0 if scales.dtype == torch.uint8 else MIDDLE).int()
-    planes = grid.view(tiles[0], TILE_OUTPUTS, tiles[1], PLANES, WORDS)
-    words = torch.zeros_like(planes[:, :, :, 0])
-    for plane in range(PLANES):
-        words |= planes[:, :, :, plane] << (4 * plane)
+    grid = _filled(codes, tiles, TILE_INPUTS, 0 if scales.dtype == torch.uint8 else MIDDLE).to(torch.int16)
+    quarters = grid.view(tiles[0], TILE_OUTPUTS, tiles[1], QUARTERS, TILE_WORDS)
+    words = torch.zeros_like(quarters[:, :, :, 0])
+    for quarter in range(QUARTERS):
+        words |= quarters[:, :, :, quarter] << (4 * quarter)
     # The filling is a weight of zero in each of the kinds: its scale and its minimum are, or MXFP4's code is.
     filling = MIDDLE if zeros is not None else 0
     kind = scales.dtype if zeros is None else torch.uint8
@@ -112,8 +113,8 @@ def packed(
 
 def unpacked(weight: Weight4) -> tuple[Tensor, Tensor, Tensor | None]:
     """What was packed: codes [N, C] uint8, scales and offsets [N, ceil(C / group)]."""
-    planes = torch.stack([(weight.words >> (4 * plane)) & 15 for plane in range(PLANES)], dim=3)  # [U, I, 64, 8, 16]
-    codes = planes.permute(0, 2, 1, 3, 4).reshape(-1, weight.words.shape[1] * TILE_INPUTS)
+    quarters = torch.stack([(weight.words >> (4 * quarter)) & 15 for quarter in range(QUARTERS)], dim=3)
+    codes = quarters.permute(0, 2, 1, 3, 4).reshape(-1, weight.words.shape[1] * TILE_INPUTS)  # of [U, I, 64, 4, 32]
     offsets = None if weight.offsets is None else _from_tiles(weight.offsets, weight)
     codes = codes[: weight.outputs, : weight.inputs].to(torch.uint8)
     return codes.contiguous(), _from_tiles(weight.scales, weight), offsets

@@ -74,5 +74,6 @@ def nearest(scaled: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _scale(largest: Tensor, kind: torch.dtype) -> Tensor:
-    # Zeros alone have no scale of their own: any will do, but for zero.
-    return torch.where(largest > 0, largest / LARGEST[kind], 1.0)
+    # Zeros alone have no scale of their own: any will do, but for zero. The divisor is a tensor, because torch on a GPU
+    # multiplies with the inverse of a number instead, and rounds otherwise.
+    return torch.where(largest > 0, largest / torch.full_like(largest, LARGEST[kind]), 1.0)

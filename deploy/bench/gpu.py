@@ -35,6 +35,7 @@ from deploy.bench.gpu_model import (
     random_model,
     unfused_step,
 )
+from kernels.compile_ahead import compile_ahead
 from kernels.verify import Machine, measure_machine, versions
 
 CONTEXT_TOKENS = 512
@@ -59,24 +60,38 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    compile_ahead("deploy.bench.gpu:calls_on_paper")
     device, batches = measure_machine(), [int(batch) for batch in options.batches.split(",")]
     name = torch.cuda.get_device_name()
     print(f"{name}: copy {device.copy_bytes_per_s / 1e9:.0f} GB/s, {device.matmul_flops_per_s / 1e12:.0f} Tflop/s")
-    rows = []
-    for row in (row for model in options.models.split(",") for row in measured(model, batches, device)):
-        rows.append(row)
-        print(line(row), flush=True)
-    if options.json:
-        report = {
-            "machine": machine.describe(),
-            "device": name,
-            "copy_bytes_per_s": device.copy_bytes_per_s,
-            "matmul_flops_per_s": device.matmul_flops_per_s,
-            "versions": versions(),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in (row for model in options.models.split(",") for row in measured(model, batches, device)):
+            rows.append(row)
+            print(line(row), flush=True)
+    finally:  # also of a run that was interrupted
+        if options.json:
+            report = {
+                "machine": machine.describe(),
+                "device": name,
+                "copy_bytes_per_s": device.copy_bytes_per_s,
+                "matmul_flops_per_s": device.matmul_flops_per_s,
+                "versions": versions(),
+                "rows": rows,
+            }
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def calls_on_paper() -> Iterator[Callable[[], Any]]:
+    """A decode step and a prompt of every model in every precision, on the meta device: for the compiler."""
+    for shape in SHAPES.values():
+        for precision in PRECISIONS:
+            model = random_model(shape._replace(layers=2), precision, "meta")
+            batch = partial(random_batch, model.shape, device="meta")
+            yield partial(fused_step, model, batch(1, CONTEXT_TOKENS, 1))
+            yield partial(unfused_step, model, batch(1, PROMPT_TOKENS, PROMPT_TOKENS))
+            yield partial(unfused_step, model, batch(2 * MOST_FUSED_ROWS, CONTEXT_TOKENS, 1))
 
 
 def measured(name: str, batches: list[int], device: Machine) -> Iterator[dict[str, Any]]:

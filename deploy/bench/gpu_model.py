@@ -20,8 +20,9 @@ from kernels.layer_cases import matrix_of
 from kernels.ops import triton as triton_table
 from kernels.reference import rotary_tables
 from kernels.triton_choice import Samples
-from kernels.triton_layer import Cache, HeadWeights, LayerWeights, Matrix, Norm, Workspace
+from kernels.triton_layer import Cache, HeadWeights, LayerWeights, Matrix, Norm
 from kernels.triton_linear4 import linear4
+from kernels.triton_product import Workspace
 from kernels.weight4 import Weight4
 from kernels.weight8 import Weight8
 
@@ -144,10 +145,11 @@ def random_batch(
 
 def fused_step(model: Model, batch: Batch) -> Tensor:
     """The token of each sequence, int32."""
-    hidden = triton_layer.embed(batch.tokens, model.embedding)
-    for layer, cache in zip(model.layers, batch.caches, strict=True):
-        hidden = triton_layer.decode_layer(hidden, layer, cache, batch.work, batch.context)
-    return triton_choice.choose(hidden, model.norm, model.embedding, batch.samples, batch.work)[0]
+    norms = [*(layer.attention_norm for layer in model.layers), model.norm]
+    hidden = triton_layer.embed(batch.tokens, model.embedding, norms[0])
+    for layer, cache, next_norm in zip(model.layers, batch.caches, norms[1:], strict=True):
+        hidden = triton_layer.decode_layer(hidden, layer, next_norm, cache, batch.work, batch.context)
+    return triton_choice.choose(hidden, model.norm.epsilon, model.embedding, batch.samples, batch.work)[0]
 
 
 def unfused_step(model: Model, batch: Batch) -> Tensor:

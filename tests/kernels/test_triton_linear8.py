@@ -2,15 +2,26 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kernels import reference, triton_quantise, tuning
+from kernels import reference, triton_quantise
+from kernels.launch import recording
 from kernels.triton_linear8 import linear8
 from kernels.verify import nan_filled_memory
-from kernels.weight8 import KINDS, LARGEST, Rows8, Weight8, dequantised8, nearest, quantised_weight8
+from kernels.weight8 import (
+    KINDS,
+    LARGEST,
+    Rows8,
+    Weight8,
+    dequantised8,
+    nearest,
+    quantised_rows8,
+    quantised_weight8,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8, INT8 = KINDS
@@ -45,15 +56,45 @@ def test_a_product_is_that_of_the_reference(kind: torch.dtype, blocks: bool) -> 
         assert_close(linear8(x, weight, torch.float16), expected, rtol=2e-3, atol=2e-3)
 
 
+def last(x: Rows8, rows: int) -> Rows8:
+    return Rows8(x.codes[-rows:], x.scales[-rows:])
+
+
+@pytest.mark.parametrize("inputs", [1030, 1040])  # the copy engine can read many rows of the second
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_alone_and_in_every_batch(kind: torch.dtype, blocks: bool) -> None:
-    assert tuning.linear8(20, 1030)[1] == 2
-    x, weight = rows_of(67, 1030, kind, blocks), quantised_weight8(normal(20, 1030, seed=9), kind, blocks)
-    alone = linear8(Rows8(x.codes[-1:], x.scales[-1:]), weight, torch.float16)[0]
-    for rows in (2, 5, 16, 17, 33, 64, 65, 67):
-        together = linear8(Rows8(x.codes[-rows:], x.scales[-rows:]), weight, torch.float16)
-        assert torch.equal(together[-1], alone), rows
+def test_a_row_has_the_same_bits_alone_and_in_every_batch(kind: torch.dtype, blocks: bool, inputs: int) -> None:
+    x, weight = rows_of(130, inputs, kind, blocks), quantised_weight8(normal(70, inputs, seed=9), kind, blocks)
+    alone = linear8(last(x, 1), weight, torch.float16)[0]
+    for rows in (2, 5, 16, 17, 33, 64, 65, 130):
+        assert torch.equal(linear8(last(x, rows), weight, torch.float16)[-1], alone), rows
+
+
+def test_many_rows_are_read_by_the_copy_engine_where_it_can_and_have_the_same_bits_where_not() -> None:
+    wide = rows_of(66, 1056, FP8, False)
+    weight = quantised_weight8(normal(70, 1040, seed=9), FP8, False)
+    odd = quantised_weight8(normal(70, 1030, seed=9), FP8, False)
+    even, shifted = (Rows8(wide.codes[:, at : at + 1040], wide.scales) for at in (16, 8))
+    dense = Rows8(shifted.codes.contiguous(), shifted.scales)
+    for x, matrix, kernel in (
+        (even, weight, "_multiply8_many"),
+        (dense, weight, "_multiply8_many"),
+        (shifted, weight, "_multiply8"),  # its rows begin between multiples of 16 bytes
+        (Rows8(wide.codes[:, :1030], wide.scales), odd, "_multiply8"),  # the matrix's do
+        (last(even, 64), weight, "_multiply8"),
+    ):
+        launches = recording(lambda: linear8(x, matrix, torch.float16))  # noqa: B023
+        assert [each.kernel.__name__ for each in launches] == [kernel]
+    assert torch.equal(linear8(shifted, weight, torch.float16), linear8(dense, weight, torch.float16))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_and_outputs_meet_each_other_once(kind: torch.dtype, blocks: bool) -> None:
+    # Two tiles of rows, ten of outputs: eight that share their programs' time, and two.
+    x, weight = rows_of(130, 144, kind, blocks), quantised_weight8(normal(600, 144, seed=9), kind, blocks)
+    expected = reference.linear8(x, weight, torch.float16)
+    assert_close(linear8(x, weight, torch.float16), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_whole_numbers_are_added_exactly_however_many() -> None:
@@ -95,6 +136,20 @@ def test_every_value_near_the_grid_of_fp8_gets_the_code_that_torch_gives_it() ->
     got = triton_quantise.quantise8(x, FP8, False)
     assert got.scales.tolist() == [1.0]
     assert torch.equal(values(got.codes.cpu()), values(x.cpu().to(FP8)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_is_the_largest_value_over_the_largest_code_rounded_once_on_every_device(kind: torch.dtype) -> None:
+    largest = normal(200, 1).float().abs() + 0.1
+    expected = torch.from_numpy(largest[:, 0].cpu().numpy() / np.float32(LARGEST[kind]))
+    # A product with the inverse rounds otherwise, and that is how torch divides by a number of Python on a GPU.
+    assert not torch.equal(largest[:, 0].cpu() * torch.tensor(1 / LARGEST[kind]), expected)
+    for found in (
+        quantised_rows8(largest, kind, False),
+        quantised_weight8(largest, kind, False),
+        triton_quantise.quantise8(largest, kind, False),
+    ):
+        assert torch.equal(found.scales.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

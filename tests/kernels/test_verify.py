@@ -1,6 +1,8 @@
 """`python -m kernels.verify`: what it writes, and that a wrong kernel does not pass."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,10 +34,10 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *only: Case) -> tuple[int
 def test_a_report_has_exactly_the_documented_fields(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     status, report = run(monkeypatch, tmp_path, case(2.0))
     assert status == 0
-    assert set(report) == {"device", "versions", "kernels"}
+    assert set(report) == {"device", "copy_bytes_per_s", "matmul_flops_per_s", "versions", "kernels"}
     assert {"python", "torch", "triton", "commit", "date"} <= set(report["versions"])
     [row] = report["kernels"]
-    assert set(row) == {"name", "shape", "ok", "error", "time_us", "bytes", "flops", "share"}
+    assert set(row) == {"name", "shape", "ok", "error", "time_us", "bytes", "flops", "share", "library_us"}
     assert (row["name"], row["shape"], row["ok"], row["error"]) == ("sum", "rows 2", True, 0.0)
 
 
@@ -43,8 +45,33 @@ def test_a_report_has_exactly_the_documented_fields(monkeypatch: pytest.MonkeyPa
 def test_the_interpreter_reports_no_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, report = run(monkeypatch, tmp_path, case(2.0))
     assert report["device"].startswith("Triton interpreter")
-    assert report["kernels"][0]["time_us"] is None
-    assert report["kernels"][0]["share"] is None
+    assert report["copy_bytes_per_s"] is report["matmul_flops_per_s"] is None
+    assert [report["kernels"][0][name] for name in ("time_us", "share", "library_us")] == [None] * 3
+
+
+def test_a_time_is_set_beside_what_the_machine_does_and_the_fastest_way_of_the_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> float:
+        raise RuntimeError("no such product here")
+
+    def taking(time_us: float) -> Callable[[], float]:
+        return lambda: time_us
+
+    monkeypatch.setattr(verify, "chain_time_us", lambda calls: calls[0]())
+    moved = replace(
+        case(2.0),
+        copies=lambda: [taking(10.0)],
+        library=lambda: [[taking(8.0)], [refuse], [taking(5.0)]],
+    )
+    machine = verify.Machine(copy_bytes_per_s=4e6, matmul_flops_per_s=4e6)
+    # Eight bytes take 2 us and two operations half of one.
+    result = verify.verify(moved, machine)
+    assert (result.ok, result.time_us, result.share, result.library_us) == (True, 10.0, pytest.approx(0.2), 5.0)
+    assert "the library refuses: no such product here" in capsys.readouterr().err
+    assert verify.verify(replace(moved, library=lambda: [[refuse]]), machine).library_us is None
+    assert verify.verify(replace(moved, library=None), machine).library_us is None
+    assert verify.verify(replace(moved, timed=False), machine).time_us is None
 
 
 @pytest.mark.parametrize("wrong", [2.1, float("nan"), float("inf")])

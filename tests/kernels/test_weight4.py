@@ -54,17 +54,20 @@ def test_the_filling_of_the_last_tiles_weighs_nothing() -> None:
     codes, scales, zeros, minima = grid(3, 33, 32)
     for offsets in ({}, {"zeros": zeros}, {"minima": minima}):
         weight = packed(codes, scales, 32, **offsets)
-        assert weight.words.shape == (1, 1, 64, 16)
+        assert weight.words.shape == (1, 1, 64, 32)
         scale = weight.scales[0, 0]
         assert not scale[2:].any() and not scale[:, 3:].any()
         if "minima" in offsets:
             assert not weight.offsets[0, 0, 2:].any() and not weight.offsets[0, 0, :, 3:].any()
 
 
-def test_a_plane_is_sixteen_neighbouring_inputs_under_one_mask() -> None:
-    codes = (torch.arange(128) // 16).to(torch.uint8).expand(1, 128)
+def test_a_word_has_one_input_of_each_quarter_the_lowest_first() -> None:
+    at = torch.arange(128)
+    codes = (4 * (at // 32) + at % 4).to(torch.uint8).view(1, 128)
     weight = packed(codes, torch.ones(1, 1), 128)
-    assert [hex(word & 0xFFFFFFFF) for word in weight.words[0, 0, 0].tolist()] == ["0x76543210"] * 16
+    assert weight.words.dtype == torch.int16
+    words = [hex(word & 0xFFFF) for word in weight.words[0, 0, 0].tolist()]
+    assert words == ["0xc840", "0xd951", "0xea62", "0xfb73"] * 8
 
 
 def test_what_does_not_fit_is_refused() -> None:
