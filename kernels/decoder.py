@@ -8,8 +8,10 @@ Some families have layer norms, or no gate: the square of what is positive of up
 Rule: one path for prefill, decode and verification: a step is rows, whatever for. Only sample rows meet the head.
 
 Weights are dequantised when loaded: 4 bytes per weight in float32 (538 MB for the default model of 135 million), shared
-between embedding and a tied head. Matrix products are the library's, which rounds differently for different numbers of
-rows: logits agree between batches to about 1e-5 of their size, not to the bit. The native CPU step is the exact one.
+between embedding and a tied head. With `four_bits` and activations of 16 bits, matrices that are stored in four stay in
+four; the others, and the embedding, become 16. Dense products are the library's, which rounds differently for different
+numbers of rows: logits agree between batches to about 1e-5 of their size, not to the bit. The native CPU step is the
+exact one.
 """
 
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor
 from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.logprobs import check_logprobs
+from kernels.matrix import FOUR_BITS, Matrix, four_bits, multiply, stacked
 from kernels.ops import Ops, table
 from kernels.ranks import Ranks, gathered
 from kernels.reference import clamped_swiglu, fill_logprobs, race, rotary_tables, routed, widened
@@ -38,8 +41,8 @@ class Norm(NamedTuple):
 
 
 class Mlp(NamedTuple):
-    gate_up: Tensor  # [2 ffn, hidden]; without a gate [ffn, hidden]
-    down: Tensor  # [hidden, ffn]
+    gate_up: Matrix  # [2 ffn, hidden]; without a gate [ffn, hidden]
+    down: Matrix  # [hidden, ffn]
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -47,7 +50,7 @@ class Mlp(NamedTuple):
 class Mixture(NamedTuple):
     """Experts in place of an MLP."""
 
-    router: Tensor  # [experts, hidden]
+    router: Matrix  # [experts, hidden]
     router_bias: Tensor | None
     experts: list[Mlp]
 
@@ -56,12 +59,12 @@ class Layer(NamedTuple):
     """Weights of one layer; matrices that read the same input are one, rows below each other."""
 
     attention_norm: Norm
-    qkv: Tensor  # [(heads + 2 kv_heads) * head_dim, hidden]
+    qkv: Matrix  # [(heads + 2 kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None  # [(heads + 2 kv_heads) * head_dim]
     q_norm: Tensor | None  # [head_dim], as k_norm
     k_norm: Tensor | None
     sinks: Tensor | None  # [heads]
-    o: Tensor  # [hidden, heads * head_dim]
+    o: Matrix  # [hidden, heads * head_dim]
     o_bias: Tensor | None  # [hidden]
     mlp_norm: Norm
     mlp: Mlp | Mixture
@@ -90,10 +93,14 @@ class TorchDecoder:
         block_size_tokens: int = 16,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        four_bits: bool = False,
         ops: Ops | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """Load all weights. The KV cache has `blocks`, or as many as fit in `kv_bytes`; its memory fills with use.
+
+        `four_bits` leaves matrices in the four bits in which they are stored; activations then have 16, and there are
+        no ranks. Raises ValueError where it is not so.
 
         With `ranks` the decoder is one of several that run every step together, each with its part of the weights and
         of the cache; `kv_bytes` are those of all. A step then also raises RankLost.
@@ -106,10 +113,14 @@ class TorchDecoder:
         self.config = config = checkpoint.config
         self.device = torch.device(device)
         self.dtype = dtype
+        if four_bits and (dtype not in (torch.float16, torch.bfloat16) or size > 1):
+            raise ValueError(f"weights of four bits meet activations of 16 bits on one rank, not {dtype} on {size}")
+        self.four_bits = four_bits
         self.ops = ops or table(self.device.type)
         self.recipe = str(dtype).removeprefix("torch.") + ("" if self.ops.name == "torch" else f"-{self.ops.name}")
         # the library rounds products of other widths differently
         self.recipe += "" if size == 1 else f"-tp{size}"
+        self.recipe += "-w4" if four_bits else ""
         self.vocabulary_size = config.vocabulary
         self.hidden_size = config.hidden
         self.context_length = config.context_length
@@ -119,7 +130,7 @@ class TorchDecoder:
         if self.blocks < 1:
             raise ValueError(f"{kv_bytes} bytes hold no KV block; one of {block_size_tokens} tokens takes {needed}")
 
-        self.embedding = self._matrix(checkpoint, "embedding")  # [vocabulary, hidden]
+        self.embedding = self._dense(checkpoint, "embedding")  # [vocabulary, hidden]
         self.head = self.embedding if config.tied_head else self._matrix(checkpoint, "head")
         self.norm = self._norm(checkpoint, "norm")
         self.layers = [self._layer(checkpoint, layer) for layer in range(config.layers)]
@@ -147,6 +158,7 @@ class TorchDecoder:
         block_size_tokens: int = 16,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        four_bits: bool = False,
         ops: Ops | None = None,
         ranks: Ranks | None = None,
     ) -> Self:
@@ -159,6 +171,7 @@ class TorchDecoder:
             block_size_tokens=block_size_tokens,
             device=device,
             dtype=dtype,
+            four_bits=four_bits,
             ops=ops,
             ranks=ranks,
         )
@@ -239,7 +252,7 @@ class TorchDecoder:
             told.values[:] = last.float().cpu().numpy()
         sampled = rows.sample_rows
         normed, _ = self._add_norm(hidden[sampled], residual[sampled], self.norm)
-        return self._whole(self.ops.linear(normed, self.head), self.shard and self.shard.cuts.head)
+        return self._whole(multiply(self.ops, normed, self.head), self.shard and self.shard.cuts.head)
 
     def _forward(self, rows: StepTensors) -> tuple[Tensor, Tensor]:
         """The last layer's output and the residual it is to be added to, both [R, hidden]."""
@@ -287,8 +300,8 @@ class TorchDecoder:
             total[rows] += weights[rows, places, None] * self._mlp(x[rows], mixture.experts[expert]).float()
         return total.to(x.dtype)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = self.ops.linear(x, weight)
+    def _linear(self, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+        product = multiply(self.ops, x, weight)
         return product if bias is None else (product.float() + bias.float()).to(product.dtype)
 
     def _whole(self, own: Tensor, cut: Cut | None) -> Tensor:
@@ -383,9 +396,17 @@ class TorchDecoder:
         bias = self._vector(checkpoint, name, "bias") if self.config.layer_norm else None
         return Norm(self._vector(checkpoint, name), bias)
 
-    def _matrix(self, checkpoint: Checkpoint, *names: str) -> Tensor:
-        parts = [checkpoint.tensor(f"{name}.weight").to(self.dtype) for name in names]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
+    def _matrix(self, checkpoint: Checkpoint, *names: str) -> Matrix:
+        kinds = [checkpoint.kind(f"{name}.weight") if self.four_bits else "" for name in names]
+        return stacked(
+            four_bits(checkpoint.raw(f"{name}.weight"), self.device)
+            if kind in FOUR_BITS
+            else self._dense(checkpoint, name)
+            for name, kind in zip(names, kinds, strict=True)
+        )
+
+    def _dense(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        return checkpoint.tensor(f"{name}.weight").to(self.dtype).to(self.device)
 
     def _vector(self, checkpoint: Checkpoint, name: str, kind: str = "weight") -> Tensor:
         return checkpoint.tensor(f"{name}.{kind}").reshape(-1).to(self.device)

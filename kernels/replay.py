@@ -148,11 +148,12 @@ class ReplayingDecoder(TorchDecoder):
         blocks: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        four_bits: bool = False,
         ops: Ops | None = None,
     ) -> None:
         """`most_rows` and `most_sequences`: of one step. Others as `TorchDecoder`."""
         self.recordings: dict[Size, Callable[[], None]] = {}
-        super().__init__(checkpoint, blocks=blocks, device=device, dtype=dtype, ops=ops)
+        super().__init__(checkpoint, blocks=blocks, device=device, dtype=dtype, four_bits=four_bits, ops=ops)
         self.recorder = recorder
         self.most_sequences = most_sequences
         blocks_of_one = -(-self.context_length // self.block_size_tokens)

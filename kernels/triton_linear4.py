@@ -3,7 +3,6 @@
 Rule: codes meet the activations as the whole numbers they are, and scales meet float32 sums; no weight is rounded. The
 order of every sum is given by the shape of the matrix.
 Reference: `reference.linear4`. The layout of the weights: `kernels.weight4`.
-Called by `deploy.bench.gpu`, `kernels.verify` and tests; no decoder takes it yet.
 
     output[r, n] = sum over groups g of  scale[n, g] * sum (code - zero) x  +  minimum[n, g] * sum x
 

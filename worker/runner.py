@@ -232,6 +232,8 @@ def load_part(settings: WorkerSettings, ranks: DistributedRanks | None, timeline
                                  f"({error}): leave out --kv-format") from error
             _log.warning("recipe_unavailable", error=str(error), instead="the float32 reference: other numbers, so no "
                          "stream can move between it and the native step, and four bytes a weight")
+    import torch
+
     from kernels.decoder import TorchDecoder
 
     device = device_of(settings)
@@ -239,17 +241,24 @@ def load_part(settings: WorkerSettings, ranks: DistributedRanks | None, timeline
         return _queueing_decoder(settings, path, blocks)
     if ranks is not None and device == "cuda":
         device = f"cuda:{ranks.rank}"
-    torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device, ranks=ranks)
+    torch_decoder: Decoder = TorchDecoder.load(path, blocks=blocks, kv_bytes=kv_bytes, device=device, ranks=ranks,
+                                               dtype=torch.bfloat16 if device != "cpu" else torch.float32)
     return torch_decoder
 
 
 def _queueing_decoder(settings: WorkerSettings, path: Path, blocks: int | None) -> Decoder:
-    """On one GPU: steps are replayed and queued, and the cache has what the largest of them leaves."""
+    """On one GPU: steps are replayed and queued, and the cache has what the largest of them leaves.
+
+    Activations and dense weights have 16 bits; weights that are stored in four stay in four.
+    """
+    import torch
+
     from kernels.device_memory import CudaMemory, blocks_that_fit, worst_step
     from kernels.replay import CudaRecorder, ReplayingDecoder
 
     decoder = ReplayingDecoder(open_checkpoint(path), recorder=CudaRecorder(), most_rows=settings.step_tokens,
-                               most_sequences=settings.max_running, blocks=blocks or 1, device="cuda")
+                               most_sequences=settings.max_running, blocks=blocks or 1, device="cuda",
+                               dtype=torch.bfloat16, four_bits=True)
     if blocks is None:
         worst = worst_step(settings.step_tokens, settings.max_running, decoder.context_length,
                            decoder.block_size_tokens, decoder.vocabulary_size)
