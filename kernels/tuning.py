@@ -85,7 +85,7 @@ def linear4_split(outputs: int, inputs: int) -> tuple[Launch, int]:
     """Outputs of a program, and splits of the inputs: so many that 3.5 programs or more share a multiprocessor.
 
     That is a power of two where there are inputs enough; a split has two tiles of 128 inputs at least. Unpacking takes
-    many instructions for a byte, and a program waits for its tensor core four times in a tile: the others fill the time.
+    many instructions for a byte, and a program waits for its tensor core four times a tile: the others fill the time.
     """
     enough = padded(-(-7 * PROGRAMS // (2 * -(-outputs // 64))))
     return Launch(64, num_warps=4, num_stages=3), max(1, min(-(-inputs // 128) // 2, enough))
