@@ -30,8 +30,11 @@ def postgres_programs() -> Path:
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
-    """A server while the block runs; its URL without a database's name: append one that `new_database` made."""
+def postgres_server(fsync: bool = False) -> Iterator[str]:
+    """A server while the block runs; its URL without a database's name: append one that `new_database` made.
+
+    `fsync`: whether a commit waits for the disk.
+    """
     programs = postgres_programs()
     user = _user()
     folder = Path(tempfile.mkdtemp(prefix="mill-pg-", dir="/tmp"))
@@ -44,7 +47,7 @@ def postgres_server() -> Iterator[str]:
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, "-p", str(port), "-k", folder, "-c",
-                 "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=40",
+                 "listen_addresses=127.0.0.1", "-c", f"fsync={'on' if fsync else 'off'}", "-c", "max_connections=40",
                  "-c", "shared_buffers=16MB"],
                 user=user, cwd=folder, stdout=log, stderr=log, env=_environment())
         try:

@@ -128,6 +128,18 @@ def test_what_cannot_be_done_is_said_in_one_sentence(url: str, arguments: list[s
     assert result.exit_code == 1 and reason in result.stderr and "Traceback" not in result.stderr
 
 
+def test_the_benchmark_of_a_ledger_leaves_one_that_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from deploy.bench import ledger
+
+    monkeypatch.setattr(ledger, "SIZES", ((1, 2), (3, 2)))
+    monkeypatch.setattr(ledger, "GRANTS", 2)
+    assert ledger.main(["--json", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["what"] for row in report["rows"]] == ["settle", "settle", "grant", "check"]
+    # two reserves and two settles of one; two reserves and six settles; three of a lease of its own; four releases
+    assert report["rows"][-1]["entries"] == 4 + 8 + 3 + 4 and "tmp" not in report["command"]
+
+
 def test_without_a_database_the_commands_say_how_to_name_one() -> None:
     for arguments in (["usage"], ["ledger", "check"], ["projects", "list"], ["keys", "admin", "viewer"]):
         result = run("", *arguments)
