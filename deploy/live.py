@@ -72,6 +72,17 @@ class Board:
                 return drafter
         return ""
 
+    def epoch_of(self, name: str) -> int:
+        """Of its last status; 0 when it was never heard."""
+        return self.heard[name][1].epoch if name in self.heard else 0
+
+    async def ready(self, name: str, after_epoch: int, within_s: float) -> None:
+        """Until `name` says that it is ready, in a start later than `after_epoch`. Raises TimeoutError."""
+        async with asyncio.timeout(within_s):
+            while not (self.epoch_of(name) > after_epoch and self.heard[name][1].state == "ready"):
+                self._news.clear()
+                await self._news.wait()
+
     def _drafter(self, worker: str) -> str:
         _, status = self.heard.get(worker, (0.0, None))
         return status.drafter if isinstance(status, WorkerStatus) else ""

@@ -221,6 +221,7 @@ class LocalMesh:
         self.nats = options.nats
         self._supervisor = Supervisor(say)
         self._claim: IO[str] | None = None
+        self.services: dict[str, list[Settings]] = {}  # what was started: module -> one entry per process
 
     @property
     def children(self) -> Sequence[Child]:
@@ -258,12 +259,27 @@ class LocalMesh:
             logs = options.data / "logs"
             if not self.nats:
                 self._start_broker(logs)
-            for module, group in plan(options, self.nats).items():
+            self.services = plan(options, self.nats)
+            for module, group in self.services.items():
                 for settings in group:
-                    shown, hidden = _without_secrets(settings)
-                    command = service_command(module, [*to_flags(shown), *_own_ports(settings)])
-                    self._start(Child(settings.id, command, logs / f"{settings.id}.log", environment=hidden,
-                                      drain_s=settings.drain_s))
+                    self.add(module, settings)
+
+    def add(self, module: str, settings: Settings) -> Child:
+        """Start one service, and keep it running."""
+        shown, hidden = _without_secrets(settings)
+        command = service_command(module, [*to_flags(shown), *_own_ports(settings)])
+        child = Child(settings.id, command, self.options.data / "logs" / f"{settings.id}.log", environment=hidden,
+                      drain_s=settings.drain_s)
+        self._start(child)
+        return child
+
+    async def again(self, name: str) -> Child:
+        """Drain the process called `name` and start it anew."""
+        return await self._supervisor.again(self.child(name))
+
+    async def drop(self, name: str) -> None:
+        """Drain the process called `name`, for good."""
+        await self._supervisor.drop(self.child(name))
 
     async def connect(self) -> Bus:
         """A bus of its own on the mesh's broker. Raises UpFailed when the broker is out of reach."""

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PAUSE_S = (0.25, 8.0)
@@ -53,7 +53,20 @@ class Supervisor:
     def start(self, child: Child) -> None:
         """Start `child` and keep it running."""
         self.children.append(child)
-        self._tasks[child.name] = asyncio.create_task(self._keep(child), name=f"keep {child.name}")
+        self._begin(child)
+
+    async def again(self, child: Child) -> Child:
+        """End `child` as `stop` does and start it anew. The new one takes its place."""
+        await self.stop([child])
+        fresh = replace(child, process=None, restarts=0, state="starting", unwanted=asyncio.Event())
+        self.children[self.children.index(child)] = fresh
+        self._begin(fresh)
+        return fresh
+
+    async def drop(self, child: Child) -> None:
+        """End `child` as `stop` does, and forget it."""
+        await self.stop([child])
+        self.children.remove(child)
 
     async def stop(self, children: Sequence[Child], drain_s: float | None = None) -> None:
         """End these children together: SIGTERM, wait for their drain, SIGKILL what is left."""
@@ -69,6 +82,9 @@ class Supervisor:
         for child in self.children:
             child.unwanted.set()
             _signal(child, signal.SIGKILL)
+
+    def _begin(self, child: Child) -> None:
+        self._tasks[child.name] = asyncio.create_task(self._keep(child), name=f"keep {child.name}")
 
     async def _ended(self, child: Child, drain_s: float) -> None:
         task = self._tasks.pop(child.name, None)

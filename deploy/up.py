@@ -4,7 +4,8 @@
 2 wait until /ready answers 200
 3 stream one answer through all of it, print where to send the next one
 4 keep everything running and show it
-5 on SIGINT or SIGTERM drain; a second one stops at once
+5 on SIGUSR1 restart every service, one after the other, while all goes on
+6 on SIGINT or SIGTERM drain; a second one stops at once
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from deploy import first_answer
 from deploy.all_in_one import OneProcess
 from deploy.live import Board, table
 from deploy.local_mesh import LocalMesh, Options
+from deploy.rolling import RollStopped, roll
+from deploy.supervisor import Say
 from gateway.model_files import load_card
 from shared import subjects
 
@@ -43,6 +46,8 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    again = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, again.set)
 
     def say(line: str) -> None:
         _print(console, Text(line, "yellow"))
@@ -72,6 +77,8 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 await _unless(stop, _show_answer(options, name, board, console, key))
             if not stop.is_set():
                 _print_curl(options, name, console)
+                rolling = asyncio.create_task(_roll_when_asked(mesh, board, again, say))
+                stack.callback(rolling.cancel)
                 await _keep(mesh, board, console, stop)
         await _drain(mesh, console, stop)
     except BaseException:
@@ -153,6 +160,19 @@ async def _keep(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event)
         await mesh.unless_it_ends(showing)
     else:
         await showing
+
+
+async def _roll_when_asked(mesh: Mesh, board: Board, again: asyncio.Event, say: Say) -> None:
+    while True:
+        await again.wait()
+        if isinstance(mesh, OneProcess):
+            say("all is one process here: stop it and start it again")
+        else:
+            try:
+                await roll(mesh, board, say)
+            except RollStopped as error:
+                say(str(error))
+        again.clear()
 
 
 async def _show_table(mesh: Mesh, board: Board, console: Console, stop: asyncio.Event) -> None:
