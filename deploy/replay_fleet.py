@@ -13,7 +13,8 @@ Deterministic: same trace, same options, same figures.
 """
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class Served(NamedTuple):
     predicted_tokens: int  # what the router thought was cached
     ttft_s: float
     e2e_s: float
+    output_tokens: int
 
 
 class Outcome(NamedTuple):
@@ -72,6 +74,7 @@ class Outcome(NamedTuple):
     refused: int
     busy_s: list[float]  # device time, per worker
     ends_s: float
+    gaps_us: Mapping[int, int]  # so long a stream waited for its next token -> how many tokens
 
 
 class Fleet(NamedTuple):
@@ -96,6 +99,7 @@ class VirtualWorker:
         self.outbox = Outbox(name, 1)
         self.inbox: list[Generate] = []
         self.busy_s = 0.0
+        self.gaps_us: Counter[int] = Counter()
         self.ends_s = -1.0  # of the step under way; below 0 when there is none
         self._device = fleet.device
         self._step: Step | None = None
@@ -139,6 +143,8 @@ class VirtualWorker:
         for work in self._step.works:
             if work.samples:
                 chosen += [_own_token(work.sequence.request)] * (1 + len(work.drafts))
+                # a stream's first token has none before it
+                self.gaps_us[round(1e6 * self._each_s)] += (work.sequence.first_token_at is not None) + len(work.drafts)
         events = self.scheduler.commit(self._step, chosen, now)
         self._step, self.ends_s = None, -1.0
         return events
@@ -180,7 +186,6 @@ class Replay:
 
     def __init__(self, trace: Trace, fleet: Fleet, policy: str, seed: int = 0) -> None:
         self.workers = [VirtualWorker(_name(number), trace, fleet) for number in range(fleet.workers)]
-        self.outcome = Outcome([], 0, [], 0.0)
         self._trace = trace
         self._policy = policy
         self._view = View(SILENCE_S, trace.block_size_tokens)
@@ -204,7 +209,8 @@ class Replay:
             if now >= told + 60.0:
                 told = now
                 report(len(self._served))
-        return Outcome(self._served, self._refused, [worker.busy_s for worker in self.workers], now)
+        gaps_us = sum((worker.gaps_us for worker in self.workers), Counter[int]())
+        return Outcome(self._served, self._refused, [worker.busy_s for worker in self.workers], now, gaps_us)
 
     def _at(self, when: float, happen: Callable[[float], None]) -> None:
         self._order += 1
@@ -285,7 +291,8 @@ class Replay:
         assert sequence.first_token_at is not None and sequence.request.placement is not None
         self._served.append(Served(
             number, sequence.prompt_length, sequence.cached_tokens, sequence.request.placement.cached_tokens,
-            sequence.first_token_at + HOP_S - came_s, now + HOP_S - came_s))
+            sequence.first_token_at + HOP_S - came_s, now + HOP_S - came_s,
+            self._trace.arrivals[int(sequence.request.request_id)].output_tokens))
         self._pending -= 1
 
     def _beat(self, number: int, now: float) -> None:
