@@ -5,6 +5,8 @@ tokenmill pull    fetch a model into the cache
 tokenmill models  what is in the cache, and whether it can be served here
 tokenmill distil  a drafter out of the model it drafts for
 tokenmill replay  a trace of traffic on a virtual clock
+tokenmill price-sheet  what tokens cost here, measured
+tokenmill plan    how many workers and drafters a trace needs, and what they cost
 tokenmill explain why a request went where it went
 tokenmill keys    the keys of tenants
 tokenmill projects  tenants in a database, and their limits
@@ -35,7 +37,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deploy import keys_command, ledger_command, nats_command, scale_command
+from deploy import keys_command, ledger_command, nats_command, price_command, scale_command
 from deploy.database import opened
 
 PACKAGES = ("gateway", "router", "worker", "drafter", "shared", "kernels", "deploy")
@@ -56,6 +58,8 @@ app.add_typer(ledger_command.ledger_app, name="ledger")
 app.command(name="usage")(ledger_command.usage)
 app.command(name="nats-config")(nats_command.nats_config)
 app.command(name="scale")(scale_command.scale)
+app.command(name="price-sheet")(price_command.price_sheet)
+app.command(name="plan")(price_command.plan)
 
 
 def main() -> None:
