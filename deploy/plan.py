@@ -189,11 +189,15 @@ def lines(found: Sequence[Plan], objectives: Sequence[Objective]) -> list[str]:
         said.append(f"  a step takes {step:.3g} ms + {row:.3g} ms a stream + {token:.3g} ms a prompt token ({fit})")
         said.append(f"  {one.requests:,} requests, {one.input_tok_s:,.0f} input and {one.output_tok_s:,.0f} output "
                     "tokens a second")
-        said += [f"  {_several(tried.workers, 'worker'):>11}: TTFT p50 {_ms(tried.ttft_p50_ms)}, p99 "
-                 f"{_ms(tried.ttft_p99_ms)}; ITL p50 {_ms(tried.itl_p50_ms)}, p99 {_ms(tried.itl_p99_ms)}; busy {100 * tried.busy:.0f} %; cached "
-                 f"{100 * tried.cached_share:.0f} %; "
-                 + ("; ".join(tried.missed) or "enough") for tried in one.tried]
+        said += map(_line, one.tried)
     return said
+
+
+def _line(tried: Tried) -> str:
+    ttft, itl = (f"p50 {_ms(p50)}, p99 {_ms(p99)}" for p50, p99 in (
+        (tried.ttft_p50_ms, tried.ttft_p99_ms), (tried.itl_p50_ms, tried.itl_p99_ms)))
+    return (f"  {_several(tried.workers, 'worker'):>11}: TTFT {ttft}; ITL {itl}; busy {100 * tried.busy:.0f} %; "
+            f"cached {100 * tried.cached_share:.0f} %; {'; '.join(tried.missed) or 'enough'}")
 
 
 def cheapest_first(found: Iterable[Plan]) -> list[Plan]:
