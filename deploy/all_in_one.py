@@ -126,7 +126,7 @@ class OneProcess:
 
     async def until_ready(self, stop: asyncio.Event | None = None, waiting: Waiting = lambda reason: None) -> None:
         """Until /ready says 200, or `stop`; `waiting` hears what is missing. Raises UpFailed."""
-        await self.unless_it_ends(until_ready([], self.options.url, stop, waiting))
+        await self.unless_it_ends(until_ready([], self.options.url, stop, waiting, self.options.verify))
 
     async def unless_it_ends(self, waiting: Awaitable[Any]) -> None:
         """Await `waiting`. Raises UpFailed when a service fails before."""

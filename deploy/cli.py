@@ -141,6 +141,13 @@ def up(
         Path | None,
         typer.Option(metavar="DIR", help="folder for logs and the broker's store; default: one per port in your home"),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM file of a certificate, for HTTPS", exists=True, dir_okay=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of its key", exists=True, dir_okay=False)
+    ] = None,
     all_in_one: Annotated[bool, typer.Option("--all-in-one", help="one process, no NATS")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="leave out the first answer")] = False,
     otlp: Annotated[
@@ -176,6 +183,7 @@ def up(
     from deploy import up as bring_up
     from deploy.local_mesh import Options, UpFailed
     from deploy.paths import data_folder
+    from gateway.tls import Certificate
 
     if engine not in ENGINES:
         _leave(f"--engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
@@ -187,6 +195,10 @@ def up(
         _leave("--metrics-port is for services that are processes: leave out --all-in-one")
     if (nats_creds or nats_ca) and not nats:
         _leave("--nats-creds and --nats-ca are for a NATS that --nats names: the embedded one is open, on loopback")
+    try:
+        Certificate.of(str(tls_cert or ""), str(tls_key or ""))
+    except ValueError as error:
+        _leave(str(error))
     if tenants is not None:
         _check_tenants(tenants)
     if database:
@@ -206,6 +218,8 @@ def up(
         data=data or data_folder() / str(port),
         host=host,
         port=port,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         gateways=gateways,
         routers=routers,
         workers=workers,

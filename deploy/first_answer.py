@@ -1,6 +1,7 @@
 """One short answer, streamed through the whole mesh onto the terminal, with what it took."""
 
 import json
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,11 +34,12 @@ class Answer:
 
 
 async def ask(
-    url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64, key: str = ""
+    url: str, model: str, show: Callable[[str], None], question: str = QUESTION, max_tokens: int = 64, key: str = "",
+    verify: ssl.SSLContext | bool = True,
 ) -> Answer:
     """Stream one greedy chat answer from `url`; `show` gets each piece of text. Raises AnswerFailed.
 
-    `key`: of a tenant, where keys are needed.
+    `key`: of a tenant, where keys are needed. `verify`: how the gateway is known, as httpx takes it.
     """
     body = {
         "model": model,
@@ -48,17 +50,18 @@ async def ask(
         "stream_options": {"include_usage": True},
     }
     try:
-        return await _stream(f"{url}/v1/chat/completions", body, show, key)
+        return await _stream(f"{url}/v1/chat/completions", body, show, key, verify)
     except httpx.HTTPError as error:
         raise AnswerFailed(str(error) or type(error).__name__) from error
 
 
-async def _stream(address: str, body: dict[str, Any], show: Callable[[str], None], key: str) -> Answer:
+async def _stream(address: str, body: dict[str, Any], show: Callable[[str], None], key: str,
+                  verify: ssl.SSLContext | bool) -> Answer:
     answer = Answer()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     start = time.perf_counter()
     async with (
-        httpx.AsyncClient(timeout=120.0, trust_env=False) as client,
+        httpx.AsyncClient(timeout=120.0, trust_env=False, verify=verify) as client,
         client.stream("POST", address, json=body, headers=headers) as response,
     ):
         if response.status_code != 200:

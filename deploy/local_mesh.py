@@ -10,6 +10,7 @@ import contextlib
 import errno
 import itertools
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Options:
     data: Path  # logs and the broker's store
     host: str = "127.0.0.1"
     port: int = 8000
+    tls_cert: Path | None = None  # of gateways, with `tls_key`; None: plain HTTP
+    tls_key: Path | None = None
     gateways: int = 1
     routers: int = 1
     workers: int = 1  # of each model
@@ -99,7 +102,17 @@ class Options:
     def url(self) -> str:
         """Of the first gateway, as a client on this machine reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"{'https' if self.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def verify(self) -> ssl.SSLContext | bool:
+        """How a client on this machine knows these gateways: by the certificate itself, whatever name is in it."""
+        if self.tls_cert is None:
+            return True
+        context = ssl.create_default_context(cafile=str(self.tls_cert))
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
 
 
 def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
@@ -130,6 +143,8 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "tenants": str(options.tenants.absolute()) if options.tenants is not None else "",
         "prices": str(options.prices.absolute()) if options.prices is not None else "", "database": options.database,
     }
+    shown = {"tls_cert": str(options.tls_cert.absolute()) if options.tls_cert is not None else "",
+             "tls_key": str(options.tls_key.absolute()) if options.tls_key is not None else ""}
     drafting = {"kind": options.drafter_kind, "model": str(options.drafter_model or "")}
     # a module's processes, each with what is its own
     kinds: dict[str, tuple[type[Settings], list[dict[str, Any]]]] = {
@@ -137,7 +152,7 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
         "drafter": (DrafterSettings, [drafting] * options.drafters),
         "worker": (WorkerSettings, [decoding | {"model": str(folder), "model_name": name}
                                     for name, folder in models.items() for _ in range(options.workers)]),
-        "gateway": (GatewaySettings, [served | charging | {"host": options.host, "journal": journal}
+        "gateway": (GatewaySettings, [served | charging | shown | {"host": options.host, "journal": journal}
                                       for journal in _journals(options)]),
     }
     services: dict[str, list[Settings]] = {}
@@ -291,7 +306,7 @@ class LocalMesh:
 
     async def until_ready(self, stop: asyncio.Event | None = None, waiting: Waiting = lambda reason: None) -> None:
         """Until the first gateway's /ready says 200, or `stop`; `waiting` hears what is missing. Raises UpFailed."""
-        await until_ready(self.children, self.url, stop, waiting)
+        await until_ready(self.children, self.url, stop, waiting, self.options.verify)
 
     async def stop(self) -> None:
         """Drain and end everything: gateways first, so that nothing new comes in; the broker last."""
@@ -365,11 +380,12 @@ async def until_ready(
     url: str,
     stop: asyncio.Event | None = None,
     waiting: Waiting = lambda reason: None,
+    verify: ssl.SSLContext | bool = True,
 ) -> None:
     """Until GET url/ready says 200, or `stop`. Raises UpFailed when a child keeps dying or time is up."""
     deadline = time.monotonic() + READY_WITHIN_S
     missing = "the gateway does not answer yet"
-    async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=2.0, trust_env=False, verify=verify) as client:
         while stop is None or not stop.is_set():
             for child in children:
                 if child.restarts >= KEEP_TRYING:

@@ -116,7 +116,7 @@ async def _show_answer(options: Options, model: str, board: Board, console: Cons
 
     _print(console, Text(f"\n{first_answer.QUESTION}", "bold"))
     try:
-        answer = await first_answer.ask(options.url, model, show, key=key)
+        answer = await first_answer.ask(options.url, model, show, key=key, verify=options.verify)
     except first_answer.AnswerFailed as error:
         _print(console, Text(f"the first answer failed: {error}", "red"))
         return
@@ -145,6 +145,8 @@ def _print_curl(options: Options, model: str, console: Console) -> None:
         key = f' -H "authorization: Bearer ${API_KEY}"'
         said = f"Send it something, with a key of {options.keyed} in {API_KEY}:"
     _print(console, Text(f"\n{said}\n"))
+    if options.tls_cert is not None:
+        address = f"--cacert {shlex.quote(str(options.tls_cert.absolute()))} {address}"
     _print(console, Text(f"curl -sN {address} -H 'content-type: application/json'{key} -d {shlex.quote(body)}\n"))
 
 

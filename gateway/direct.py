@@ -71,7 +71,8 @@ class DirectProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.connections.add(self)
-        self.transport, self.flow, self.scheme = transport, FlowControl(transport), "http"
+        self.transport, self.flow = transport, FlowControl(transport)
+        self.scheme = "https" if self.config.is_ssl else "http"
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()

@@ -36,6 +36,7 @@ from gateway.record import Record
 from gateway.residency import check_reachable
 from gateway.streams import Outgoing, Streams
 from gateway.tenants import Tenant
+from gateway.tls import Certificate
 from shared import subjects, telemetry
 from shared.bus import Bus, BusUnavailable, Delivery
 from shared.busy import Busy
@@ -64,8 +65,8 @@ class Gateway:
 
     def __init__(self, bus: Bus, settings: GatewaySettings, clock: Clock,
                  models: ServedModel | Sequence[ServedModel] | None) -> None:
-        """Raises ValueError for an id, an alias, a dialect or a policy that is none, and for tenants that cannot be
-        read. OSError when the record cannot be written."""
+        """Raises ValueError for an id, an alias, a dialect, a policy or a certificate that is none, and for tenants
+        that cannot be read. OSError when the record cannot be written."""
         self.id = subjects.check_id(settings.id or new_id("gateway"))
         self.epoch = new_epoch(clock)
         self.bus = bus
@@ -81,6 +82,7 @@ class Gateway:
         limits = Limits(accept_s=settings.accept_s, stall_s=settings.stall_s, max_attempts=settings.max_attempts)
         self.record = Record(Path(settings.record), settings.record_mib << 20) if settings.record else None
         self.streams = Streams(self.id, limits, settings.silence_s, clock, self.fleet, self.metrics, self.record)
+        self.certificate = Certificate.of(settings.tls_cert, settings.tls_key)
         self.billing = Billing(self.id, settings, clock, self.metrics,
                                [model.name for model in self.catalogue.models])
         self.access = Access(source_of(settings, self.billing.database), clock, self.billing.database is not None)
@@ -217,7 +219,8 @@ class Gateway:
                     for kind in ("worker", "router")]
         async with self.billing.running(), asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(loop(), name=f"{self.id}-{loop.__name__}")
-                     for loop in (self._send, self._keep_time, self._beat, self._follow, self._write_record)]
+                     for loop in (self._send, self._keep_time, self._beat, self._follow, self._follow_certificate,
+                                   self._write_record)]
             try:
                 yield
             finally:
@@ -294,6 +297,11 @@ class Gateway:
             await self.clock.sleep(FOLLOW_S)
             await self.access.follow()
 
+    async def _follow_certificate(self) -> None:
+        while self.certificate is not None:
+            await self.clock.sleep(FOLLOW_S)
+            await asyncio.to_thread(self.certificate.follow)
+
     def _on_replies(self, delivery: Delivery) -> None:
         message: StepReplies | None = self._decoded(delivery, StepReplies)
         if message is not None:
@@ -335,7 +343,8 @@ async def serve(bus: Bus, settings: GatewaySettings, clock: Clock, ready: asynci
     with contextlib.closing(listener):
         gateway = Gateway(bus, settings, clock, models)
         host, port = listener.getsockname()[:2]
-        gateway.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "https" if gateway.certificate is not None else "http"
+        gateway.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         structlog.contextvars.bind_contextvars(service="gateway", id=gateway.id)
         tracing = telemetry.configure_tracing("gateway", gateway.id, settings.otlp)
         try:
@@ -353,8 +362,10 @@ def folders_of(settings: GatewaySettings) -> list[tuple[str, str]]:
 
 
 async def _serve_http(gateway: Gateway, listener: socket.socket, ready: asyncio.Event | None) -> None:
+    tls = gateway.certificate
     server = _Server(uvicorn.Config(
-        build_app(gateway), http=DirectProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        build_app(gateway), ssl_context_factory=(lambda *_: tls.context) if tls is not None else None,
+        http=DirectProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         proxy_headers=False, server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(CLOSE_S)), ready)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]), name=f"{gateway.id}-http")

@@ -37,6 +37,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 class GatewaySettings(Settings, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
+    tls_cert: str = ""  # PEM file of the certificate that clients see, with its chain; empty: plain HTTP
+    tls_key: str = ""  # PEM file of its key
     model: str = ""  # path of a pulled model (folder), for its tokenizer and template; empty: none served
     model_name: str = "default"
     models: str = ""  # further ones, by their names in the mesh: `a=FOLDER,b=FOLDER`

@@ -16,7 +16,7 @@ import pytest
 from deploy import broker, keys
 from deploy.paths import claim
 from tests.deploy.command import Command, tokenmill, up
-from tests.nats_server import nats_server
+from tests.nats_server import certificate, nats_server
 
 RUNNING = "running; SIGINT or SIGTERM drains and stops"
 
@@ -53,6 +53,23 @@ def test_quiet_leaves_out_the_first_answer_and_the_curl_line_works_as_pasted(tmp
         assert pasted.returncode == 0
         assert pasted.stdout.count("data: {") > 1
         assert pasted.stdout.rstrip().endswith("data: [DONE]")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_with_a_certificate_all_of_it_speaks_https(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    with tokenmill(tmp_path, *up(broker.free_port(), "--tls-cert", str(cert), "--tls-key", str(key))) as command:
+        command.until_printed(RUNNING)
+        assert re.search(r"TTFT \d+ ms", command.output)
+        assert "https://127.0.0.1" in _curl_line(command)
+        pasted = subprocess.run(["sh", "-c", _curl_line(command)], capture_output=True, text=True, timeout=60)
+        assert pasted.returncode == 0 and pasted.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_half_of_a_certificate_is_said_before_anything_starts(tmp_path: Path) -> None:
+    cert, _ = certificate(tmp_path)
+    with tokenmill(tmp_path, *up(broker.free_port(), "--tls-cert", str(cert))) as command:
+        assert command.code() == 1 and "belong together" in command.errors.replace("\n", " ")
 
 
 def test_a_worker_that_dies_is_started_again_and_nothing_outlives_the_command(tmp_path: Path) -> None:
