@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TOOLS  := $(VENV)-tools
 ARGS   ?=
 SEEDS  ?= 200
 CASES  ?= 1000
 FROM   ?= 0
 
-.PHONY: help install up test check format simulate sampling clean
+.PHONY: help install up test check format simulate sampling sbom audit clean
 
 help:            ## list these words
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,5 +49,20 @@ sampling: install ## check CASES requests with random sampling parameters, from 
 format: install  ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 
+# beside the environment they look at, which has no need of them
+$(TOOLS)/.installed: Makefile
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7,<8' 'pip-audit>=2.10,<3'
+	@touch $@
+
+sbom: install $(TOOLS)/.installed ## write sbom.json: all that is installed, as CycloneDX
+	@$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o sbom.json
+	@$(BIN)/python -c 'import json; print("sbom.json:", len(json.load(open("sbom.json"))["components"]), "components")'
+
+# strict: a package that could not be looked up is not one that is fine. Builds (+cpu) are known by their release
+audit: install $(TOOLS)/.installed ## ask PyPI for known weaknesses of all that is installed
+	@$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+.*//' > $(TOOLS)/installed.txt
+	@$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(TOOLS)/installed.txt
+
 clean:           ## remove the virtual environment and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(TOOLS) sbom.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
