@@ -163,11 +163,11 @@ class Desk:
             prompt_tokens = count(request.tokens) + count(request.generated)
             receipt = receipt_of(self._settings.id, prompt_tokens, verdict, weighed.workers, decision_s,
                                  request.cache_hint)
-            told: Mapping[str, telemetry.Attribute] = {}
-            if self._settings.otlp:
+            context = arrived.context
+            if self._context.run(telemetry.records, context):
                 told = spans.placed(self._settings.id, request, verdict, receipt)
-            context = self._context.run(
-                telemetry.span_at, "route", arrived.at_wall_s, self._clock.wall(), arrived.context, told)
+                context = self._context.run(
+                    telemetry.span_at, "route", arrived.at_wall_s, self._clock.wall(), context, told)
             self._place(arrived, verdict, receipt, telemetry.inject(context))
 
     # --- carrying it out

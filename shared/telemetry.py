@@ -158,6 +158,14 @@ def traces() -> bool:
     return _current.get().tracer is not None
 
 
+def records(context: Context) -> bool:
+    """Whether spans of this task under `context` go anywhere: where its request was not sampled, none below it is."""
+    if _current.get().tracer is None:
+        return False
+    parent = get_current_span(context).get_span_context()
+    return not parent.is_valid or parent.trace_flags.sampled
+
+
 def inject(context: Context | None = None) -> dict[str, str]:
     """Headers that carry `context` (default: the current one) on: `traceparent`, or nothing when nothing is traced."""
     headers: dict[str, str] = {}

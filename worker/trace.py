@@ -8,13 +8,17 @@ from opentelemetry.trace import SpanKind
 
 from shared import trace_names
 from shared.messages import Failed, Finished
-from shared.telemetry import Attribute, extract, span_at
+from shared.telemetry import Attribute, extract, records, span_at
 from worker.sequence import Sequence
 
 
 def record_stream(sequence: Sequence, last: Finished | Failed, worker: str, drafter: str, zone: str, now: float,
                   wall: float) -> None:
     """Record an ended sequence. `now` and `wall` are one moment on both clocks."""
+    parent = extract({"traceparent": sequence.traceparent} if sequence.traceparent else {})
+    if not records(parent):
+        return
+
     def unix(moment: float) -> float:
         return wall - (now - moment)
 
@@ -29,7 +33,6 @@ def record_stream(sequence: Sequence, last: Finished | Failed, worker: str, draf
     error = last.code if isinstance(last, Failed) else ""
     if isinstance(last, Finished):
         attributes[trace_names.RESPONSE_FINISH_REASONS] = [last.reason]
-    parent = extract({"traceparent": sequence.traceparent} if sequence.traceparent else {})
     context = span_at("generate", unix(sequence.arrived_at), wall, parent, attributes, SpanKind.CONSUMER, error=error)
     admitted, first = sequence.admitted_at, sequence.first_token_at
     span_at("queue", unix(sequence.arrived_at), wall if admitted is None else unix(admitted), context)

@@ -93,7 +93,7 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
                 for _ in range(options.rounds):
                     for side in sides:
                         sent = bodies(_name(side, name, options), count, options.max_tokens, numbers)
-                        seen[side.name].append(await _once(side, sent, streams))
+                        seen[side.name].append(await once(side, sent, streams))
                 rows += [median_row(side, streams, found) for side, found in seen.items()]
     said = [argument for argument in sys.argv[1:] if argument not in ("--json", str(options.json))]
     command = shlex.join(["python", "-m", "deploy.bench.mesh", *said])
@@ -125,7 +125,7 @@ def bodies(model: str, count: int, max_tokens: int, numbers: "itertools.count[in
     ]
 
 
-async def _once(side: Side, sent: Sequence[dict[str, object]], streams: int) -> dict[str, Any]:
+async def once(side: Side, sent: Sequence[dict[str, object]], streams: int) -> dict[str, Any]:
     """The figures of one run on one side."""
     before = {part: machine.cpu_seconds([pid]) for part, pid in side.parts.items()}
     with machine.Disturbance() as lost:

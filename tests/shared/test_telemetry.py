@@ -31,6 +31,7 @@ from shared.telemetry import (
     inject,
     metrics_served,
     open_span,
+    records,
     span_at,
     start_metrics_server,
     traceparent_of,
@@ -157,6 +158,7 @@ def test_what_is_not_sampled_is_not_recorded_here_nor_below(monkeypatch):
     for context in (span.context, span_at("route", 1.0, 2.0, span.context)):
         assert exemplar_in(traceparent_of(context)) is None
     span.end(3.0)
+    assert not records(span.context) and records(Context()) and records(extract({"traceparent": TRACEPARENT}))
     span_at("route", 1.0, 2.0, extract({"traceparent": TRACEPARENT}))  # its parent is, so it is
     assert [span.name for span in exporter.get_finished_spans()] == ["route"]
 
