@@ -1,6 +1,7 @@
 """`tokenmill price-sheet` and `tokenmill plan`: what tokens cost where it was measured, and what a trace would take."""
 
 import asyncio
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ Tier = Annotated[str, typer.Option(metavar="TIER", help="whose price counts: def
 def price_sheet(
     url: Annotated[list[str] | None, typer.Option(metavar="[NAME=]URL", help="a mesh or an OpenAI endpoint that runs; "
                    "may be given several times; default: meshes of our own, started for this")] = None,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="of our own mesh; of an endpoint the name it is asked "
-                     "for; default: the default model, or the first one it serves")] = "",
+    model: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="of our own meshes, may be given several "
+                     "times; of endpoints the name they are asked for; default: the default model, or the first one "
+                     "served")] = None,
     concurrency: Annotated[str, typer.Option(metavar="N[,N2...]", help="streams at once, 1 to 1024")] = "1,4,16,64",
     workload: Annotated[str, typer.Option("--workloads", metavar="W[,W2...]", help="questions, or tokens of prompt and "
                         "answer such as 512/64, which sides with drafters do not get")] = "questions",
@@ -93,9 +95,12 @@ def price_sheet(
             if url:
                 if drafter_sku:
                     hardware = with_drafter
-                sides, points = asyncio.run(_endpoints(url, model, key, hardware, (revision, precision), what))
+                if len(model or []) > 1:
+                    leave("endpoints are asked for one --model")
+                named = (model or [""])[0]
+                sides, points = asyncio.run(_endpoints(url, named, key, hardware, (revision, precision), what))
             else:
-                sides, points = _own(model or "default", SPECULATION[speculation], workers, engine,
+                sides, points = _own(model or ["default"], SPECULATION[speculation], workers, engine,
                                      {False: hardware, True: with_drafter}, what)
             described = machine.describe()
             date, commit = str(described.pop("date"))[:10], str(described.pop("commit"))
@@ -188,8 +193,8 @@ class _Asked:
         return await price_load.measure(driven, self.workloads, self.at_once, self.runs, self.waves, report)
 
 
-def _own(ref: str, drafters: Sequence[int], workers: int, engine: str, hardware: "dict[bool, tuple[Hardware, ...]]",
-         asked: _Asked) -> "tuple[list[Side], list[Point]]":
+def _own(refs: Sequence[str], drafters: Sequence[int], workers: int, engine: str,
+         hardware: "dict[bool, tuple[Hardware, ...]]", asked: _Asked) -> "tuple[list[Side], list[Point]]":
     """Meshes of our own, measured. Raises LoadFailed, ValueError for an engine that is none."""
     import uvloop
 
@@ -201,28 +206,31 @@ def _own(ref: str, drafters: Sequence[int], workers: int, engine: str, hardware:
 
     meant = engine_of(WorkerSettings(engine=engine))
     try:
-        folder = pull.pull(ref)
+        folders = [pull.pull(ref) for ref in refs]
     except pull.PullFailed as error:
         leave(str(error))
-    needed, left = models.memory_needed(open_checkpoint(folder)), models.available_memory()
-    if problem := models.too_large(needed, left, workers * len(drafters)):
-        leave(f"{folder.name} {problem}")
+    left = models.available_memory()
+    for folder in folders:
+        needed = models.memory_needed(open_checkpoint(folder))
+        if problem := models.too_large(needed, left, workers * len(drafters)):
+            leave(f"{folder.name} {problem}")
+        left -= needed * workers * len(drafters)
 
     async def measured() -> "tuple[list[Driven], list[Point]]":
         with tempfile.TemporaryDirectory() as data:
-            async with price_load.meshes(folder, Path(data), drafters, workers, engine) as driven:
+            async with price_load.meshes(folders, Path(data), drafters, workers, engine) as driven:
                 return driven, await asked.measure(driven)
 
     driven, points = uvloop.run(measured())
-    looked = models.look_at(folder)
-    return [Side(side.name, side.model, hardware[side.drafts], price_load.revision(folder), looked.precision, meant,
-                 workers, count) for side, count in zip(driven, drafters, strict=True)], points
+    made = itertools.product(folders, drafters)
+    return [Side(side.name, side.model, hardware[side.drafts], price_load.revision(folder),
+                 models.look_at(folder).precision, meant, workers, count)
+            for side, (folder, count) in zip(driven, made, strict=True)], points
 
 
 async def _endpoints(urls: Sequence[str], model: str, key: str, hardware: "tuple[Hardware, ...]",
                      said: tuple[str, str], asked: _Asked) -> "tuple[list[Side], list[Point]]":
     """Endpoints that run, measured. Raises LoadFailed."""
-    import itertools
     import time
 
     from deploy import price_load
@@ -283,8 +291,11 @@ def _hardware(listed: "PriceSheet", sku: str, machines: int) -> "tuple[Hardware,
 def _terms(listed: "PriceSheet", sides: "Sequence[Side]", tier: str, shares: Sequence[Decimal]) -> "Terms":
     from deploy.price_sheet import Terms
 
-    # a sheet is about one model; where endpoints call it otherwise the first one's name counts
-    price = listed.price(sides[0].model, tier)
+    # where endpoints call a model by a name that has no price the first one's counts
+    prices = [listed.price(side.model, tier) for side in sides]
+    if len({(each.input, each.cached_input, each.output) for each in prices if each is not None}) > 1:
+        raise ValueError("these models have several prices, and a sheet has one: measure each by itself")
+    price = prices[0]
     if price is None:
         raise ValueError(f"the prices file has no price for {sides[0].model} at tier {tier!r}: add one, or name "
                          "another --tier")

@@ -187,21 +187,23 @@ async def first_model(url: str, key: str = "") -> str:
 
 
 @asynccontextmanager
-async def meshes(folder: Path, data: Path, drafters: Sequence[int], workers: int,
+async def meshes(folders: Sequence[Path], data: Path, drafters: Sequence[int], workers: int,
                  engine: str) -> AsyncIterator[list[Driven]]:
-    """A mesh of our own for each number of drafters, all up at the same time. Raises LoadFailed."""
+    """A mesh of our own for each model and number of drafters, all up at the same time. Raises LoadFailed."""
     async with AsyncExitStack() as kept:
-        sides = []
-        for count in drafters:
-            options = Options(model=folder, data=data / f"drafters-{count}", port=broker.free_port(), workers=workers,
-                              drafters=count, engine=engine, log_level="warning", drain_s=5.0)
+        sides: list[Driven] = []
+        for folder, count in itertools.product(folders, drafters):
+            options = Options(model=folder, data=data / f"mesh-{len(sides) + 1}", port=broker.free_port(),
+                              workers=workers, drafters=count, engine=engine, log_level="warning", drain_s=5.0)
             try:
                 mesh = await kept.enter_async_context(LocalMesh(options))
                 await mesh.until_ready()
             except UpFailed as error:
                 raise LoadFailed(str(error)) from None
-            sides.append(Driven("with drafts" if count else "without drafts", mesh.url, load_card(folder).name,
-                                bool(count), pids=[child.pid for child in mesh.children if child.pid]))
+            model = load_card(folder).name
+            name = f"{model} " * (len(folders) > 1) + ("with drafts" if count else "without drafts")
+            pids = [child.pid for child in mesh.children if child.pid]
+            sides.append(Driven(name, mesh.url, model, bool(count), pids=pids))
         # workers measure their own steps when they are ready
         await asyncio.sleep(1.0)
         yield sides

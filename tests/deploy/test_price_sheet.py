@@ -1,6 +1,8 @@
 """A price sheet says what was measured, prices it exactly, and hides nothing: out of figures made up here."""
 
+import asyncio
 import itertools
+import json
 import xml.etree.ElementTree as ElementTree
 from decimal import Decimal
 from fractions import Fraction
@@ -293,6 +295,70 @@ def test_an_address_may_end_with_v1_have_a_path_and_be_encrypted() -> None:
         endpoint("127.0.0.1:8000")
 
 
+class Endpoint200:
+    """Serves one model as an OpenAI endpoint: three chunks for three tokens, a short answer where it is asked for 7."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        if head.startswith("get"):
+            body = json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]})
+            writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+        else:
+            length = int(head.partition("content-length: ")[2].split()[0])
+            asked = json.loads(await reader.readexactly(length))
+            self.seen.append(asked)
+            tokens = 3 if asked["max_tokens"] != 7 else 2
+            events: list[dict[str, Any]] = [{"choices": [{"delta": {"content": "word "}}]}] * tokens
+            events.append({"choices": [], "usage": {
+                "prompt_tokens": 20, "completion_tokens": tokens, "prompt_tokens_details": {"cached_tokens": 5},
+                "mill": {"draft_tokens": 4, "accepted_draft_tokens": 1}}})
+            sent = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+            writer.write(f"HTTP/1.1 200 OK\r\n\r\n{sent}data: [DONE]\n\n".encode())
+        await writer.drain()
+        writer.close()
+
+
+async def test_an_endpoint_that_runs_is_measured_as_it_says_itself() -> None:
+    endpoint_200 = Endpoint200()
+    async with endpoint_200 as url:
+        assert await price_load.first_model(url) == "tiny"
+        driven = [price_load.Driven("there", url, "tiny")]
+        points = await price_load.measure(driven, workloads("questions,20/7", 3), [1, 4], 2, 1)
+    assert [(one.workload, one.concurrency, len(one.runs)) for one in points] == [
+        ("questions", 1, 2), ("questions", 4, 2), ("20/7", 1, 2), ("20/7", 4, 2)]
+    for one in points:
+        for each in one.runs:
+            tokens = 2 if one.fixed else 3
+            assert (each.requests, each.failures, each.prompt_tokens, each.cached_tokens) == (4, 0, 80, 20)
+            assert (each.output_tokens, each.chunks, each.draft_tokens) == (4 * tokens, 4 * tokens, 16)
+            # seven were demanded, two came
+            assert each.wrong_lengths == (4 if one.fixed else 0)
+            assert len(each.ttft_ms) == len(each.tpot_ms) == len(each.e2e_ms) == 4
+            assert sum(each.itl_tenths.values()) == 4 * (tokens - 1)
+            assert each.mesh_cores is None and each.busy_cores is not None
+    begins = [asked["messages"][0]["content"].split("\n")[0] for asked in endpoint_200.seen]
+    assert len(set(begins)) == len(begins) == 2 + 2 + 4 * 8
+    assert all(asked["stream_options"] == {"include_usage": True} for asked in endpoint_200.seen)
+
+
+async def test_an_endpoint_that_is_not_there_is_said_with_its_address() -> None:
+    with pytest.raises(price_load.LoadFailed, match=r"http://127.0.0.1:1 does not answer"):
+        driven = [price_load.Driven("a", "http://127.0.0.1:1", "m")]
+        await price_load.measure(driven, workloads("questions", 3), [1], 1, 1)
+    with pytest.raises(price_load.LoadFailed, match="does not say which models"):
+        await price_load.first_model("http://127.0.0.1:1")
+
+
 # --- joules
 
 
@@ -319,6 +385,21 @@ def test_there_are_no_joules_where_nothing_counts_them(tmp_path: Path) -> None:
 
 
 # --- the command
+
+
+def test_models_of_several_prices_do_not_share_a_sheet(tmp_path: Path) -> None:
+    points, path, prices = [point()], tmp_path / "a.json", tmp_path / "prices.toml"
+    sides = [side(), msgspec.structs.replace(side("b"), model="other")]
+    path.write_bytes(encode(document(*rows(points, sides, TWO_DOLLARS), sides=sides, points=points)))
+    line = "[[prices]]\nmodel = '{}'\ninput = 1\noutput = {}\nsource = 'x'\ndate = 2026-11-27\n"
+    prices.write_text(line.format("tiny", 2) + line.format("other", 3))
+    refused = _run("--from", str(path), "--prices", str(prices))
+    assert refused.exit_code == 1 and refused.stderr.startswith("these models have several prices")
+    prices.write_text(line.format("tiny", 2) + line.format("other", 2))
+    assert _run("--from", str(path), "--prices", str(prices)).exit_code == 0
+    prices.write_text(line.format("other", 2))
+    missing = _run("--from", str(path), "--prices", str(prices))
+    assert missing.exit_code == 1 and missing.stderr.startswith("the prices file has no price for tiny")
 
 
 def _run(*arguments: str) -> Result:
