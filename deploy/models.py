@@ -18,6 +18,7 @@ from gateway.model_files import UnusableModel, load_card
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.checkpoint_config import GGUF_FAMILIES, HUGGING_FACE_FAMILIES
 from kernels.config import CheckpointError
+from kernels.native.as_blocks import BLOCKS
 from kernels.native.grids import PANEL_BYTES
 from kernels.shards import Shard
 from shared.settings import WorkerSettings
@@ -159,7 +160,7 @@ def _count(checkpoint: Checkpoint, name: str) -> int:
 
 
 def _grid_bytes(kind: str, count: int) -> int:
-    per_group = PANEL_BYTES.get(kind)
+    per_group = PANEL_BYTES.get(BLOCKS.get(kind, kind))
     return int(count / 32 * per_group) if per_group else count * _REFERENCE_BYTES
 
 

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.checkpoint_config import gguf_config, hugging_face_config
+from kernels import compressed_tensors
+from kernels.checkpoint_config import gguf_config, hugging_face_config, hugging_face_scheme
+from kernels.compressed_tensors import Part
 from kernels.config import CheckpointError, DecoderConfig
 from kernels.gguf_header import TensorInfo, read_gguf_header
 from kernels.packed_experts import Cut, as_ggml, cuts
@@ -39,7 +41,10 @@ _Q8_0_BYTES = 34
 
 
 class Raw(NamedTuple):
-    """A tensor as stored: GGML's name of its type (Q4_1, F16, ...), and the bytes [rows, bytes of a row]."""
+    """A tensor as stored: GGML's name of its type (Q4_1, F16, ...), and the bytes [rows, bytes of a row].
+
+    Or a kind of `kernels.compressed_tensors`, in the rows that it describes.
+    """
 
     kind: str
     rows: NDArray[np.uint8]
@@ -58,7 +63,7 @@ class Checkpoint(Protocol):
         """Rows first."""
 
     def kind(self, name: str) -> str:
-        """GGML's name of the type it is stored in, without reading it."""
+        """The kind that `raw` has, without reading it."""
 
     def tensor(self, name: str) -> "Tensor":
         """A float32 tensor of its own, dequantised where needed."""
@@ -128,7 +133,7 @@ class GgufCheckpoint:
 class SafetensorsCheckpoint:
     """A Hugging Face folder with weights in float32, float16 or bfloat16, or matrices of bytes: rows of Q8_0 blocks.
 
-    Experts may be in MXFP4, as `kernels.packed_experts` says.
+    Experts may be in MXFP4, as `kernels.packed_experts` says, and matrices as `kernels.compressed_tensors` says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,6 +144,8 @@ class SafetensorsCheckpoint:
         self._files: dict[str, Any] = {}  # by the name of a stored tensor
         self._stored_names: dict[str, str] = {}
         self._cuts: dict[str, Cut] = {}
+        self._scheme = hugging_face_scheme(path)
+        self._parts: dict[str, dict[str, Part]] = {}  # of a matrix in several tensors
         gpt_oss = self.config.experts is not None and self.config.experts.clamped is not None
         shapes: dict[str, tuple[int, ...]] = {}
         kinds: dict[str, str] = {}
@@ -150,12 +157,18 @@ class SafetensorsCheckpoint:
             for stored in file.keys():  # noqa: SIM118 - a file is no dictionary
                 if stored.endswith("rotary_emb.inv_freq"):
                     continue
-                name = from_hugging_face(stored)
+                module, _, last = stored.rpartition(".")
+                in_parts = self._scheme is not None and last.startswith("weight_")
+                name = from_hugging_face(f"{module}.weight" if in_parts else stored)
                 if name == "head.weight" and self.config.tied_head:
                     continue
                 self._files[stored] = file
                 piece = file.get_slice(stored)
                 shape, kind = tuple(piece.get_shape()), piece.get_dtype()
+                eight_bits = self._scheme is not None and kind in compressed_tensors.EIGHT_BIT_TYPES
+                if in_parts or (eight_bits and last == "weight"):
+                    self._parts.setdefault(name, {})[last] = Part(stored, kind, shape)
+                    continue
                 experts = cuts(stored, shape) if gpt_oss else None
                 packed = experts is not None and all(cut.kind for cut in experts.values())  # exponents too
                 if experts is None and kind == "U8" and len(shape) == 2 and shape[1] % _Q8_0_BYTES == 0:
@@ -171,6 +184,10 @@ class SafetensorsCheckpoint:
                 shapes |= {expert: cut.shape for expert, cut in experts.items()}
                 kinds |= {expert: cut.kind or kind for expert, cut in experts.items()}
         self._check_scales()
+        for name in self._parts:
+            if name in shapes:
+                raise CheckpointError(f"{path} holds {name} twice, plain and quantised; download it again")
+            shapes[name], kinds[name] = self._shape_in_parts(name), self._scheme.kind if self._scheme else ""
         check_shapes(path, self.config, shapes)
         self._shapes, self._kinds = shapes, kinds
 
@@ -188,6 +205,8 @@ class SafetensorsCheckpoint:
 
         if self._exceeds_one(name):
             return Raw("F32", self.tensor(name).view(1, -1).numpy().view(np.uint8))
+        if (parts := self._parts.get(_stored(name, self.config))) is not None:
+            return Raw(self.kind(name), self._rows_in_parts(parts))
         stored = self._plain(name)
         if (cut := self._cuts.get(name)) and cut.scales:
             return Raw(cut.kind, as_ggml(stored.numpy(), self._of_expert(cut.scales, cut).numpy()))
@@ -195,6 +214,8 @@ class SafetensorsCheckpoint:
         return Raw(self.kind(name), stored.contiguous().view(torch.uint8).view(rows, -1).numpy())
 
     def tensor(self, name: str) -> "Tensor":
+        if _stored(name, self.config) in self._parts:
+            return _dequantised(self.raw(name))
         stored = self._plain(name)
         if self._exceeds_one(name):
             return stored.float() + 1.0
@@ -215,6 +236,31 @@ class SafetensorsCheckpoint:
     def _of_expert(self, stored: str, cut: Cut) -> "Tensor":
         whole: Tensor = self._files[stored].get_slice(stored)[cut.expert]
         return (whole.T if cut.transposed else whole)[cut.rows].contiguous()
+
+    def _shape_in_parts(self, name: str) -> tuple[int, int]:
+        assert self._scheme is not None
+        parts, said = self._parts[name], []
+        if (part := parts.get("weight_shape")) is not None:
+            if part.shape != (2,) or part.kind not in ("I64", "I32"):
+                raise CheckpointError(f"{self.path}: {part.stored} should be two whole numbers; download it again")
+            said = self._read(part).tolist()
+        return compressed_tensors.shape_of(self.path, name, self._scheme, parts, said)
+
+    def _rows_in_parts(self, parts: dict[str, Part]) -> NDArray[np.uint8]:
+        import torch
+
+        scales = self._read(parts["weight_scale"]).float()
+        if not torch.isfinite(scales).all():
+            raise CheckpointError(f"{self.path}: {parts['weight_scale'].stored} holds what is no number")
+        if "weight" in parts:
+            codes = self._read(parts["weight"]).view(torch.uint8).numpy()
+            return compressed_tensors.channel_rows(codes, scales.numpy())
+        zeros = self._read(parts["weight_zero_point"]).numpy() if "weight_zero_point" in parts else None
+        return compressed_tensors.grouped_rows(self._read(parts["weight_packed"]).numpy(), scales.numpy(), zeros)
+
+    def _read(self, part: Part) -> "Tensor":
+        stored: Tensor = self._files[part.stored].get_tensor(part.stored)
+        return stored
 
     def _check_scales(self) -> None:
         """Every tensor of MXFP4 blocks has one of exponents, of its shape."""
@@ -241,6 +287,8 @@ def _dequantised(raw: Raw) -> "Tensor":
     """Float32 [rows, elements]."""
     import torch
 
+    if raw.kind in compressed_tensors.KINDS:
+        return torch.from_numpy(compressed_tensors.dequantised(*raw))
     if raw.kind == "F32":
         return torch.from_numpy(raw.rows.view(np.float32).copy())
     if raw.kind == "F16":
@@ -258,10 +306,19 @@ def _shards(path: Path) -> list[Path]:
     if not index.exists():
         return sorted(path.glob("*.safetensors"))
     try:
-        shards = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
+    foreign = [repr(name) for name in names if not _is_shard(name)]
+    if foreign:
+        raise CheckpointError(f"{index} names {some(foreign)}, not .safetensors files beside it: use another model")
+    shards = [path / name for name in names]
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
         raise CheckpointError(f"{path} lacks {some(missing)}; download the rest")
     return shards
+
+
+def _is_shard(name: object) -> bool:
+    """Whether an index may name it: a file of its own folder, nowhere else."""
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") and "\0" not in name

@@ -1,7 +1,7 @@
 """A DecoderConfig out of GGUF metadata or Hugging Face's config.json.
 
-Rule: what the decoder does not do (other biases, other rope scalings, other routers, quantised safetensors) is refused
-by name here, never ignored: a checkpoint that opens is computed as its authors meant it.
+Rule: what the decoder does not do (other biases, other rope scalings, other routers, other quantised safetensors) is
+refused by name here, never ignored: a checkpoint that opens is computed as its authors meant it.
 """
 
 import json
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kernels.compressed_tensors import METHOD as COMPRESSED_TENSORS
+from kernels.compressed_tensors import Scheme, scheme_of
 from kernels.config import CheckpointError, ClampedSwiglu, DecoderConfig, Experts, Yarn, llama3_rope_factors, yarn_rope
 from kernels.gguf_header import GgufHeader
 
@@ -205,14 +207,17 @@ def _gguf_rope(
     return Yarn(tuple(stretch * _positive(path, "a rope factor", float(factor)) for factor in factors), 1.0)
 
 
+def hugging_face_scheme(path: Path) -> Scheme | None:
+    """How the quantised matrices of a folder are stored, where they are as compressed-tensors says."""
+    quantisation = _settings(path / "config.json").get("quantization_config")
+    if not isinstance(quantisation, dict) or quantisation.get("quant_method") != COMPRESSED_TENSORS:
+        return None
+    return scheme_of(path / "config.json", quantisation)
+
+
 def hugging_face_config(path: Path) -> DecoderConfig:
     file = path / "config.json"
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON ({error}); download it again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is no JSON object; download it again")
+    settings = _settings(file)
     model_type = settings.get("model_type")
     family = HUGGING_FACE_FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -270,13 +275,26 @@ def hugging_face_config(path: Path) -> DecoderConfig:
     )
 
 
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} is no JSON object; download it again")
+    return settings
+
+
 def _check_quantisation(path: Path, settings: dict[str, Any], family: _Family) -> None:
-    """Blocks of our own drafters, and gpt-oss's experts; everything else is refused."""
+    """Blocks of our own drafters, gpt-oss's experts, and compressed-tensors; everything else is refused."""
     quantisation = settings.get("quantization_config")
     if quantisation is None or quantisation == {"quant_method": Q8_0}:
         return
-    if not family.gpt_oss or not isinstance(quantisation, dict) or quantisation.get("quant_method") != MXFP4:
-        raise CheckpointError(f"{path} is quantised; use the plain checkpoint or a GGUF")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method != COMPRESSED_TENSORS and not (family.gpt_oss and method == MXFP4):
+        raise CheckpointError(
+            f"{path} is quantised as {method!r}; use the plain checkpoint, a GGUF, or one in {COMPRESSED_TENSORS}"
+        )
 
 
 def _hugging_face_experts(file: Path, settings: dict[str, Any], family: _Family) -> Experts:

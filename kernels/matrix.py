@@ -1,7 +1,8 @@
 """Weight matrices of the torch decoder: dense, or in the four bits that a checkpoint stores them in.
 
 Rule: nothing is rounded on the way. Scales and minima that a block keeps as a product stay float32, as
-`kernels.native.grids` takes them apart; the others stay as stored.
+`kernels.native.grids` takes them apart; the others stay as stored. Scales of compressed-tensors are float16 where that
+holds all of a matrix, as it mostly does of bfloat16, and float32 where not.
 
 Matrices that read the same input lie below each other. Where they are stored in different kinds, neighbours of one kind
 are one, and their products stand side by side.
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from kernels.checkpoint import Raw
+from kernels.compressed_tensors import FOUR_BIT_KINDS, grouped
 from kernels.native.grids import GROUP, fours, taken_apart
 from kernels.ops import Ops
 from kernels.weight4 import Weight4, packed
 
-# Kinds of GGML with codes of four bits, and a scale for 32 of them.
-FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K", "MXFP4")
+# Kinds of GGML with codes of four bits, and a scale for 32 of them; those of compressed-tensors.
+FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K", "MXFP4", *FOUR_BIT_KINDS)
 
 
 class Stacked(NamedTuple):
@@ -51,6 +53,8 @@ def four_bits(raw: Raw, device: torch.device) -> Weight4:
     if raw.kind == "MXFP4":
         nibbles, exponents = fours(raw.rows)
         return packed(*(_rows(part).to(device) for part in (nibbles, exponents)), GROUP)
+    if raw.kind in FOUR_BIT_KINDS:
+        return _grouped(raw, device)
     grid = taken_apart(raw.kind, raw.rows)
     codes, scales = _rows(grid.codes).to(device), torch.from_numpy(grid.scales).to(device)
     if raw.kind == "Q4_0":
@@ -62,13 +66,22 @@ def four_bits(raw: Raw, device: torch.device) -> Weight4:
     return packed(codes, scales, GROUP, minima=minima)
 
 
+def _grouped(raw: Raw, device: torch.device) -> Weight4:
+    codes, scales, zeros, group = grouped(*raw)
+    steps = torch.from_numpy(scales)
+    half = steps.half()
+    steps = half if torch.equal(half.float(), steps) else steps
+    placed = None if zeros is None else torch.from_numpy(zeros).to(device)
+    return packed(torch.from_numpy(codes).to(device), steps.to(device), group, zeros=placed)
+
+
 def _rows(codes: np.ndarray) -> Tensor:
     """[outputs, ...] as uint8 [outputs, all else]."""
     return torch.from_numpy(np.ascontiguousarray(codes.astype(np.uint8).reshape(len(codes), -1)))
 
 
 def _alike(parts: Iterable[Tensor | Weight4]) -> Iterator[list[Tensor | Weight4]]:
-    for _, alike in groupby(parts, key=lambda part: part.kind if isinstance(part, Weight4) else -1):
+    for _, alike in groupby(parts, key=lambda part: (part.kind, part.group) if isinstance(part, Weight4) else None):
         yield list(alike)
 
 

@@ -21,6 +21,7 @@ from kernels.adjust import check_adjustments
 from kernels.checkpoint import Checkpoint, open_checkpoint
 from kernels.config import DecoderConfig
 from kernels.logprobs import check_logprobs
+from kernels.native.as_blocks import AsBlocks
 from kernels.native.build import build
 from kernels.ranks import RankLost, Ranks
 from kernels.shards import Shard, shard_config
@@ -213,8 +214,9 @@ class NativeDecoder:
         self._process = os.getpid()
         self._busy = threading.Lock()
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        names, described, kept = _describe(checkpoint)
-        fetching = _Fetching(checkpoint, names)
+        stored = AsBlocks(checkpoint)
+        names, described, kept = _describe(stored)
+        fetching = _Fetching(stored, names)
         frequencies = np.array(config.rope_frequencies(), np.float64)
         windows = np.array([config.window(layer) for layer in range(config.layers)], np.int32)
         self._trimmed = config.head_ids is not None

@@ -53,6 +53,7 @@ from numpy.typing import NDArray
 
 from kernels.checkpoint import Checkpoint
 from kernels.config import ClampedSwiglu, Experts
+from kernels.native.as_blocks import AsBlocks
 from kernels.native.grids import GROUP, taken_apart
 from kernels.step import StepInputs
 
@@ -71,7 +72,7 @@ class SpecifiedDecoder:
 
     def __init__(self, checkpoint: Checkpoint, *, blocks: int, kv_format: str = "fp16") -> None:
         config = self.config = checkpoint.config
-        self._weights = {name: read_weights(*checkpoint.raw(name)) for name in checkpoint.names()}
+        self._weights = {name: read_weights(*AsBlocks(checkpoint).raw(name)) for name in checkpoint.names()}
         self._frequencies = config.rope_frequencies()
         self._stored = {"fp16": as_half, "int8": as_int8, "fp8": as_fp8}[kv_format]
         self._spreads = kv_format != "fp16"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.checkpoint import Checkpoint, Raw, open_checkpoint
 from kernels.config import ClampedSwiglu
+from kernels.native.as_blocks import AsBlocks
 from kernels.native.decoder import BLOCK_SIZE_TOKENS, MOST_THREADS, RECIPE, check_sizes, usable_cpus
 from kernels.native.fused import Floats, chain, exponential, in_lanes, tree_sum
 from kernels.native.inputs import checked
@@ -103,7 +104,7 @@ class UncompiledDecoder:
         self.threads = threads or min(usable_cpus(), MOST_THREADS)
         self._busy = threading.Lock()
         self._open = True
-        self._place_weights(checkpoint)
+        self._place_weights(AsBlocks(checkpoint))
         frequencies, magnitude = config.rope_frequencies(), float(np.float32(config.rope_magnitude))
         self._rotation = lru_cache(1 << 16)(lambda position: _rotation(position, frequencies, magnitude))
         shape = (blocks, config.layers, config.kv_heads)  # memory is taken as blocks are first written
