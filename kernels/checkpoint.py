@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _PLAIN_KINDS = ("F32", "F16", "BF16")
 # a block of 32 weights: an fp16 scale, then 32 of int8
 _Q8_0_BYTES = 34
+_LONGEST_FILE = 255  # bytes of a name, on most systems
 
 
 class Raw(NamedTuple):
@@ -307,13 +308,13 @@ def _shards(path: Path) -> list[Path]:
         return sorted(path.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); download it again") from error
     foreign = [repr(name) for name in names if not _is_shard(name)]
     if foreign:
         raise CheckpointError(f"{index} names {some(foreign)}, not .safetensors files beside it: use another model")
     shards = [path / name for name in names]
-    missing = [shard.name for shard in shards if not shard.exists()]
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(f"{path} lacks {some(missing)}; download the rest")
     return shards
@@ -321,4 +322,5 @@ def _shards(path: Path) -> list[Path]:
 
 def _is_shard(name: object) -> bool:
     """Whether an index may name it: a file of its own folder, nowhere else."""
-    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") and "\0" not in name
+    return (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") and "\0" not in name
+            and len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_FILE)

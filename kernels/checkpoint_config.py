@@ -6,6 +6,7 @@ refused by name here, never ignored: a checkpoint that opens is computed as its 
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,9 @@ _ROUTING = {
 }
 
 # Beyond any model; a damaged number must not become a huge table.
-_LONGEST_CONTEXT = 1 << 24
+_LARGEST = 1 << 24  # a width, a vocabulary, a context
+_MOST_LAYERS, _LONGEST_HEAD, _MOST_EXPERTS = 1 << 12, 1 << 14, 1 << 14
+_FARTHEST = 1e15  # of a number from 1, as a factor
 
 
 def head_ids(folder: Path) -> tuple[int, ...] | None:
@@ -80,7 +83,7 @@ def head_ids(folder: Path) -> tuple[int, ...] | None:
         found = json.loads(file.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}); make the drafter again") from error
     if not isinstance(found, list) or not all(type(id) is int for id in found):
         raise CheckpointError(f"{file} should be a list of token ids, one for each row of the head")
@@ -88,7 +91,11 @@ def head_ids(folder: Path) -> tuple[int, ...] | None:
 
 
 def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
-    metadata = header.metadata
+    metadata = {
+        key: f"an array of {value.size} {value.dtype}" if isinstance(value, np.ndarray) else value
+        for key, value in header.metadata.items()
+    }
+    header = replace(header, metadata=metadata)
     architecture = metadata.get("general.architecture")
     family = GGUF_FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
@@ -104,17 +111,18 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
     def said(key: str, default: object = None) -> object:
         return metadata.get(f"{architecture}.{key}", default)
 
-    def whole(key: str, default: int | None = None) -> int:
-        return _whole(path, f"{architecture}.{key}", said(key, default))
+    def whole(key: str, default: int | None = None, most: int = _LARGEST) -> int:
+        return _whole(path, f"{architecture}.{key}", said(key, default), most)
 
-    heads, hidden, layers = whole("attention.head_count"), whole("embedding_length"), whole("block_count")
-    head_dim = whole("attention.key_length", hidden // heads)
+    heads, hidden = whole("attention.head_count"), whole("embedding_length")
+    layers = whole("block_count", most=_MOST_LAYERS)
+    head_dim = whole("attention.key_length", hidden // heads, _LONGEST_HEAD)
     if whole("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{path} has values of another size than its keys, which is not supported")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{path} lacks token_embd.weight; download it again")
-    rotary_dim = whole("rope.dimension_count", head_dim)
+    rotary_dim = whole("rope.dimension_count", head_dim, _LONGEST_HEAD)
     base = _positive(path, "rope.freq_base", said("rope.freq_base", 10_000.0))
     rope = _gguf_rope(path, header, str(architecture), base, rotary_dim, whole_pairs=not family.gpt_oss)
     epsilon = "attention.layer_norm_epsilon" if family.layer_norm else "attention.layer_norm_rms_epsilon"
@@ -126,7 +134,7 @@ def gguf_config(path: Path, header: GgufHeader) -> DecoderConfig:
         head_dim=head_dim,
         ffn=whole("feed_forward_length"),
         vocabulary=embedding.shape[0],
-        context_length=_context(path, f"{architecture}.context_length", said("context_length")),
+        context_length=whole("context_length"),
         norm_eps=_positive(path, epsilon, said(epsilon)),
         rope_base=base,
         rotary_dim=rotary_dim,
@@ -168,7 +176,7 @@ def _gguf_experts(path: Path, header: GgufHeader, architecture: str, family: _Fa
         found = len(header.tensors)
         raise CheckpointError(f"{path} announces {layers} layers but holds {found} tensors; download it again")
     return Experts(
-        count=_whole(path, "expert_count", said("expert_count")),
+        count=_whole(path, "expert_count", said("expert_count"), _MOST_EXPERTS),
         per_token=_whole(path, "expert_used_count", said("expert_used_count")),
         ffn=_whole(path, "expert_feed_forward_length", said("expert_feed_forward_length")),
         normalised=said("expert_weights_norm") is not False,
@@ -225,24 +233,24 @@ def hugging_face_config(path: Path) -> DecoderConfig:
             f"{path} is of type {model_type!r}; supported in safetensors: {', '.join(HUGGING_FACE_FAMILIES)}"
         )
 
-    def whole(key: str, default: int | None = None) -> int:
+    def whole(key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = settings.get(key)
-        return _whole(file, key, default if value is None else value)
+        return _whole(file, key, default if value is None else value, most)
 
-    context_length = _context(file, "max_position_embeddings", settings.get("max_position_embeddings"))
+    context_length = whole("max_position_embeddings")
     for key, plain in (("mlp_bias", False), ("hidden_act", family.activation)):
         if settings.get(key, plain) != plain:
             raise CheckpointError(f"{file}: {key} is {settings[key]!r}, only {plain!r} is supported")
     _check_quantisation(path, settings, family)
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
-    head_dim = whole("head_dim", hidden // heads)
+    head_dim = whole("head_dim", hidden // heads, _LONGEST_HEAD)
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{file}: rope_scaling should be an object, it is {rope!r}")
     if family.gpt_oss and not (rope and ("rope_theta" in rope or "rope_theta" in settings)):
         raise CheckpointError(f"{file} lacks rope_scaling or rope_theta, which gpt-oss has no defaults for here")
     base = _positive(file, "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0)))
-    layers = whole("num_hidden_layers")
+    layers = whole("num_hidden_layers", most=_MOST_LAYERS)
     rotary_dim = _rotary_dim(file, settings, rope, head_dim) if family.partly_rotary else head_dim
     scaling = _hugging_face_rope(file, rope, base, rotary_dim, context_length)
     epsilon, usual = ("norm_eps", 1e-5) if family.layer_norm else ("rms_norm_eps", 1e-6)
@@ -278,7 +286,7 @@ def hugging_face_config(path: Path) -> DecoderConfig:
 def _settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON ({error}); download it again") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file} is no JSON object; download it again")
@@ -298,11 +306,11 @@ def _check_quantisation(path: Path, settings: dict[str, Any], family: _Family) -
 
 
 def _hugging_face_experts(file: Path, settings: dict[str, Any], family: _Family) -> Experts:
-    def whole(key: str, default: int | None = None) -> int:
+    def whole(key: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = settings.get(key)
-        return _whole(file, key, default if value is None else value)
+        return _whole(file, key, default if value is None else value, most)
 
-    count = whole("num_local_experts" if settings.get("num_experts") is None else "num_experts")
+    count = whole("num_local_experts" if settings.get("num_experts") is None else "num_experts", most=_MOST_EXPERTS)
     per_token = whole("num_experts_per_tok")
     if family.gpt_oss:
         alpha, limit = (
@@ -341,10 +349,12 @@ def _hugging_face_windows(file: Path, settings: dict[str, Any], family: _Family,
     if kinds is None and family.every_second_sees_all:
         return tuple(0 if layer % 2 else size for layer in range(layers))
     if kinds is None:
-        first = settings.get("max_window_layers", 0) if family.first_layers_see_all else 0
+        first = settings.get("max_window_layers") or 0 if family.first_layers_see_all else 0
+        if not isinstance(first, int):
+            raise CheckpointError(f"{file}: max_window_layers should be a number of layers, it is {first!r}")
         return tuple(size if layer >= first else 0 for layer in range(layers))
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown or len(kinds) != layers:
+    known = isinstance(kinds, list) and all(kind in ("sliding_attention", "full_attention") for kind in kinds)
+    if not known or len(kinds) != layers:
         raise CheckpointError(
             f"{file}: layer_types must name {layers} layers as sliding_attention or full_attention, they are {kinds!r}"
         )
@@ -403,20 +413,15 @@ def _yarn_magnitude(file: Path, rope: dict[str, Any], factor: float) -> float | 
     return (_positive(file, "mscale", some) * rise + 1.0) / (_positive(file, "mscale_all_dim", all_dims) * rise + 1.0)
 
 
-def _whole(path: Path, key: str, value: object) -> int:
+def _whole(path: Path, key: str, value: object, most: int = _LARGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{path}: {key} should be a whole number from 1, it is {value!r}")
+    if value > most:
+        raise CheckpointError(f"{path}: {key} is {value}, more than {most}; the file is damaged")
     return value
 
 
-def _context(path: Path, key: str, value: object) -> int:
-    length = _whole(path, key, value)
-    if length > _LONGEST_CONTEXT:
-        raise CheckpointError(f"{path}: {key} is {length}, more than {_LONGEST_CONTEXT}; the file is damaged")
-    return length
-
-
 def _positive(path: Path, key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / _FARTHEST <= value <= _FARTHEST:
         raise CheckpointError(f"{path}: {key} should be a positive number, it is {value!r}")
     return float(value)

@@ -138,6 +138,8 @@ def llama3_rope_factors(
     """
     factors = []
     span = high_frequency_factor - low_frequency_factor
+    if span <= 0:
+        raise CheckpointError(f"the rope's high_freq_factor must exceed its low_freq_factor, it does by {span:g}")
     for pair in range(rotary_dim // 2):
         wavelength = 2 * math.pi * base ** (2 * pair / rotary_dim)
         kept = min(1.0, max(0.0, (original_context_length / wavelength - low_frequency_factor) / span))
@@ -169,6 +171,8 @@ def yarn_rope(
     stretched by `factor`, between in a straight line; `whole_pairs`: its ends are rounded to pairs. `magnitude` None:
     the paper's 0.1 ln(factor) + 1.
     """
+    if base <= 1.0:
+        raise CheckpointError(f"YaRN needs a rope base above 1, the checkpoint says {base:g}")
 
     def pair_turning(times: float) -> float:
         return rotary_dim * math.log(original_context_length / (times * 2 * math.pi)) / (2 * math.log(base))

@@ -23,6 +23,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
+# characters; GGML itself takes 64. A stack of experts writes its name out for each of them
+_LONGEST_NAME = 256
 
 
 class BlockType(NamedTuple):
@@ -116,6 +118,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 def _tensor_place(cursor: "_Cursor") -> tuple[str, BlockType, tuple[int, ...], int]:
     name = cursor.string()
+    if len(name) > _LONGEST_NAME:
+        raise cursor.damaged(f"the name of a tensor has {len(name)} characters")
     (dimensions,) = cursor.unpack("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
         raise cursor.damaged(f"{name} has {dimensions} dimensions")

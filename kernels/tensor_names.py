@@ -135,10 +135,13 @@ def check_shapes(path: Path, config: DecoderConfig, found: dict[str, tuple[int, 
         raise CheckpointError(
             f"{path} announces {config.layers} layers but holds {len(found)} tensors; download it again"
         )
-    if config.experts is not None and config.experts.count > len(found):
-        raise CheckpointError(
-            f"{path} announces {config.experts.count} experts but holds {len(found)} tensors; download it again"
-        )
+    if config.experts is not None:
+        mixtures = sum(map(config.is_mixture, range(config.layers)))
+        if mixtures * config.experts.count > len(found):
+            raise CheckpointError(
+                f"{path} announces {mixtures} layers of {config.experts.count} experts but holds {len(found)} tensors; "
+                "download it again"
+            )
     expected = expected_shapes(config)
     missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from kernels.checkpoint import open_checkpoint
 from kernels.config import CheckpointError, DecoderConfig, llama3_rope_factors
 from kernels.gguf_header import BLOCK_TYPES, SkippedStrings, read_gguf_header
 from kernels.tensor_names import expected_shapes
+from tests.kernels.families import FAMILIES
 from tests.kernels.tiny import Tiny, tiny_weights, write_tiny_folder, write_tiny_gguf
 from tests.models import default_model
 
@@ -174,6 +176,17 @@ def change(folder: Path, **settings: object) -> None:
         ({"intermediate_size": 96}, "shapes contradict"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
         ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"head_dim": 2**30, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "head_dim"),
+        ({"model_type": "mistral", "sliding_window": 64, "num_hidden_layers": 2**30}, "num_hidden_layers"),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": 2}, "layer_types"),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": [["full_attention"], {}]}, "layer_types"),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": "all"},
+         "max_window_layers"),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope base above 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e308}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                           "original_max_position_embeddings": 64}}, "high_freq_factor"),
     ],
 )
 def test_settings_that_no_decoder_here_runs_are_refused(tmp_path: Path, settings: dict[str, object], reason: str):
@@ -239,6 +252,65 @@ def test_llama3_rope_scaling_stretches_long_waves_and_keeps_short_ones(tmp_path:
     assert factors[0] == 1.0 and factors[-1] == 8.0
     assert list(factors) == sorted(factors)
     assert any(1.0 < factor < 8.0 for factor in factors)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/dev/zero", "", "..", "a/b.safetensors", "config.json", 1,
+                                  None, [], "x" * 300 + ".safetensors"])
+def test_an_index_names_files_beside_it_and_nothing_else(tmp_path: Path, name: object):
+    folder = write_tiny_folder(tmp_path / "folder")
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    listed = {"weight_map": {"a": "model.safetensors", "b": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"index\.json (names|is damaged)"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "d2t.json"])
+def test_json_far_too_deep_is_damage(tmp_path: Path, file: str):
+    folder = write_tiny_folder(tmp_path / "folder")
+    (folder / file).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"\.json is (no JSON|damaged)"):
+        open_checkpoint(folder)
+
+
+def test_a_stack_of_experts_cannot_multiply_a_long_name(tiny_gguf: Path, tmp_path: Path):
+    data = tiny_gguf.read_bytes()
+    name = b"blk." + b".experts.*." * 20_000 + b".ffn_gate_exps.weight"
+    info = struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 20_000, 0, 0)
+    first, count = data.index(b"token_embd.weight") - 8, int.from_bytes(data[8:16], "little") + 1
+    path = tmp_path / "long.gguf"
+    path.write_bytes(data[:8] + count.to_bytes(8, "little") + data[16:first] + info + data[first:])
+    with pytest.raises(CheckpointError, match="the name of a tensor has"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        (b"split.count", "split GGUF"),
+        (b"llama.expert_count", "mixture of experts"),
+        (b"llama.attention.sliding_window", "an array of 3 uint32"),
+        (b"llama.rope.scaling.type", "an array of 3 uint32"),
+        (b"llama.block_count", "an array of 3 uint32"),
+    ],
+)
+def test_an_array_in_place_of_a_number_is_refused(tiny_gguf: Path, tmp_path: Path, key: bytes, reason: str):
+    data = tiny_gguf.read_bytes()
+    array = struct.pack("<Q", len(key)) + key + struct.pack("<IIQIII", 9, 4, 3, 1, 2, 3)
+    count = int.from_bytes(data[16:24], "little") + 1
+    path = tmp_path / "array.gguf"
+    first = data.index(b"token_embd.weight") - 8  # last among the metadata: it replaces what was there
+    path.write_bytes(data[:16] + count.to_bytes(8, "little") + data[24:first] + array + data[first:] + bytes(32))
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(path)
+
+
+def test_layers_of_experts_are_counted_before_they_are_named(tmp_path: Path):
+    folder = write_tiny_folder(tmp_path / "folder", FAMILIES["qwen3_moe"])
+    found = len(load_file(folder / "model.safetensors"))
+    change(folder, num_experts=found)
+    with pytest.raises(CheckpointError, match=f"layers of {found} experts but holds"):
+        open_checkpoint(folder)
 
 
 def test_places_without_a_model_are_explained(tmp_path: Path, tiny_gguf: Path):
