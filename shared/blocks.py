@@ -11,6 +11,7 @@ from shared.tokens import pack
 
 BLOCK_SIZE_TOKENS = 16
 HASH_BYTES = 16
+LONGEST_SALT = 64  # bytes; what BLAKE2b takes as a key
 
 
 def tenant_salt(secret: bytes, tenant: str) -> bytes:

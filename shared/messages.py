@@ -444,4 +444,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
-    return decoder.decode(data)  # type: ignore[return-value]
+    try:
+        return decoder.decode(data)  # type: ignore[return-value]
+    except (UnicodeDecodeError, RecursionError) as error:  # which the library lets through
+        raise msgspec.DecodeError(f"it is no message: {error}") from None

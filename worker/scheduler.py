@@ -26,6 +26,7 @@ from collections.abc import Container, Iterable
 from typing import Literal, NamedTuple
 
 from kernels.step import Hidden, Logprobs
+from shared.blocks import LONGEST_SALT
 from shared.errors import (
     BadRequest,
     ContextTooLong,
@@ -495,6 +496,8 @@ class Scheduler:
     def _refusal(self, request: Generate, now: float, deadline: float) -> MillError | None:
         if len(request.tokens) % 4 or len(request.generated) % 4 or not request.tokens:
             return BadRequest("the prompt must be one token or more, packed 4 bytes each")
+        if len(request.cache_salt) > LONGEST_SALT:
+            return BadRequest(f"a cache salt has at most {LONGEST_SALT} bytes, this one has {len(request.cache_salt)}")
         length = (len(request.tokens) + len(request.generated)) // 4
         if request.pooling and not self.limits.embeds:
             return NoEligibleWorker("this worker's decoder gives no embeddings", param="pooling")

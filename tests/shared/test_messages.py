@@ -76,7 +76,8 @@ def test_a_union_is_told_apart_by_its_tag():
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"text", b"\x80", encode(EXAMPLES["Cancel"]),
-                                  encode(EXAMPLES["Generate"])[:-1]])
+                                  encode(EXAMPLES["Generate"])[:-1], b"\x81\xa4type\xa8gener\xffte",
+                                  b"\x81\xa4type" * 20_000 + b"\x01"])
 def test_other_bytes_are_refused(data):
     with pytest.raises(msgspec.DecodeError):
         decode(data, Generate)

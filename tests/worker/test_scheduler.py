@@ -300,8 +300,8 @@ def test_a_stream_ends_with_length_where_context_or_memory_end() -> None:
 
 
 @pytest.mark.parametrize("other", [{"prompt": [VOCABULARY]}, {"prompt": []}, {"generated": b"abc"},
-                                   {"generated": [VOCABULARY]}])
-def test_tokens_that_cannot_be_are_refused_and_change_nothing(other: dict[str, object]) -> None:
+                                   {"generated": [VOCABULARY]}, {"cache_salt": bytes(65), "prompt": [1] * 4 * BLOCK}])
+def test_tokens_and_salts_that_cannot_be_are_refused_and_change_nothing(other: dict[str, object]) -> None:
     bench = Bench(mock_decoder())
     bench.add(request(**other))  # type: ignore[arg-type]
     assert not bench.step()
