@@ -18,6 +18,7 @@ tokenmill doctor  what is missing here, and what to do about it
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,8 @@ def models(
 def up(
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="PORT", help="port of the first gateway")] = 8000,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="address the gateways listen on")] = "127.0.0.1",
-    workers: Annotated[int, typer.Option(metavar="N", help="how many of each model", min=1)] = 1,
+    workers: Annotated[str, typer.Option(metavar="N|N..M", help="how many of each model; N..M: as many as the load "
+                                         "needs (`tokenmill scale`)")] = "1",
     tensor_parallel: Annotated[
         int, typer.Option(metavar="N", help="processes that share each worker's model, on a GPU each or on the CPU",
                           min=1)
@@ -193,6 +195,9 @@ def up(
         _leave("--all-in-one needs no NATS: leave out --nats")
     if all_in_one and metrics_port:
         _leave("--metrics-port is for services that are processes: leave out --all-in-one")
+    least_workers, most_workers = _between(workers)
+    if all_in_one and most_workers > least_workers:
+        _leave("--workers N..M is for services that are processes: leave out --all-in-one, or say one number")
     if (nats_creds or nats_ca) and not nats:
         _leave("--nats-creds and --nats-ca are for a NATS that --nats names: the embedded one is open, on loopback")
     try:
@@ -209,7 +214,7 @@ def up(
     aliases = _pairs(alias or [])
     folder, *more = map(_pull, model or ["default"])
     if engine in ("auto", "cpu"):
-        _check_memory([folder, *more], workers, tensor_parallel)
+        _check_memory([folder, *more], most_workers, tensor_parallel)
     small = _pull(drafter_model) if drafter_model else None
     if engine in ("auto", "cpu"):
         _compile()
@@ -222,7 +227,8 @@ def up(
         tls_key=tls_key,
         gateways=gateways,
         routers=routers,
-        workers=workers,
+        workers=least_workers,
+        most_workers=most_workers,
         tensor_parallel=tensor_parallel,
         drafters=drafters,
         drafter_kind=drafter_kind,
@@ -426,6 +432,16 @@ def _pairs(said: list[str]) -> dict[str, str]:
         return pairs_of(",".join(said), "--alias")
     except ValueError as error:
         _leave(str(error))
+
+
+def _between(said: str) -> tuple[int, int]:
+    """Fewest and most, of `N` or `N..M`."""
+    numbers = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", said, re.ASCII)
+    found = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise typer.BadParameter(f"{said!r} is neither a number of 1 or more nor two such as 1..4",
+                                 param_hint="--workers")
+    return found
 
 
 def _pull(ref: str) -> Path:

@@ -57,6 +57,7 @@ class Options:
     gateways: int = 1
     routers: int = 1
     workers: int = 1  # of each model
+    most_workers: int = 0  # of each model: started and drained as the load needs; 0: as many as `workers`, always
     tensor_parallel: int = 1  # processes that share a worker's model
     drafters: int = 1
     drafter_kind: str = "suffix"
@@ -121,7 +122,7 @@ def plan(options: Options, nats: str) -> dict[str, list[Settings]]:
     On a broker that others may use the ids get random letters, so that two meshes never share one.
     """
     models = options.models
-    threads = max(1, _cores() // max(1, options.workers * len(models)))
+    threads = max(1, _cores() // max(1, max(options.workers, options.most_workers) * len(models)))
     common: dict[str, Any] = {
         "nats": nats,
         "nats_creds": str(options.nats_creds.absolute()) if options.nats_creds is not None else "",

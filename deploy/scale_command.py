@@ -57,7 +57,7 @@ def scale(
 ) -> None:
     """Say how many of each service the load needs, and why. Exit code 1 when more are needed than there are."""
     if not advise:
-        _leave("`tokenmill scale` only advises: say --advise. `tokenmill up --workers 1..4` starts and ends workers")
+        _leave("`tokenmill scale` only advises: say --advise. `tokenmill up --workers 1..4` does what it says")
     goals = Goals(first_token_s, per_token_ms / 1e3)
     try:
         goals = msgspec.structs.replace(goals, least={**goals.least, **bounds(least or [])}, most=bounds(most or []))

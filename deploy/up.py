@@ -27,6 +27,7 @@ from rich.text import Text
 
 from deploy import first_answer
 from deploy.all_in_one import OneProcess
+from deploy.autoscale import follow
 from deploy.live import Board, table
 from deploy.local_mesh import LocalMesh, Options
 from deploy.rolling import RollStopped, roll
@@ -79,6 +80,9 @@ async def run(options: Options, console: Console, *, one_process: bool, quiet: b
                 _print_curl(options, name, console)
                 rolling = asyncio.create_task(_roll_when_asked(mesh, board, again, say))
                 stack.callback(rolling.cancel)
+                if isinstance(mesh, LocalMesh) and options.most_workers > options.workers:
+                    scaling = asyncio.create_task(follow(mesh, board, options.most_workers, say))
+                    stack.callback(scaling.cancel)
                 await _keep(mesh, board, console, stop)
         await _drain(mesh, console, stop)
     except BaseException:

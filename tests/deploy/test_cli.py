@@ -70,6 +70,7 @@ def test_a_missing_model_is_said_with_what_a_model_can_be(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("arguments", [("--port", "0"), ("--port", "65536"), ("--workers", "0"), ("--drafters", "-1"),
+                                       ("--workers", "3..1"), ("--workers", "2.."), ("--workers", "two"),
                                        ("--drain-s", "-1"), ("--port", "eight")])
 def test_a_number_out_of_range_is_refused_by_name(arguments: tuple[str, str]) -> None:
     result = _run("up", *arguments)

@@ -8,10 +8,13 @@ import sys
 import pytest
 
 from deploy import broker
+from deploy.autoscale import follow
+from deploy.live import Board
 from deploy.local_mesh import LocalMesh, Options
 from deploy.scale_command import bounds
 from deploy.scaling import Advisor, Goals, Need, needs, slots_of
 from gateway.model_files import load_card
+from shared import subjects
 from shared.messages import DrafterStatus, GatewayStatus, RouterStatus, WorkerStatus
 from tests.mesh.streams import chat, read
 from tests.models import default_folder
@@ -173,3 +176,36 @@ async def _advised(nats):
     told = json.loads(said)
     assert asked.returncode == int(any(one["wanted"] > one["have"] for one in told))
     return told
+
+
+# --- done ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_a_local_mesh_starts_workers_under_load_and_drains_them_after_it_without_losing_a_token(tmp_path):
+    slow = {"mock_step_s": 0.020, "mock_row_s": 0.001, "max_running": 4}
+    options = Options(model=default_folder(), data=tmp_path / "mesh", port=broker.free_port(), engine="mock",
+                      drafters=0, drain_s=0.5, settings={"worker": slow})
+    said = []
+    async with LocalMesh(options) as mesh:
+        await mesh.until_ready()
+        board = Board()
+        bus = await mesh.connect()
+        await bus.subscribe(subjects.ALL_STATUS, board.take)
+        advisor = Advisor(Goals(least={"worker": 1}, most={"worker": 3}), up_s=2.0, down_s=3.0)
+        following = asyncio.create_task(follow(mesh, board, 3, said.append, advisor))
+        body = chat(load_card(options.model).name, "Count.", max_tokens=200, ignore_eos=True, temperature=0.9, seed=5)
+        seen = await asyncio.gather(*(read(mesh.url, body) for _ in range(32)))
+        workers = {stream.usage["mill"]["worker"] for stream in seen}
+        assert {(stream.text, stream.finish_reason) for stream in seen} == {(seen[0].text, "length")}
+        # what waits at a worker stays there: the last to come may come too late for it
+        assert len(workers) >= 2 and len([line for line in said if " starts, " in line]) == 2, said
+        # one stream goes on while all but one worker leave
+        long = asyncio.create_task(read(mesh.url, body | {"max_tokens": 600}))
+        async with asyncio.timeout(60):
+            while len([child for child in mesh.children if child.name.startswith("worker")]) > 1:
+                await asyncio.sleep(0.1)
+        assert (await long).text.startswith(seen[0].text)
+        assert [line.split()[0] for line in said[2:]] == [line.split()[0] for line in reversed(said[:2])]
+        following.cancel()
+        await bus.close()
