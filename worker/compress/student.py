@@ -20,19 +20,11 @@ from torch import Tensor, nn
 
 from kernels.checkpoint import Checkpoint
 from kernels.checkpoint_config import HEAD_IDS, Q8_0
-from kernels.config import CheckpointError, DecoderConfig
+from kernels.config import CheckpointError
 from kernels.reference import rotary, rotary_tables
+from worker.compress.hugging_face import MATRICES, NORMS, halves, settings
 
-_MATRICES = {
-    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-_NORMS = {
-    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
-}
-
+_STORED = {"quantization_config": {"quant_method": Q8_0}}
 
 class Student(nn.Module):  # type: ignore[misc]  # torch is not followed
     """A decoder with gradients. `head_ids`: the token id of each row of its head, ascending."""
@@ -124,49 +116,22 @@ def export(student: Student, folder: Path) -> dict[str, int]:
         "model.norm.weight": _plain(student.norm),
     }
     for number, layer in enumerate(student.layers):
-        for ours, theirs in _MATRICES.items():
+        for ours, theirs in MATRICES.items():
             key, name = ours.replace(".", "_"), f"model.layers.{number}.{theirs}"
-            tensors[f"{name}.weight"] = _blocks(_halves(layer[f"{key}_weight"], ours, config))
+            tensors[f"{name}.weight"] = _blocks(halves(layer[f"{key}_weight"], ours, config))
             if f"{key}_bias" in layer:
-                tensors[f"{name}.bias"] = _plain(_halves(layer[f"{key}_bias"], ours, config))
-        for ours, theirs in _NORMS.items():
+                tensors[f"{name}.bias"] = _plain(halves(layer[f"{key}_bias"], ours, config))
+        for ours, theirs in NORMS.items():
             if (key := f"{ours.replace('.', '_')}_weight") in layer:
                 tensors[f"model.layers.{number}.{theirs}.weight"] = _plain(layer[key])
     written = {"model.safetensors": folder / "model.safetensors.part", HEAD_IDS: folder / f"{HEAD_IDS}.part",
                "config.json": folder / "config.json.part"}
     save_file(tensors, written["model.safetensors"])
     written[HEAD_IDS].write_text(json.dumps(list(config.head_ids or ())))
-    written["config.json"].write_text(json.dumps(_settings(config), indent=1))
+    written["config.json"].write_text(json.dumps(settings(config) | _STORED, indent=1))
     for name, part in written.items():
         part.replace(folder / name)
     return {name: (folder / name).stat().st_size for name in written}
-
-
-def _settings(config: DecoderConfig) -> dict[str, object]:
-    """config.json, in Hugging Face's words."""
-    family = ("qwen3" if config.qk_norm else "mistral" if config.windows is not None and not config.qkv_bias
-              else "qwen2" if config.qkv_bias and not config.output_bias else "llama")
-    said: dict[str, object] = {
-        "model_type": family, "hidden_act": "silu", "hidden_size": config.hidden, "intermediate_size": config.ffn,
-        "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim, "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.context_length, "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base, "tie_word_embeddings": False, "attention_bias": config.output_bias,
-        "quantization_config": {"quant_method": Q8_0},
-    }
-    if config.windows is not None and any(config.windows):
-        said |= {"sliding_window": max(config.windows), "use_sliding_window": True,
-                 "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows]}
-    return said
-
-
-def _halves(weight: Tensor, name: str, config: DecoderConfig) -> Tensor:
-    """Rows of q and k in the order that safetensors have: element i of a head turns with i + half."""
-    if name not in ("attention.q", "attention.k") or not config.rope_interleaved:
-        return weight
-    heads = weight.reshape(-1, config.head_dim, *weight.shape[1:])
-    turning, rest = heads[:, :config.rotary_dim], heads[:, config.rotary_dim:]
-    return torch.cat((turning[:, 0::2], turning[:, 1::2], rest), 1).reshape(weight.shape)
 
 
 def _blocks(weight: Tensor) -> np.ndarray:
