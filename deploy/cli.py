@@ -4,6 +4,7 @@ tokenmill up      the whole mesh on this machine
 tokenmill pull    fetch a model into the cache
 tokenmill models  what is in the cache, and whether it can be served here
 tokenmill distil  a drafter out of the model it drafts for
+tokenmill compress  a model in fewer bits a weight
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill price-sheet  what tokens cost here, measured
 tokenmill plan    how many workers and drafters a trace needs, and what they cost
@@ -400,6 +401,40 @@ def distil(
             _leave(str(error))
     console.print(f"the drafter is in {out}", soft_wrap=True)
     typer.echo(distilling.encoded(certificate).decode() if json else "\n".join(distilling.summary(certificate)))
+
+
+@app.command()
+def compress(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the smaller model; what was begun there goes on")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = "default",
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="rtn: to the nearest")] = "rtn",
+    bits: Annotated[int, typer.Option(metavar="N", help="4, or 8: int8 with a scale for each output")] = 4,
+    group: Annotated[int, typer.Option(metavar="N", help="inputs that share a scale: 32, 64 or 128")] = 64,
+    zero_point: Annotated[bool, typer.Option("--zero-point", help="ranges that need not be symmetric; kept in four "
+                                             "bits on a GPU only")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print compression.json")] = False,
+) -> None:
+    """Write a model in fewer bits a weight, in the format compressed-tensors, which other engines read too."""
+    import msgspec
+
+    from deploy import compress as compressing
+    from worker.compress.compressing import Recipe
+
+    folder = _pull(model)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        task = progress.add_task("layers", total=1)
+        try:
+            done = compressing.compress(
+                folder, out, Recipe(name=recipe, bits=bits, group=group, symmetric=not zero_point),
+                lambda phase, at, total, figures: progress.update(task, completed=at, total=total))
+        except compressing.CompressFailed as error:
+            _leave(str(error))
+    console.print(f"the model is in {out}", soft_wrap=True)
+    typer.echo(msgspec.json.format(msgspec.json.encode(done)).decode() if json
+               else "\n".join(compressing.summary(done)))
 
 
 @app.command()
