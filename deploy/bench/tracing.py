@@ -1,11 +1,12 @@
 """What tracing costs: the same load on meshes without it, with all of it, and with a twentieth of it, in turn.
 
-    python -m deploy.bench.tracing [--rounds 10] [--streams 32] [--requests 256] [--max-tokens 64] [--json FILE]
+    python -m deploy.bench.tracing [--rounds 10] [--streams 32] [--requests 256] [--max-tokens 64]
+        [--engine mock|cpu] [--json FILE]
 
-Three meshes of real processes with mock engines that take no time, so that all there is is the path of a token, which
-is the worst case: an engine that computes makes the share smaller. Spans go to a collector of a process of its own,
-which reads and drops them; its time counts for nobody, but it shares the machine. Ratios are within a round, the median
-of them with its 95 % interval: above 1, more than without tracing.
+Three meshes of real processes. A mock engine takes no time here, so that all there is is the path of a token, which is
+the worst case; `--engine cpu` says what is left of it beside a model of 135M parameters. Spans go to a collector of a
+process of its own, which reads and drops them; its time counts for nobody, but it shares the machine. Ratios are within
+a round, the median of them with its 95 % interval: above 1, more than without tracing.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--requests", type=int, default=256, help="of a side and round")
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--engine", choices=("mock", "cpu"), default="mock")
     parser.add_argument("--sink", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -58,7 +60,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     seen: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     async with contextlib.AsyncExitStack() as stack:
         collector = stack.enter_context(_collector())
-        sides = [await stack.enter_async_context(_mesh(side, model, collector)) for side in SIDES]
+        sides = [await stack.enter_async_context(_mesh(side, model, collector, options.engine)) for side in SIDES]
         for side in sides:
             await load.run(side.url, mesh.bodies(name, options.streams, 8, numbers), options.streams)
         for number in range(options.rounds):
@@ -78,12 +80,12 @@ def _ratio(side: list[dict[str, Any]], off: list[dict[str, Any]], figure: str) -
 
 
 @contextlib.asynccontextmanager
-async def _mesh(side: str, model: Path, collector: str) -> AsyncIterator[mesh.Side]:
+async def _mesh(side: str, model: Path, collector: str, engine: str) -> AsyncIterator[mesh.Side]:
     traced, variables = SIDES[side]
     worker = {"mock_step_s": 0.0, "mock_row_s": 0.0, "mock_token_s": 0.0, "max_running": 256, "max_waiting": 1024,
-              "kv_blocks": 65536, "step_tokens": 8192}
+              "kv_blocks": 65536, "step_tokens": 8192} if engine == "mock" else {}
     with tempfile.TemporaryDirectory() as data:
-        options = Options(model=model, data=Path(data), port=broker.free_port(), engine="mock", drafters=0,
+        options = Options(model=model, data=Path(data), port=broker.free_port(), engine=engine, drafters=0,
                           log_level="warning", otlp=collector if traced else "", settings={"worker": worker})
         os.environ.update(variables)
         async with LocalMesh(options) as running:
