@@ -7,6 +7,7 @@ Pure; the time of day is passed in.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -18,12 +19,16 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from gateway.model_files import ModelCard, UnusableModel
 from shared.errors import BadRequest
 
 MAX_OUTPUT_CHARACTERS = 16 << 20  # four times the largest body a gateway takes
 MAX_LOOP_ROUNDS = 1_000_000  # of all loops together; a template makes a few per message and per tool
+MAX_MADE_CHARACTERS = 16 * MAX_OUTPUT_CHARACTERS  # of all values together that expressions make on the way
+MAX_INTEGER_BITS = 4096
+MAX_WIDTH = 10_000  # that a text may be filled up to
 
 _BUDGET, _NOW = "__loop_budget", "__now_s"
 # The space tells whether the template trims what it shows.
@@ -42,6 +47,8 @@ class ChatTemplate:
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UnusableModel(f"the chat template has an error in line {error.lineno}: {error.message}") from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError) as error:  # Python's own parser, behind Jinja's
+            raise UnusableModel(f"the chat template is nested too deep, or no code comes of it: {error}") from error
         # Jinja's chain of two mappings is walked for every rendering (10 us)
         self._template.globals = dict(self._template.globals)
 
@@ -192,10 +199,17 @@ class _OutOfBounds(Exception):
 
 
 class _Budget:
-    """Rounds left for all loops of one rendering."""
+    """What is left for one rendering: rounds of all its loops, characters of all that it makes."""
 
     def __init__(self) -> None:
         self.rounds = MAX_LOOP_ROUNDS
+        self.characters = MAX_MADE_CHARACTERS
+
+    def make(self, size: int) -> None:
+        """Before so many characters, or elements of a list, are made."""
+        self.characters -= size
+        if size > MAX_OUTPUT_CHARACTERS or self.characters < 0:
+            raise _OutOfBounds(f"it made values of more than {MAX_OUTPUT_CHARACTERS} characters, or too many of them")
 
     def take(self, items: Iterable[Any]) -> list[Any]:
         taken = []
@@ -266,26 +280,143 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+# --- what expressions may make ---------------------------------------------------------------------------------------
+
+_LONG_WIDTH = re.compile(r"\d{5}")
+_WIDTH_OF_AN_ARGUMENT = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*\{")
+_FILLING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice",
+                      "tojson"})
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
+
+
+def _size_of_call(name: str, value: Any, args: Sequence[Any]) -> int:
+    """At least as much as the filter or method `name` of `value` makes. Raises _OutOfBounds for widths beyond all."""
+    size, texts = _size(value), [_size(each) for each in args]
+    if name in _FILLING:
+        if any(isinstance(each, int) and each > MAX_WIDTH for each in args):
+            raise _OutOfBounds(f"{name} was asked for more than {MAX_WIDTH}")
+        width = max((each for each in args if isinstance(each, int)), default=1)
+        return size + max(width, 1) + size * max(texts, default=0) + (
+            size * max(width, 0) if name in ("expandtabs", "indent", "tojson") else 0)
+    if name == "replace" and len(args) > 1:
+        places = value.count(args[0]) if isinstance(value, str) and isinstance(args[0], str) else size
+        return size + places * texts[1]
+    if name == "join":
+        # a filter joins by its argument, a method its argument by what it is of
+        return size * max(texts[:1], default=0) + size + sum(texts)
+    if name == "format":
+        return _size_of_format(value, args)
+    return size
+
+
+def _size_of_format(text: Any, args: Sequence[Any]) -> int:
+    if not isinstance(text, str):
+        return 0
+    numbers = [each for each in args if isinstance(each, int)]
+    if _LONG_WIDTH.search(text) or (_WIDTH_OF_AN_ARGUMENT.search(text) and max(numbers, default=0) > MAX_WIDTH):
+        raise _OutOfBounds(f"a text was to be filled up to more than {MAX_WIDTH} characters")
+    return len(text) * (1 + MAX_WIDTH // 100) + (text.count("%") + text.count("{")) * max(map(_size, args), default=0)
+
+
+def _size_of_operation(operator: str, left: Any, right: Any) -> int:
+    """At least as much as comes of it. Raises _OutOfBounds for integers beyond all."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > MAX_INTEGER_BITS:
+            raise _OutOfBounds(f"an integer was to have more than {MAX_INTEGER_BITS} bits")
+        return 0
+    if operator == "*":
+        times, of = (left, right) if isinstance(left, int) else (right, left)
+        return _size(of) * times if isinstance(times, int) and times > 0 else 0
+    if operator == "%":
+        return _size_of_format(left, right if isinstance(right, tuple) else [right])
+    return _size(left) + _size(right)
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that says what it is to make before it does; as all of these, it is never run when compiled."""
+    passed = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
+
+    @jinja2.pass_context
+    def bounded(context: Context, value: Any, *args: Any, **more: Any) -> Any:
+        budget: _Budget = context[_BUDGET]
+        if name == "join" and not isinstance(value, str | list | tuple | dict):
+            value = budget.take(value)
+        budget.make(_size_of_call(name, value, [*args, *more.values()]))
+        first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (context.environment,)}
+        made = function(*first.get(passed, ()), value, *args, **more)
+        budget.make(_size(made))
+        return made
+
+    return bounded
+
+
+@jinja2.pass_context
+def _concatenated(context: Context, *values: Any) -> str:
+    texts = [str(value) for value in values]
+    budget: _Budget = context[_BUDGET]
+    budget.make(sum(map(len, texts)))
+    return "".join(texts)
+
+
+class _Bounding(NodeTransformer):
+    """Loops are counted, and what `~` makes."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _call("__counted", [node.iter], node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("__concatenated", node.nodes, node.lineno)
+
+
+def _call(name: str, given: Sequence[nodes.Node], line: int) -> nodes.Call:
+    return nodes.Call(nodes.Name(name, "load", lineno=line), list(given), [], None, None, lineno=line)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        template = super()._parse(source, name, filename)
-        for loop in template.find_all(nodes.For):
-            counted = nodes.Name("__counted", "load", lineno=loop.lineno)
-            loop.iter = nodes.Call(counted, [loop.iter], [], None, None, lineno=loop.lineno)
+        template: nodes.Template = _Bounding().visit(super()._parse(source, name, filename))
         return template
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        budget: _Budget = context[_BUDGET]
+        if type(left) is str and type(right) is str and operator == "+":  # nearly all there are
+            budget.make(len(left) + len(right))
+            return left + right
+        budget.make(_size_of_operation(operator, left, right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(__obj, "__wrapped__", __obj)
+        value = getattr(method, "__self__", None)
+        if isinstance(value, str | bytes | list | tuple | dict):
+            budget: _Budget = __context[_BUDGET]
+            budget.make(_size_of_call(method.__name__, value, [*args, *kwargs.values()]))
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 def _environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
     environment.filters["tojson"] = _tojson
+    environment.filters = {name: _bounded(name, function) for name, function in environment.filters.items()}
     provided: dict[str, Callable[..., Any]] = {
         "__counted": _counted,
+        "__concatenated": _concatenated,
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
         "dict": _dict,
         "namespace": _PlainNamespace,
     }
     environment.globals.update(provided)
+    del environment.globals["lipsum"]  # words by the number
     return environment
 
 

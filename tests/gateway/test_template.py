@@ -10,6 +10,7 @@ from gateway import template as module
 from gateway.model_files import UnusableModel, load_card
 from gateway.template import ChatTemplate
 from shared.errors import BadRequest
+from tests.laws.fuzz import bounded_memory, bounded_time
 from tests.models import default_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "template_golden.json").read_text())
@@ -157,6 +158,52 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
 def test_loops_are_bounded(source: str) -> None:
     with pytest.raises(BadRequest, match="rounds"):
         render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 9999999999 }}",
+        "{{ [0] * 9999999999 }}",
+        "{{ 9 ** 999999999 }}",
+        "{% set n = namespace(x=9) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x|replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x.replace('', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x.join(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x|join(n.x) %}{% endfor %}",
+        "{% set n = namespace(l=[], x='a') %}{% for a in range(9999) %}"
+        "{% set n.l = n.l + [('a' * 9999999) ~ a] %}{% endfor %}",
+        "{{ 'a'|center(9999999999) }}",
+        "{{ 'a'.zfill(9999999999) }}",
+        "{{ 'a\tb'.expandtabs(9999999999) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (9999999999, 1) }}",
+        "{{ '%9999999999d'|format(1) }}",
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 9999999999) }}",
+        "{{ [1, [2]]|tojson(indent=999999999) }}",
+        "{{ [1]|batch(9999999999, 0)|list }}",
+    ],
+)
+def test_what_expressions_make_is_bounded(source: str) -> None:
+    with bounded_memory(512 << 20), bounded_time(10.0), pytest.raises(BadRequest, match="template was stopped"):
+        render(source)
+
+
+@pytest.mark.parametrize("source", ["{{ " + "(" * 5000, "{{ " + "-" * 9999 + "1 }}", "{{ " + "9" * 5000 + " }}",
+                                    "{% if a %}" * 500 + "{% endif %}" * 500])
+def test_a_template_nested_too_deep_is_unusable(source: str) -> None:
+    with pytest.raises(UnusableModel):
+        ChatTemplate(source)
+
+
+def test_expressions_make_what_they_made_without_bounds() -> None:
+    assert render("{{ 3 * 'ab' ~ (1 + 2) }} {{ '%5.2f' % 1.5 }} {{ '{:>4}'.format(7) }} {{ 2 ** 10 }}|") \
+        == "ababab3  1.50    7 1024|"
+    assert render("{{ ['a', 'b']|map('upper')|join('-') }} {{ (1, 2)|list + [3] }}") == "A-B [1, 2, 3]"
+    assert render("{{ 'a b'|replace(' ', '_') }}") == "a_b"
 
 
 def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

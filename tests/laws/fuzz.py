@@ -25,7 +25,8 @@ Play = Callable[[int], None]
 # a target gives, once set up, what plays a case and raises where it should not
 TARGETS: Mapping[str, str] = {
     "gguf": "tests.laws.fuzz_models", "safetensors": "tests.laws.fuzz_models", "config": "tests.laws.fuzz_models",
-    "wire": "tests.laws.fuzz_wire",
+    "wire": "tests.laws.fuzz_wire", "bodies": "tests.laws.fuzz_bodies", "dialects": "tests.laws.fuzz_text",
+    "template": "tests.laws.fuzz_text",
 }
 
 
