@@ -4,7 +4,7 @@ import pytest
 
 from tests.laws.fuzz import complaints
 
-SLICE = {"gguf": 60, "safetensors": 60, "config": 60, "wire": 8}
+SLICE = {"gguf": 60, "safetensors": 60, "config": 60, "wire": 8, "bodies": 20, "dialects": 150, "template": 200}
 
 
 @pytest.mark.parametrize("name", SLICE)
