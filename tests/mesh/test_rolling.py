@@ -57,7 +57,8 @@ async def _delivered(url: str) -> float:
 async def test_no_request_fails_and_no_token_is_lost_while_everything_behind_a_gateway_is_new(
         tmp_path: Path, workers: int, routers: int) -> None:
     said: list[str] = []
-    async with LocalMesh(_options(tmp_path, workers=workers, routers=routers)) as mesh:
+    # so short that streams of a second do not end in it
+    async with LocalMesh(_options(tmp_path, workers=workers, routers=routers, drain_s=0.1)) as mesh:
         await mesh.until_ready()
         await until_there(mesh, workers, routers)
         board = await _board(mesh)
