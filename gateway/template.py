@@ -289,7 +289,7 @@ _FILLING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "indent
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 0
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict | range) else 0
 
 
 def _size_of_call(name: str, value: Any, args: Sequence[Any]) -> int:

@@ -185,6 +185,7 @@ def test_loops_are_bounded(source: str) -> None:
         "{{ '{:>{}}'.format(1, 9999999999) }}",
         "{{ [1, [2]]|tojson(indent=999999999) }}",
         "{{ [1]|batch(9999999999, 0)|list }}",
+        "{% for a in range(9999) %}{{ range(99999)|sum }}{% endfor %}",
     ],
 )
 def test_what_expressions_make_is_bounded(source: str) -> None:
