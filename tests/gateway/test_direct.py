@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -150,3 +151,70 @@ async def test_a_request_that_has_ended_leaves_nothing_to_the_collector() -> Non
                     await asyncio.sleep(0.01)  # the connections' own ends
         finally:
             gc.enable()
+
+
+async def over_a_socket(url: str, *pieces: bytes, wait_s: float = 0.0) -> bytes:
+    """What a gateway says to these bytes until it ends the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    with contextlib.suppress(ConnectionError):  # it may end while there is still more to say
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(wait_s)
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(10):
+            said = await reader.read()
+    writer.close()
+    return said
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\nconnection: close\r\n"
+
+
+@pytest.mark.parametrize("head", [HEAD + (b"x-more: " + b"a" * 8000 + b"\r\n") * 9, HEAD + b"x-more: " + b"a" * 70_000,
+                                  b"GET /" + b"a" * 70_000])
+async def test_a_head_without_end_is_431_and_ends_its_connection(head: bytes) -> None:
+    async with served() as (url, _):
+        answer = await over_a_socket(url, head)
+        assert answer.startswith(b"HTTP/1.1 431 ") and json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert await said(url) == {0: "Hello, world!"}
+
+
+async def test_more_headers_than_anybody_sends_end_the_connection() -> None:
+    async with served() as (url, _):
+        many = b"".join(b"a%d: b\r\n" % number for number in range(direct.MAX_HEADERS + 10))
+        assert not (await over_a_socket(url, HEAD + many)).startswith(b"HTTP/1.1 200 ")
+        assert await said(url) == {0: "Hello, world!"}
+
+
+@pytest.mark.parametrize("pieces", [[], [b"POST /v1/ch"], [HEAD, b"x: y\r\n"],
+                                    [b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n", b"GET /health HT"]])
+async def test_a_head_that_does_not_come_to_its_end_ends_its_connection(
+        pieces: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "HEAD_S", 0.2)
+    async with served() as (url, _):
+        answer = await over_a_socket(url, *pieces, wait_s=0.05)
+        assert (b"HTTP/1.1 408 " in answer) == bool(pieces)
+        assert await said(url) == {0: "Hello, world!"}
+
+
+async def test_a_compressed_body_is_not_opened() -> None:
+    async with served() as (url, _):
+        bomb = gzip.compress(bytes(64 << 20))
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            answer = await client.post("/v1/chat/completions", content=bomb, headers={"content-encoding": "gzip"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+async def test_a_body_in_chunks_without_end_is_413() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * (1 << 17)
+
+    async with served() as (url, _), httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        with contextlib.suppress(httpx.WriteError, httpx.ReadError):
+            answer = await client.post("/v1/chat/completions", content=chunks())
+            assert answer.status_code == 413
+        assert await said(url) == {0: "Hello, world!"}
