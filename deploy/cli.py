@@ -5,6 +5,7 @@ tokenmill pull    fetch a model into the cache
 tokenmill models  what is in the cache, and whether it can be served here
 tokenmill distil  a drafter out of the model it drafts for
 tokenmill compress  a model in fewer bits a weight
+tokenmill certify  what it kept of the model it was made from
 tokenmill replay  a trace of traffic on a virtual clock
 tokenmill price-sheet  what tokens cost here, measured
 tokenmill plan    how many workers and drafters a trace needs, and what they cost
@@ -435,6 +436,37 @@ def compress(
     console.print(f"the model is in {out}", soft_wrap=True)
     typer.echo(msgspec.json.format(msgspec.json.encode(done)).decode() if json
                else "\n".join(compressing.summary(done)))
+
+
+@app.command()
+def certify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    against: Annotated[str, typer.Option(metavar="MODEL", help="what it is measured against")] = "default",
+    tokens: Annotated[int, typer.Option(metavar="N", help="positions of each text, at least", min=1)] = 5000,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="a text of your own instead of those that come "
+                                              "along", exists=True, dir_okay=False, readable=True)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where certificate.json and certificate.md go; "
+                                             "without: beside the model's weights", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="print certificate.json")] = False,
+) -> None:
+    """Measure what a model kept of another: perplexity, divergence and agreement, with 95 % intervals."""
+    from deploy import certify as certifying
+    from deploy.certificate import page
+
+    folder, baseline = _pull(model), _pull(against)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        task = progress.add_task("windows", total=1)
+        try:
+            certificate = certifying.certify(
+                folder, baseline, out=out or folder, tokens=tokens, text=text,
+                report=lambda done, total: progress.update(task, completed=done, total=total))
+        except certifying.CertifyFailed as error:
+            _leave(str(error))
+    console.print(f"the certificate is in {out or folder}", soft_wrap=True)
+    typer.echo(certifying.encoded(certificate).decode() if json else page(certificate))
 
 
 @app.command()
