@@ -7,6 +7,7 @@ ARGS   ?=
 SEEDS  ?= 200
 CASES  ?= 1000
 FROM   ?= 0
+JOBS   ?= 3
 
 .PHONY: help install up test check format simulate sampling sbom audit clean
 
@@ -31,9 +32,10 @@ install: $(BIN)/.installed   ## make the virtual environment
 up: install      ## start the whole mesh here (ARGS="--workers 2" passes options on)
 	@$(BIN)/tokenmill up $(ARGS)
 
-test: install    ## run all tests
+# files side by side: many a test waits for processes more than it computes
+test: install    ## run all tests (JOBS=3 at once)
 	@$(BIN)/tokenmill pull >/dev/null
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: install   ## ruff, mypy, import contracts
 	@$(BIN)/ruff check .
