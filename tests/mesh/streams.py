@@ -13,6 +13,10 @@ from deploy.local_mesh import LocalMesh
 Hook = Callable[[], Awaitable[None]]
 
 
+class Refused(AssertionError):
+    """An answer other than 200, before anything was streamed: its body."""
+
+
 @dataclass
 class Stream:
     """What a client read."""
@@ -33,7 +37,8 @@ async def read(
         httpx.AsyncClient(timeout=90.0, trust_env=False) as client,
         client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as response,
     ):
-        assert response.status_code == 200, await response.aread()
+        if response.status_code != 200:
+            raise Refused(await response.aread())
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue

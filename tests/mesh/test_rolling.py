@@ -15,7 +15,7 @@ from deploy.rolling import RollStopped, roll
 from gateway.model_files import load_card
 from shared import subjects
 from tests.deploy.command import tokenmill, up
-from tests.mesh.streams import Stream, chat, read, until_there
+from tests.mesh.streams import Refused, Stream, chat, read, until_there
 from tests.models import default_folder
 
 pytestmark = pytest.mark.slow
@@ -102,12 +102,20 @@ async def test_streams_of_a_gateway_end_before_it_does_and_new_requests_find_the
         done, seen = asyncio.Event(), list[Stream]()
 
         async def ask(first: int) -> None:
-            """As behind a load balancer: who is not taken in here is sent to the other one."""
+            """As behind a load balancer: who is not taken in here is sent to the other one.
+
+            So is who comes in the moment after a gateway was asked and before it leaves.
+            """
             while not done.is_set():
                 for at in (first, 1 - first):
-                    if await _ready(urls[at]):
+                    if not await _ready(urls[at]):
+                        continue
+                    try:
                         seen.append(await read(urls[at], body))
-                        break
+                    except Refused as refused:
+                        assert b"this gateway is leaving: send the request again" in refused.args[0]
+                        continue
+                    break
 
         async with asyncio.TaskGroup() as clients:
             for number in range(CLIENTS):
