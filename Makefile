@@ -7,7 +7,7 @@ ARGS   ?=
 SEEDS  ?= 200
 CASES  ?= 1000
 FROM   ?= 0
-JOBS   ?= 3
+JOBS   ?= 2
 
 .PHONY: help install up test check format simulate sampling sbom audit clean
 
@@ -33,7 +33,7 @@ up: install      ## start the whole mesh here (ARGS="--workers 2" passes options
 	@$(BIN)/tokenmill up $(ARGS)
 
 # files side by side: many a test waits for processes more than it computes
-test: install    ## run all tests (JOBS=3 at once)
+test: install    ## run all tests (JOBS=2 at once)
 	@$(BIN)/tokenmill pull >/dev/null
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
