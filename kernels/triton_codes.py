@@ -50,12 +50,12 @@ def widened(codes, like):
 def _unpacking(quarter, kind, type_):
     """A quarter's codes of the two words in $1 as two numbers in $0.
 
-    A whole number's code is put into the mantissa of 1024 (float16) or 128 (bfloat16), and that number is subtracted.
-    MXFP4's bits are put where the type has them, which makes the number a power of two too small.
+    A whole number's code is put into the mantissa of 1024 (float16) or 128 (bfloat16), and that number is taken away.
+    MXFP4's bits are put where the type has them, which makes the number a power of two too small. Of bfloat16, GPUs
+    before Hopper have no sum and no product, but both at once: times one, or plus the zero that changes no sign.
     """
     half = type_ == tl.float16
-    suffix = "f16x2" if half else "bf16x2"
-    lines = [".reg .b32 both, sign, constant;", f"shr.u32 both, $1, {4 * quarter};"]
+    lines = [".reg .b32 both, sign, constant, more;", f"shr.u32 both, $1, {4 * quarter};"]
     if kind == 3:
         lines += [
             "shl.b32 sign, both, 12;",
@@ -63,14 +63,18 @@ def _unpacking(quarter, kind, type_):
             "and.b32 both, both, 0x00070007;",
             f"shl.b32 both, both, {9 if half else 6};",
             "or.b32 both, both, sign;",
-            f"mov.b32 constant, {'0x74007400' if half else '0x7e807e80'};",
-            f"mul.rn.{suffix} $0, both, constant;",
+            f"mov.b32 constant, {'0x74007400' if half else '0x7e807e80'}; mov.b32 more, 0x80008000;",
+            "mul.rn.f16x2 $0, both, constant;" if half else "fma.rn.bf16x2 $0, both, constant, more;",
         ]
     else:
         lines.append(f"lop3.b32 both, both, 0x000f000f, {'0x64006400' if half else '0x43004300'}, 0xea;")
         number = (0x6400 if half else 0x4300) + (8 if kind == 0 else 0)
         lines.append(f"mov.b32 constant, {'$2' if kind == 1 else hex(number << 16 | number)};")
-        lines.append(f"sub.rn.{suffix} $0, both, constant;")
+        if half:
+            lines.append("sub.rn.f16x2 $0, both, constant;")
+        else:
+            lines.append("xor.b32 constant, constant, 0x80008000; mov.b32 more, 0x3f803f80;")
+            lines.append("fma.rn.bf16x2 $0, both, more, constant;")
     return "{ " + " ".join(lines) + " }"
 
 
@@ -82,7 +86,7 @@ def _widening(codes, type_):
     numbers, 128 larger, go into the mantissa of 1024 (float16), or of 2^23 and from there to bfloat16.
     """
     half = type_ == tl.float16
-    lines = [".reg .b32 both, one, other;"]
+    lines = [".reg .b32 both, one, other, more;"]
     if codes == tl.int8:
         lines.append("xor.b32 both, $2, 0x80808080;")
         for output in (0, 1):
@@ -95,17 +99,17 @@ def _widening(codes, type_):
                 lines.append(f"sub.rn.f32 {name}, {name}, 0f4B000080;")
             lines.append(f"cvt.rn.bf16x2.f32 ${output}, other, one;")
         return "{ " + " ".join(lines) + " }"
-    suffix, shift = ("f16x2", 1) if half else ("bf16x2", 4)
+    shift = 1 if half else 4
     mask, power = ("0x3f803f80", "0x5c005c00") if half else ("0x07f007f0", "0x7b807b80")
     # $2 is read before $0 is written: the compiler may give both one register.
     lines.append("prmt.b32 both, $2, 0, 0x1404; prmt.b32 other, $2, 0, 0x3424;")
-    lines.append(f"mov.b32 one, {power};")
+    lines.append(f"mov.b32 one, {power}; mov.b32 more, 0x80008000;")
     for output, two in ((0, "both"), (1, "other")):
         lines += [
             f"shr.u32 ${output}, {two}, {shift};",
             f"and.b32 ${output}, ${output}, {mask};",
             f"lop3.b32 ${output}, {two}, 0x80008000, ${output}, 0xea;",
-            f"mul.rn.{suffix} ${output}, ${output}, one;",
+            f"mul.rn.f16x2 ${output}, ${output}, one;" if half else f"fma.rn.bf16x2 ${output}, ${output}, one, more;",
         ]
     return "{ " + " ".join(lines) + " }"
 

@@ -79,6 +79,10 @@ def _value(instruction: str, operands: list[Registers]) -> Registers:
             kind = _TYPES[suffixes[1].removesuffix("x2")]
             one, other = pairs(a, kind), pairs(b, kind)
             return _registers(one - other if name == "sub" else one * other, kind)
+        case "fma", [a, b, c] if suffixes[0] == "rn" and suffixes[1].removesuffix("x2") in _TYPES:
+            kind = _TYPES[suffixes[1].removesuffix("x2")]
+            # one rounding: a product of two such numbers and its sum with a third are exact in float64 here
+            return _registers(pairs(a, kind) * pairs(b, kind) + pairs(c, kind), kind)
         case "cvt", [high, low] if suffixes == ["rn", "bf16x2", "f32"]:
             both = torch.from_numpy(np.stack([low.view(np.float32), high.view(np.float32)], axis=1))
             return _registers(both, torch.bfloat16)

@@ -155,3 +155,13 @@ def test_products_ask_for_their_first_weights_before_they_wait(assembly: list[di
             before, after = WAIT.split(one["ptx"])
             assert "prefetch.global.L2" in before, one["name"]
             assert "prefetch.global.L2" not in after, one["name"]
+
+
+def test_products_of_four_bits_compile_for_gpus_before_hopper(tmp_path: Path) -> None:
+    if not ASSEMBLER.exists():
+        pytest.skip("this triton carries no ptxas, so nothing can be assembled")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.older_gpu"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == {"symmetric": "sm_80", "zeros": "sm_80", "mxfp4": "sm_80"}
